@@ -1,0 +1,32 @@
+"""Settings for every test: none may see, or touch, the user's own store, cache or credentials."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.s3server import s3_server
+
+__all__ = ["s3_server"]
+
+# A shared machine may stall for longer than any deadline; `timeout` still bounds a whole test.
+settings.register_profile("envstore", deadline=None, print_blob=True)
+settings.load_profile("envstore")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("ENVSTORE_", "AWS_")):
+                patch.delenv(name)
+        patch.setenv("XDG_DATA_HOME", str(home / "data"))
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        patch.setenv("AWS_CONFIG_FILE", str(home / "aws-config"))
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(home / "aws-credentials"))
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield
