@@ -1,0 +1,1 @@
+"""The content-addressed store: chunks, frames, packs, manifests, snapshots and refs."""

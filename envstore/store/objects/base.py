@@ -1,0 +1,94 @@
+"""The one small interface every object backend implements."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One listed object: its key and its size in bytes."""
+
+    key: str
+    size: int
+
+
+class Traffic:
+    """Counts what crossed the wire: requests sent, bytes received and bytes sent.
+
+    Safe to update from many threads. A retried request counts each time it is sent.
+    """
+
+    __slots__ = ("_lock", "bytes_in", "bytes_out", "requests")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.requests = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+    def add(self, *, requests: int = 0, bytes_in: int = 0, bytes_out: int = 0) -> None:
+        """Add to the counters."""
+        with self._lock:
+            self.requests += requests
+            self.bytes_in += bytes_in
+            self.bytes_out += bytes_out
+
+
+class ObjectStore(Protocol):
+    """A flat namespace of immutable-by-convention objects.
+
+    Keys are ASCII, ``/``-separated, without empty, ``.`` or ``..`` components. Every method may
+    be called from any thread. Errors, for every method: ``UnavailableError`` (unreachable or
+    timed out after retries), ``AccessDeniedError``, ``NoSpaceError``.
+    """
+
+    url: str
+    traffic: Traffic
+
+    def get(self, key: str) -> bytes:
+        """Return the whole object. One request. Raises ``NotFoundError``."""
+        ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes from ``start``. One request.
+
+        Raises ``NotFoundError``; ``CorruptError`` if the object is too short.
+        """
+        ...
+
+    def get_versioned(self, key: str) -> tuple[bytes, str]:
+        """Return the object and its opaque version, for ``put_if``. Raises ``NotFoundError``."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store ``data`` under ``key``; atomic, and durable once this returns."""
+        ...
+
+    def put_if(self, key: str, data: bytes, version: str | None) -> str:
+        """Store ``data`` only if the object still has ``version`` (``None``: does not exist).
+
+        Returns the new version. Raises ``ConflictError`` when it certainly lost, and
+        ``UnavailableError`` when the outcome is unknown: the caller then reads again.
+        Small objects only (one PUT, never multipart).
+        """
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Return the object's size in bytes, or ``None`` if it does not exist. One request."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object whose key starts with ``prefix``, in no particular order."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the object; not an error if it does not exist."""
+        ...
+
+    def close(self) -> None:
+        """Release connections and file handles; idempotent."""
+        ...

@@ -1,0 +1,119 @@
+"""Reaching files below a directory without ever following a symbolic link.
+
+Every function raises plain ``OSError``; a symbolic link where a directory or a file should be is
+``ELOOP``.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# O_NONBLOCK: opening a FIFO that somebody left there must not hang.
+_OBJECT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextmanager
+def open_directory(root: Path, parts: Sequence[str], *, create: bool = False) -> Iterator[int]:
+    """Yield a descriptor of the directory ``parts`` below ``root``.
+
+    ``create`` makes what is missing. ``root`` itself may be, or lie behind, a symbolic link.
+    """
+    fd = os.open(root, _DIRECTORY)
+    try:
+        for part in parts:
+            below = _step(fd, part, create=create)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _step(fd: int, name: str, *, create: bool) -> int:
+    try:
+        return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+    except NotADirectoryError:
+        # What the kernel says of a symbolic link too.
+        if is_symlink(fd, name):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name) from None
+        raise
+    except FileNotFoundError:
+        if not create:
+            raise
+    try:
+        os.mkdir(name, dir_fd=fd)
+    except FileExistsError:
+        pass  # another process was faster
+    else:
+        os.fsync(fd)
+    return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+
+
+def is_symlink(directory: int, name: str) -> bool:
+    """Return whether ``name`` in ``directory`` is a symbolic link."""
+    return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+
+
+def open_object(directory: int, name: str) -> io.FileIO:
+    """Open the regular file ``name`` for reading; anything else there counts as not existing."""
+    fd = os.open(name, _OBJECT, dir_fd=directory)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    return io.FileIO(fd)
+
+
+def read_range(file: io.FileIO, start: int, length: int) -> bytes:
+    """Return ``length`` bytes from ``start``, or fewer where the file ends."""
+    fd = file.fileno()
+    data = os.pread(fd, length, start)
+    if len(data) == length or not data:
+        return data
+    pieces = [data]
+    got = len(data)
+    while got < length and (data := os.pread(fd, length - got, start + got)):
+        pieces.append(data)
+        got += len(data)
+    return b"".join(pieces)
+
+
+def write_new(directory: int, data: bytes) -> str:
+    """Write ``data`` to a new file in ``directory``, durable, and return its name.
+
+    On failure nothing is left behind.
+    """
+    name = f"{os.getpid()}-{secrets.token_hex(8)}"
+    fd = os.open(name, _NEW, 0o666, dir_fd=directory)
+    try:
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        os.unlink(name, dir_fd=directory)
+        raise
+    return name
+
+
+def entries(directory: int) -> Sequence[tuple[str, os.stat_result]]:
+    """Return the names in ``directory`` with the status of each, links not followed."""
+    found: list[tuple[str, os.stat_result]] = []
+    with os.scandir(directory) as scan:
+        for entry in scan:
+            try:
+                found.append((entry.name, entry.stat(follow_symlinks=False)))
+            except FileNotFoundError:
+                continue  # removed since the directory was read
+    return found

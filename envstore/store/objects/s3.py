@@ -1,0 +1,400 @@
+"""Objects in an S3 bucket, on botocore."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from urllib.parse import urlsplit
+
+# Not boto3: it adds resources and transfer managers that are not used here, and a quarter to the
+# time until the first request.
+import botocore.session
+from botocore import exceptions as aws
+from botocore.config import Config
+
+from envstore.errors import ConflictError, CorruptError, NotFoundError, UnavailableError, UsageError
+from envstore.store.objects import s3_errors
+from envstore.store.objects.base import ObjectInfo, Traffic
+from envstore.store.objects.keys import check_key, check_prefix
+from envstore.store.objects.url import S3Location
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_T = TypeVar("_T")
+
+_TIMEOUT_VARIABLE = "ENVSTORE_S3_TIMEOUT"
+_TIMEOUT_SECONDS = 15.0
+# Of the time-out, what one connection attempt or one silence of the server may take. Two of them
+# and a pause fit into it.
+_SILENCE_SHARE = 0.45
+_MAX_ATTEMPTS = 6
+_FIRST_PAUSE = 0.25
+_LONGEST_PAUSE = 4.0
+
+_CONNECTIONS = 32
+_MAX_OBJECT = 5 << 30  # S3's limit for one PUT
+_STREAM_FROM = 1 << 20
+
+_AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
+
+
+class S3Objects:
+    """An ``ObjectStore`` under a prefix of an S3 bucket.
+
+    Credentials, region, profile and endpoint come from the location, else from botocore's usual
+    chain (environment, ~/.aws, instance roles). An endpoint that is not Amazon's is spoken to
+    with path-style addresses (unless the location says otherwise) and without the checksum
+    trailers that many servers do not know; bodies are still covered by the signature's SHA-256.
+
+    A request that fails in passing is sent again after a random pause that grows
+    exponentially, at most 6 times; an endpoint that cannot be reached, or says nothing, gives
+    ``UnavailableError`` within ``timeout`` seconds (15, or ``ENVSTORE_S3_TIMEOUT``). A transfer
+    that makes progress may last longer, and is repeated once whenever it fails.
+
+    ``put_if`` is sent again only when it certainly did not reach the server. botocore's own
+    retries are off, because a retried conditional PUT whose first attempt had landed is told
+    "412 Precondition Failed" by its own success: here a lost or garbled answer is
+    ``UnavailableError``, and the caller, who reads the object again, can tell by its content.
+
+    Safe for many threads. Not to be shared with a forked child: its connections are not.
+    """
+
+    def __init__(self, location: S3Location, *, timeout: float | None = None) -> None:
+        self.url = location.url
+        self.traffic = Traffic()
+        self._location = location
+        self._prefix = f"{location.prefix}/" if location.prefix else ""
+        self._timeout = _timeout_from_environment() if timeout is None else timeout
+        self._closed = threading.Event()
+        self._bucket_seen = False
+        self._client = _make_client(location, self._timeout * _SILENCE_SHARE)
+        self._endpoint = self._client.meta.endpoint_url
+        self._client.meta.events.register("before-send.s3", self._count)
+
+    def get(self, key: str) -> bytes:
+        """Return the whole object. One request. Raises ``NotFoundError``."""
+        return self.get_versioned(key)[0]
+
+    def get_versioned(self, key: str) -> tuple[bytes, str]:
+        """Return the object and its ETag. Raises ``NotFoundError``."""
+        name = self._name(key)
+
+        def attempt() -> tuple[bytes, str]:
+            answer = self._client.get_object(Bucket=self._location.bucket, Key=name)
+            return self._read(answer["Body"]), answer["ETag"]
+
+        return self._request(f"read {key}", attempt)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes from ``start``. One request (none for 0 bytes).
+
+        Raises ``NotFoundError``; ``CorruptError`` if the object is too short.
+        """
+        if start < 0 or length < 0:
+            raise ValueError(f"negative range {start}+{length}")
+        name = self._name(key)
+        if length == 0:
+            return b""  # HTTP has no way to ask for an empty range
+        wanted = f"bytes={start}-{start + length - 1}"
+
+        def attempt() -> bytes:
+            try:
+                answer = self._client.get_object(
+                    Bucket=self._location.bucket, Key=name, Range=wanted
+                )
+            except aws.ClientError as error:
+                if s3_errors.status_of(error) == 416:
+                    raise self._too_short(key, start, length, 0) from error
+                raise
+            with closing(answer["Body"]) as body:
+                if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
+                    # Reading on could mean a whole pack for every few bytes.
+                    raise CorruptError(
+                        f"cannot read {key}: {self._endpoint} did not honour a Range header",
+                        hint="whatever stands between here and the server must pass it on",
+                    )
+                data = self._read(body)
+            if len(data) != length:
+                raise self._too_short(key, start, length, len(data))
+            return data
+
+        return self._request(f"read {key}", attempt)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Store ``data`` under ``key`` in one PUT of at most 5 GiB."""
+        name = self._name(key)
+        self._check_size(key, data)
+
+        def attempt() -> None:
+            self._client.put_object(Bucket=self._location.bucket, Key=name, Body=_body(data))
+
+        self._request(f"write {key}", attempt)
+
+    def put_if(self, key: str, data: bytes, version: str | None) -> str:
+        """Store ``data`` if the object's ETag still is ``version`` (``None``: does not exist).
+
+        Returns the new ETag. Raises ``ConflictError`` when it certainly lost and
+        ``UnavailableError`` when it may have landed.
+        """
+        name = self._name(key)
+        self._check_size(key, data)
+
+        def attempt() -> str:
+            condition: dict[str, Any] = (
+                {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+            )
+            try:
+                answer = self._client.put_object(
+                    Bucket=self._location.bucket, Key=name, Body=_body(data), **condition
+                )
+            except aws.ClientError as error:
+                # Amazon says 404 for If-Match on a missing key, others 412; 409 is for two
+                # conditional writes at once, of which this one was not stored.
+                lost = s3_errors.status_of(error) in (404, 409, 412)
+                if lost and s3_errors.code_of(error) != "NoSuchBucket":
+                    raise ConflictError(f"{key} was changed by somebody else") from error
+                raise
+            return answer["ETag"]
+
+        return self._request(f"write {key}", attempt, repeatable=False)
+
+    def size(self, key: str) -> int | None:
+        """Return the object's size in bytes, or ``None`` if it does not exist.
+
+        One request; the first time that an object is missing, a second one asks for the bucket.
+        """
+        name = self._name(key)
+
+        def attempt() -> int | None:
+            try:
+                answer = self._client.head_object(Bucket=self._location.bucket, Key=name)
+            except aws.ClientError as error:
+                if s3_errors.status_of(error) == 404:
+                    return None
+                raise
+            return answer["ContentLength"]
+
+        size = self._request(f"look for {key}", attempt, proves_bucket=False)
+        if size is None and not self._bucket_seen:
+            # The answer to a HEAD has no body to say which of the two is missing.
+            self.check_bucket()
+        return size
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object whose key starts with ``prefix``, in no particular order."""
+        check_prefix(prefix)
+        query: dict[str, Any] = {"Bucket": self._location.bucket, "Prefix": self._prefix + prefix}
+        while True:
+            page = self._request(f"list {prefix}*", lambda: self._client.list_objects_v2(**query))
+            for entry in page.get("Contents", ()):
+                # Consoles store "folders" as empty objects with a slash at the end.
+                if not entry["Key"].endswith("/"):
+                    yield ObjectInfo(entry["Key"].removeprefix(self._prefix), entry["Size"])
+            if not page.get("IsTruncated"):
+                return
+            token = page.get("NextContinuationToken")
+            if not token or token == query.get("ContinuationToken"):
+                raise UnavailableError(
+                    f"cannot list {prefix}*: {self._endpoint} does not get on with its listing",
+                    hint="this is a fault of the server: look into its log",
+                )
+            query["ContinuationToken"] = token
+
+    def delete(self, key: str) -> None:
+        """Remove the object; not an error if it does not exist."""
+        name = self._name(key)
+
+        def attempt() -> None:
+            self._client.delete_object(Bucket=self._location.bucket, Key=name)
+
+        try:
+            self._request(f"delete {key}", attempt)
+        except NotFoundError:
+            # Some servers say so of a missing object; a missing bucket is another matter.
+            self.check_bucket()
+
+    def check_bucket(self) -> None:
+        """Ask whether the bucket exists. Raises ``NotFoundError``."""
+
+        def attempt() -> bool:
+            try:
+                self._client.head_bucket(Bucket=self._location.bucket)
+            except aws.ClientError as error:
+                if s3_errors.status_of(error) == 404:
+                    return False
+                raise
+            return True
+
+        if not self._request("look for the bucket", attempt, proves_bucket=False):
+            raise s3_errors.missing_bucket(self._location, self._endpoint)
+        self._bucket_seen = True
+
+    def close(self) -> None:
+        """Close the connections and end the pauses of requests that wait for another attempt."""
+        self._closed.set()
+        self._client.close()
+
+    def _request(
+        self,
+        action: str,
+        attempt: Callable[[], _T],
+        *,
+        repeatable: bool = True,
+        proves_bucket: bool = True,
+    ) -> _T:
+        begun = time.monotonic()
+        latest = begun + self._timeout * (1 - _SILENCE_SHARE)
+        attempts = 0
+        while True:
+            attempts += 1
+            try:
+                result = attempt()
+            except (aws.BotoCoreError, aws.ClientError) as error:
+                self._count_broken_off(error)
+                failure = s3_errors.classify(error, self._location, self._endpoint, action)
+                if proves_bucket and isinstance(failure.error, NotFoundError):
+                    self._require_bucket(error)
+                pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempts - 1)))  # noqa: S311
+                again = failure.passing and (repeatable or not failure.sent)
+                # A long transfer that fails late has a second chance all the same.
+                in_time = attempts == 1 or time.monotonic() + pause <= latest
+                if not again or attempts == _MAX_ATTEMPTS or not in_time or self._closed.is_set():
+                    raise failure.error from error
+                self._closed.wait(pause)
+            else:
+                self._bucket_seen |= proves_bucket
+                return result
+
+    def _require_bucket(self, error: Exception) -> None:
+        """Ask for the bucket, unless it is known to exist, before a 404 is taken at its word.
+
+        A wrong endpoint, such as some other web server, answers 404 to everything.
+        """
+        if isinstance(error, aws.ClientError):
+            code = s3_errors.code_of(error)
+            if code == "NoSuchKey":
+                self._bucket_seen = True
+            elif code != "NoSuchBucket" and not self._bucket_seen:
+                self.check_bucket()
+
+    def _read(self, body: Any) -> bytes:
+        data: bytes = body.read()
+        self.traffic.add(bytes_in=len(data))
+        return data
+
+    def _count(self, request: Any, **_: Any) -> None:
+        length = request.headers.get("Content-Length", 0)
+        self.traffic.add(requests=1, bytes_out=int(length))
+
+    def _count_broken_off(self, error: Exception) -> None:
+        if isinstance(error, aws.IncompleteReadError):
+            self.traffic.add(bytes_in=error.kwargs["actual_bytes"])
+
+    def _name(self, key: str) -> str:
+        check_key(key)
+        return self._prefix + key
+
+    def _check_size(self, key: str, data: bytes) -> None:
+        if len(data) > _MAX_OBJECT:
+            raise UsageError(f"{key} is too large for one object: {len(data)} bytes, 5 GiB at most")
+
+    def _too_short(self, key: str, start: int, length: int, got: int) -> CorruptError:
+        return CorruptError(
+            f"{key} in {self._location.bucket} is too short: of {length} bytes from {start} on, "
+            f"{got} are there",
+            hint="run `envstore verify`",
+        )
+
+
+def _body(data: bytes) -> bytes | io.BytesIO:
+    # The transport gives the sending of one bytes object, however long, a single time-out; of a
+    # stream, each block has its own. Small bodies go out with their header in one segment.
+    return data if len(data) < _STREAM_FROM else io.BytesIO(data)
+
+
+def _timeout_from_environment() -> float:
+    text = os.environ.get(_TIMEOUT_VARIABLE, "").strip()
+    if not text:
+        return _TIMEOUT_SECONDS
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(
+            f"{_TIMEOUT_VARIABLE} is {text[:40]!r}", hint="it is a number of seconds, such as 15"
+        )
+    return seconds
+
+
+def _make_client(location: S3Location, silence: float) -> S3Client:
+    """Return a client for ``location`` that waits ``silence`` seconds for a connection or a word.
+
+    Raises ``AccessDeniedError`` without credentials, ``UsageError`` for a configuration that
+    cannot be used.
+    """
+    try:
+        session = botocore.session.Session(profile=location.profile)
+        if session.get_credentials() is None:
+            raise s3_errors.no_credentials(location)
+        # botocore looks for an endpoint in ~/.aws too, and tells only once there is a client.
+        guess = location.endpoint or _endpoint_from_environment()
+        guessed = not _is_amazon(guess)
+        client = _create(session, location, silence, off_amazon=guessed)
+        off_amazon = not _is_amazon(client.meta.endpoint_url)
+        if off_amazon != guessed:
+            client.close()
+            client = _create(session, location, silence, off_amazon=off_amazon)
+        return client
+    except (aws.BotoCoreError, ValueError) as error:
+        raise s3_errors.classify(
+            error, location, location.endpoint or "S3", "connect"
+        ).error from error
+
+
+def _create(
+    session: botocore.session.Session, location: S3Location, silence: float, *, off_amazon: bool
+) -> S3Client:
+    addressing: Literal["path", "virtual", "auto"] = "path" if off_amazon else "auto"
+    if location.path_style is not None:
+        addressing = "path" if location.path_style else "virtual"
+    checksums: Literal["when_required", "when_supported"] = (
+        "when_required" if off_amazon else "when_supported"
+    )
+    config = Config(
+        connect_timeout=silence,
+        read_timeout=silence,
+        max_pool_connections=_CONNECTIONS,
+        tcp_keepalive=True,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        request_checksum_calculation=checksums,
+        response_checksum_validation=checksums,
+        s3={"addressing_style": addressing},
+    )
+    region = (
+        location.region
+        or session.get_config_variable("region")
+        or os.environ.get("AWS_REGION")
+        or "us-east-1"
+    )
+    client = session.create_client(
+        "s3", region_name=region, endpoint_url=location.endpoint, config=config
+    )
+    return cast("S3Client", client)
+
+
+def _endpoint_from_environment() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _is_amazon(endpoint: str | None) -> bool:
+    host = urlsplit(endpoint).hostname if endpoint else None
+    return endpoint is None or (host or "").endswith(_AWS_DOMAINS)
