@@ -1,0 +1,330 @@
+"""The node cache: verified blobs on disk under a hard byte cap, shared by all processes.
+
+Every blob is a file named by the BLAKE3 of its content. The accounted total is never below the
+real one: space is reserved (a temporary file of full size, under the lock) before it is used and
+released after it is freed, so a process killed anywhere leaves at worst a total that is too high,
+which the next eviction corrects by counting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError, UsageError
+from envstore.store.binary import U64
+
+DEFAULT_CAPACITY = 20 << 30
+_TOUCH_NS = 1_000_000_000
+_LOW_WATER = 0.9
+_BLOCK = 4096
+_SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUsage:
+    """Bytes accounted for, number of blobs, and the cap in bytes."""
+
+    bytes: int
+    blobs: int
+    capacity: int
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``20G``, ``512MiB`` or ``1000`` stand for. Raises ``UsageError``."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a size", hint="write for example 512M or 20G")
+    return int(match[1]) << " KMGT".index(match[2].upper() or " ") * 10
+
+
+def default_directory() -> Path:
+    """Return the cache directory: ``ENVSTORE_CACHE_DIR``, else the user's cache directory."""
+    chosen = os.environ.get("ENVSTORE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "envstore"
+
+
+def default_cache() -> BlobCache:
+    """Return the cache that the environment variables describe."""
+    size = os.environ.get("ENVSTORE_CACHE_SIZE")
+    return BlobCache(default_directory(), parse_size(size) if size else DEFAULT_CAPACITY)
+
+
+class BlobCache:
+    """Blobs by digest; every method may be called from any thread of any process.
+
+    What is read was verified when it was put in, but a disk can rot and power can fail between
+    the two: a caller that needs certainty checks the digest of what it got and calls ``drop``.
+    """
+
+    def __init__(self, root: Path, capacity: int = DEFAULT_CAPACITY) -> None:
+        """Use ``root``, made if missing. Raises ``AccessDeniedError``, ``NoSpaceError``."""
+        self.root = root
+        self.capacity = capacity
+        self._blobs = os.fsencode(root / "blobs")
+        self._partial = os.fsencode(root / "partial")
+        self._lock_path = os.fsencode(root / "lock")
+        self._touched: dict[bytes, int] = {}
+        with self._errors():
+            os.makedirs(self._partial, mode=0o700, exist_ok=True)
+            os.makedirs(self._blobs, mode=0o700, exist_ok=True)
+
+    def path(self, name: bytes) -> bytes:
+        """Return where the blob called ``name`` is or would be."""
+        text = name.hex().encode()
+        return b"%b/%b/%b" % (self._blobs, text[:2], text)
+
+    def contains(self, name: bytes) -> bool:
+        """Return whether the blob is there."""
+        return os.path.exists(self.path(name))
+
+    def read(
+        self, name: bytes, offset: int = 0, length: int | None = None, *, nowait: bool = False
+    ) -> bytes | None:
+        """Return ``length`` bytes (all by default) from ``offset``, ``None`` if not cached.
+
+        With ``nowait`` raises ``BlockingIOError`` when the disk would have to be waited for. A
+        blob shorter than asked counts as not cached.
+        """
+        try:
+            fd = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._error(error) from error
+        try:
+            if length is None:
+                length = os.fstat(fd).st_size - offset
+            if nowait:
+                data = self._read_cached(fd, offset, length)
+            else:
+                data = os.pread(fd, length, offset)
+            self._touch(name, fd)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise self._error(error) from error
+        finally:
+            os.close(fd)
+        return data if len(data) == length else None
+
+    def put(self, name: bytes, data: bytes | memoryview) -> None:
+        """Keep ``data``, whose digest the caller has checked to be ``name``.
+
+        Evicts what was used longest ago when the cap would be passed. Raises ``NoSpaceError``
+        when the disk is full even then, or when the blob alone exceeds the cap.
+        """
+        path = self.path(name)
+        if os.path.exists(path):
+            return
+        with self._errors():
+            try:
+                self._store(path, data)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                # The disk can be full below our cap: give back our own oldest blobs first.
+                with self._locked() as lock:
+                    if not self._evict(lock, self._total(lock) - 16 * _rounded(len(data))):
+                        raise
+                self._store(path, data)
+
+    def drop(self, name: bytes) -> None:
+        """Forget one blob, if it is there."""
+        with self._errors(), self._locked() as lock:
+            self._remove(lock, self.path(name))
+
+    def usage(self) -> CacheUsage:
+        """Return what is accounted for."""
+        with self._errors(), self._locked() as lock:
+            blobs = sum(len(files) for _, _, files in os.walk(self._blobs))
+            return CacheUsage(self._total(lock), blobs, self.capacity)
+
+    def clear(self) -> int:
+        """Remove every blob; returns the bytes freed. Running mounts fetch again."""
+        with self._errors(), self._locked() as lock:
+            before = self._total(lock)
+            self._evict(lock, 0)
+            return before - self._total(lock)
+
+    def _store(self, path: bytes, data: bytes | memoryview) -> None:
+        fd, partial = self._reserve(len(data))
+        kept = False
+        try:
+            view = memoryview(data)
+            at = 0
+            while at < len(view):
+                at += os.pwrite(fd, view[at:], at)
+            kept = _link(partial, path)
+        finally:
+            # Unlinking and giving back are one step under the lock, or a count between the two
+            # would be lowered twice.
+            with self._locked() as lock:
+                os.unlink(partial)
+                if not kept:
+                    self._set_total(lock, self._total(lock) - _rounded(len(data)))
+            os.close(fd)
+
+    def _reserve(self, size: int) -> tuple[int, bytes]:
+        """Account for ``size`` bytes and return a temporary file of that size, locked as ours."""
+        need = _rounded(size)
+        if need > self.capacity:
+            raise NoSpaceError(
+                f"the cache {self.root} is capped at {self.capacity} bytes, one blob needs {need}",
+                hint="raise ENVSTORE_CACHE_SIZE",
+            )
+        partial = b"%b/%b" % (self._partial, secrets.token_hex(16).encode())
+        with self._locked() as lock:
+            if self._total(lock) + need > self.capacity:
+                self._evict(lock, min(int(self.capacity * _LOW_WATER), self.capacity - need))
+                if self._total(lock) + need > self.capacity:
+                    raise NoSpaceError(
+                        f"the cache {self.root} is full of blobs that are being written",
+                        hint="raise ENVSTORE_CACHE_SIZE",
+                    )
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                os.ftruncate(fd, size)
+                self._set_total(lock, self._total(lock) + need)
+            except BaseException:
+                os.close(fd)
+                os.unlink(partial)
+                raise
+        return fd, partial
+
+    def _remove(self, lock: int, path: bytes) -> None:
+        try:
+            size = os.stat(path).st_size
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+        self._set_total(lock, self._total(lock) - _rounded(size))
+
+    def _evict(self, lock: int, goal: int) -> bool:
+        """Remove blobs, oldest use first, until at most ``goal`` bytes are left; count anew.
+
+        Returns whether anything was removed.
+        """
+        found: list[tuple[int, int, bytes]] = []
+        total = self._reserved()
+        with os.scandir(self._blobs) as directories:
+            for directory in directories:
+                with os.scandir(directory.path) as listing:
+                    for item in listing:
+                        st = item.stat(follow_symlinks=False)
+                        found.append((st.st_mtime_ns, _rounded(st.st_size), item.path))
+        total += sum(size for _, size, _ in found)
+        removed = False
+        for _, size, path in sorted(found):
+            if total <= goal:
+                break
+            os.unlink(path)
+            total -= size
+            removed = True
+        self._set_total(lock, total)
+        return removed
+
+    def _reserved(self) -> int:
+        """Count files being written; those whose writer died are removed."""
+        total = 0
+        with os.scandir(self._partial) as listing:
+            for item in listing:
+                try:
+                    fd = os.open(item.path, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(item.path)
+                except BlockingIOError:
+                    total += _rounded(os.fstat(fd).st_size)
+                finally:
+                    os.close(fd)
+        return total
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _total(self, lock: int) -> int:
+        data = os.pread(lock, U64.size, 0)
+        return int(U64.unpack(data)[0]) if len(data) == U64.size else 0
+
+    def _set_total(self, lock: int, total: int) -> None:
+        os.pwrite(lock, U64.pack(max(0, total)), 0)
+
+    def _read_cached(self, fd: int, offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        got = 0
+        while got < length:
+            try:
+                step = os.preadv(fd, [view[got:]], offset + got, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    raise BlockingIOError from error
+                raise
+            if not step:
+                break
+            got += step
+        return bytes(view[:got])
+
+    def _touch(self, name: bytes, fd: int) -> None:
+        now = time.time_ns()
+        if now - self._touched.get(name, 0) > _TOUCH_NS:
+            if len(self._touched) > 100_000:
+                self._touched.clear()
+            self._touched[name] = now
+            os.utime(fd, ns=(now, now))
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> EnvstoreError:
+        reason = f"the cache {self.root}: {error.strerror}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpaceError(reason, hint="free space or move it with ENVSTORE_CACHE_DIR")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return AccessDeniedError(reason, hint="fix permissions or set ENVSTORE_CACHE_DIR")
+        return EnvstoreError(reason, hint="set ENVSTORE_CACHE_DIR to a directory on a local disk")
+
+
+def _link(partial: bytes, path: bytes) -> bool:
+    """Give the finished file its name; ``False`` if another process was first."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK

@@ -1,0 +1,36 @@
+"""Canonical JSON, so that equal small objects have equal bytes and digests (after RFC 8785)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from envstore.errors import CorruptError
+
+MAX_BODY = 1 << 20
+
+
+def encode(value: dict[str, Any]) -> bytes:
+    """Return ``value`` as UTF-8 JSON with sorted keys and no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def decode(data: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object in ``data``. Raises ``CorruptError`` naming ``what``."""
+    if len(data) > MAX_BODY:
+        raise CorruptError(f"{what} is {len(data)} bytes long, more than {MAX_BODY}")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise CorruptError(f"{what} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise CorruptError(f"{what} is not a JSON object")
+    return value
+
+
+def field(value: dict[str, Any], name: str, kind: type, what: str) -> Any:
+    """Return ``value[name]`` if it is a ``kind``. Raises ``CorruptError`` otherwise."""
+    found = value.get(name)
+    if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
+        raise CorruptError(f"{what} has no valid {name!r}")
+    return found

@@ -1,0 +1,118 @@
+"""Locations: where in which packs the chunks of one manifest lie.
+
+The manifest names chunks by digest and never changes; this companion object says where they are
+and may be rewritten when packs are. Its numbers line up with the manifest: first one pair for
+each part, then one pair for each chunk reference in order, so that no digest is repeated. It is
+trusted for speed only: every frame and every chunk it leads to is checked against its digest.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from envstore.errors import CorruptError
+from envstore.store.binary import U32, Cursor, pack_array, seal, unseal
+from envstore.store.digest import DIGEST_SIZE
+from envstore.store.frames import MAX_SIZE
+
+MAGIC = b"ESLOCA01"
+MAX_BODY = 1 << 30
+NOWHERE = 0xFFFFFFFF
+"""Frame number of a hole."""
+
+
+def locations_key(manifest: bytes) -> str:
+    """Return the object key of the locations of a manifest."""
+    return f"locations/{manifest.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRef:
+    """Enough to fetch and check one frame: ``offset`` and ``stored`` are bytes in ``pack``."""
+
+    pack: bytes
+    offset: int
+    stored: int
+    raw: int
+    codec: int
+    digest: bytes
+
+
+@dataclass(slots=True)
+class Locations:
+    """Frames in first-use order, and for parts and references the frame number and offset."""
+
+    frames: list[FrameRef] = field(default_factory=list)
+    part_frames: array[int] = field(default_factory=lambda: array("I"))
+    part_offsets: array[int] = field(default_factory=lambda: array("I"))
+    ref_frames: array[int] = field(default_factory=lambda: array("I"))
+    ref_offsets: array[int] = field(default_factory=lambda: array("I"))
+
+    def seal(self) -> bytes:
+        """Return the object to store."""
+        packs = list(dict.fromkeys(frame.pack for frame in self.frames))
+        number = {name: i for i, name in enumerate(packs)}
+        frames = self.frames
+        columns = (
+            array("I", (number[frame.pack] for frame in frames)),
+            array("I", (frame.offset for frame in frames)),
+            array("I", (frame.stored for frame in frames)),
+            array("I", (frame.raw for frame in frames)),
+        )
+        body = b"".join(
+            (
+                U32.pack(len(packs)),
+                U32.pack(len(frames)),
+                U32.pack(len(self.part_frames)),
+                U32.pack(len(self.ref_frames)),
+                b"".join(packs),
+                *(pack_array(column) for column in columns),
+                bytes(frame.codec for frame in frames),
+                b"".join(frame.digest for frame in frames),
+                pack_array(self.part_frames),
+                pack_array(self.part_offsets),
+                pack_array(self.ref_frames),
+                pack_array(self.ref_offsets),
+            )
+        )
+        return seal(MAGIC, body)
+
+
+def open_locations(data: bytes, manifest: bytes, *, parts: int, refs: int) -> Locations:
+    """Decode the locations of ``manifest``, which has so many parts and references.
+
+    Raises ``CorruptError`` when anything points outside its pack table or frame table.
+    """
+    what = f"locations of manifest {manifest.hex()}"
+    body, _ = unseal(MAGIC, data, limit=MAX_BODY, what=what)
+    cursor = Cursor(body)
+    pack_count, frame_count, part_count, ref_count = (cursor.u32() for _ in range(4))
+    if part_count != parts or ref_count != refs:
+        raise CorruptError(f"{what} do not belong to it")
+    packs = [cursor.digest() for _ in range(pack_count)]
+    numbers, offsets, stored, raw = (cursor.array(frame_count, 4) for _ in range(4))
+    codecs = bytes(cursor.take(frame_count))
+    names = bytes(cursor.take(frame_count * DIGEST_SIZE))
+    if frame_count and (max(numbers) >= pack_count or max(raw) > MAX_SIZE):
+        raise CorruptError(f"{what}: a frame out of bounds")
+    frames = [
+        FrameRef(
+            packs[numbers[i]], offsets[i], stored[i], raw[i], codecs[i],
+            names[i * DIGEST_SIZE : (i + 1) * DIGEST_SIZE],
+        )
+        for i in range(frame_count)
+    ]  # fmt: skip
+    found = Locations(
+        frames,
+        cursor.array(part_count, 4),
+        cursor.array(part_count, 4),
+        cursor.array(ref_count, 4),
+        cursor.array(ref_count, 4),
+    )
+    cursor.finish()
+    if any(number >= frame_count for number in found.part_frames):
+        raise CorruptError(f"{what}: a part in no frame")
+    if any(number >= frame_count and number != NOWHERE for number in found.ref_frames):
+        raise CorruptError(f"{what}: a chunk in no frame")
+    return found

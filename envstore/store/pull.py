@@ -1,0 +1,240 @@
+"""Pull: writes a snapshot's tree into a directory.
+
+Every frame is fetched once, in large requests and in parallel, and its chunks are written to
+wherever they belong; nothing is held but the frames being written. The tree grows in a hidden
+sibling of the destination and takes its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from envstore.errors import (
+    AccessDeniedError,
+    CorruptError,
+    EnvstoreError,
+    NoSpaceError,
+    UsageError,
+)
+from envstore.store.digest import digest
+from envstore.store.fetch import FrameFetcher
+from envstore.store.locations import FrameRef, Locations
+from envstore.store.manifest import HOLE, NORMAL_MTIME_NS, Entry, Root, read_entries
+from envstore.store.repository import PARALLEL, Repository
+from envstore.store.source import Kind
+
+
+class Progress(Protocol):
+    """Told how many of how many file bytes are written."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Both in bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """What a pull wrote: number of files and their bytes, and bytes fetched for it."""
+
+    files: int
+    logical_bytes: int
+    fetched_bytes: int
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """One chunk's destination."""
+
+    file: int
+    at: int
+    start: int
+    size: int
+    digest: bytes
+
+
+def pull(
+    repository: Repository, snapshot: bytes, destination: Path, progress: Progress | None = None
+) -> PullResult:
+    """Write the tree of ``snapshot`` to ``destination``, which must be absent or empty.
+
+    Raises ``UsageError`` (destination in use), ``CorruptError``, ``NoSpaceError``,
+    ``AccessDeniedError``; the destination is then as it was.
+    """
+    destination = Path(os.path.abspath(destination))
+    _check_destination(destination)
+    traffic = repository.objects.traffic
+    requests, received = traffic.requests, traffic.bytes_in
+    root, locations = repository.located(repository.snapshot(snapshot).manifest)
+    entries = list(read_entries(repository.parts(root, locations)))
+    partial = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
+    try:
+        try:
+            partial.mkdir()
+            _write_tree(repository, os.fsencode(partial), root, entries, locations, progress)
+            if destination.exists():
+                destination.rmdir()
+            partial.rename(destination)
+        except OSError as error:
+            raise _write_error(error, destination) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return PullResult(
+        root.files, root.logical, traffic.bytes_in - received, traffic.requests - requests
+    )
+
+
+def _check_destination(destination: Path) -> None:
+    try:
+        if not destination.parent.is_dir():
+            raise UsageError(f"{destination.parent} is not a directory", hint="create it first")
+        if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+            raise UsageError(f"{destination} exists and is not a directory")
+        if destination.exists() and any(destination.iterdir()):
+            raise UsageError(f"{destination} is not empty", hint="pull into a new directory")
+    except OSError as error:
+        raise _write_error(error, destination) from error
+
+
+def _write_error(error: OSError, destination: Path) -> EnvstoreError:
+    where = f"cannot write {destination}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(where, hint="free space there")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return AccessDeniedError(where, hint="choose a directory you may write to")
+    return EnvstoreError(where)
+
+
+def _write_tree(
+    repository: Repository,
+    base: bytes,
+    root: Root,
+    entries: Sequence[Entry],
+    locations: Locations,
+    progress: Progress | None,
+) -> None:
+    paths = [base + b"/" + entry.path for entry in entries]
+    linked = {entry.link for entry in entries if entry.link}
+    originals: set[bytes] = set()
+    for path, entry in zip(paths, entries, strict=True):
+        if entry.kind is Kind.DIRECTORY:
+            os.mkdir(path)
+        elif entry.kind is Kind.SYMLINK:
+            os.symlink(entry.target, path)
+        elif entry.link:
+            if entry.link not in originals:
+                raise CorruptError(f"manifest: {entry.path!r} is a link to no file of the tree")
+            os.link(base + b"/" + entry.link, path, follow_symlinks=False)
+        else:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(fd, entry.size)
+            finally:
+                os.close(fd)
+            if entry.path in linked:
+                originals.add(entry.path)
+    writes = _plan(entries, locations)
+    done = 0
+    for written in _in_parallel(repository.fetcher, locations, writes, paths):
+        done += written
+        if progress:
+            progress(done, root.logical)
+    # Children first: writing into a directory would move its time stamp again.
+    for path, entry in zip(reversed(paths), reversed(entries), strict=True):
+        _set_attributes(path, entry)
+    if root.mode:
+        os.chmod(base, root.mode)
+        os.utime(base, ns=(root.mtime_ns, root.mtime_ns))
+
+
+def _set_attributes(path: bytes, entry: Entry) -> None:
+    normal = 0o755 if entry.executable or entry.kind is Kind.DIRECTORY else 0o644
+    if entry.kind is not Kind.SYMLINK:
+        os.chmod(path, normal if entry.mode is None else entry.mode)
+    mtime = NORMAL_MTIME_NS if entry.mtime_ns is None else entry.mtime_ns
+    os.utime(path, ns=(mtime, mtime), follow_symlinks=False)
+
+
+def _plan(entries: Sequence[Entry], locations: Locations) -> dict[int, list[_Write]]:
+    """Return what is to be written from each frame."""
+    writes: dict[int, list[_Write]] = defaultdict(list)
+    number = 0
+    for i, entry in enumerate(entries):
+        at = 0
+        for name, size in entry.refs:
+            if name != HOLE and not entry.link:
+                frame = locations.ref_frames[number]
+                if frame >= len(locations.frames):
+                    raise CorruptError(f"locations: a chunk of {entry.path!r} is nowhere")
+                writes[frame].append(_Write(i, at, locations.ref_offsets[number], size, name))
+            at += size
+            number += 1
+    return writes
+
+
+def _in_parallel(
+    fetcher: FrameFetcher,
+    locations: Locations,
+    writes: dict[int, list[_Write]],
+    paths: Sequence[bytes],
+) -> Iterable[int]:
+    """Fetch and write all frames; yields the bytes written by each request."""
+    of_frame: dict[tuple[bytes, int], list[_Write]] = defaultdict(list)
+    for number, wanted in writes.items():
+        frame = locations.frames[number]
+        of_frame[frame.pack, frame.offset] += wanted
+    groups = fetcher.plan((locations.frames[n] for n in writes), max_request=8 << 20)
+
+    def work(group: Sequence[FrameRef]) -> int:
+        written = 0
+        for frame, result in zip(group, fetcher.fetch(group), strict=True):
+            if isinstance(result, EnvstoreError):
+                raise result
+            written += _write_frame(result, of_frame[frame.pack, frame.offset], paths)
+        return written
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        running: deque[Future[int]] = deque()
+        try:
+            for group in groups:
+                running.append(pool.submit(work, group))
+                if len(running) >= 2 * PARALLEL:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_frame(raw: bytes, writes: Sequence[_Write], paths: Sequence[bytes]) -> int:
+    view = memoryview(raw)
+    fd, opened = -1, -1
+    written = 0
+    try:
+        for write in writes:
+            data = view[write.start : write.start + write.size]
+            if digest(data) != write.digest:
+                raise CorruptError(f"chunk {write.digest.hex()} is not where its locations say")
+            if write.file != opened:
+                if fd >= 0:
+                    os.close(fd)
+                fd = os.open(paths[write.file], os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                opened = write.file
+            at = 0
+            while at < len(data):
+                at += os.pwrite(fd, data[at:], write.at + at)
+            written += len(data)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return written

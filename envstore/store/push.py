@@ -1,0 +1,355 @@
+"""Push: source -> chunks -> frames -> packs -> manifest -> snapshot -> ref.
+
+Cost: reading and hashing what changed (about 1 GB/s), compressing what is new (about 110 MB/s a
+core), one PUT for each 32 MiB of it, and a handful of requests besides; an unchanged tree costs
+one ``lstat`` a file and three requests. Nothing is visible before the ref moves, and everything a
+ref leads to was stored before: a push that dies leaves at worst packs that the next push reuses.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
+
+from envstore.errors import EnvstoreError
+from envstore.store.chunking import Chunk, Hole
+from envstore.store.dedup import places_to_reuse
+from envstore.store.index import DedupIndex, LocationsBuilder
+from envstore.store.known import KnownChunks, find_orphans
+from envstore.store.locations import locations_key
+from envstore.store.manifest import (
+    HOLE,
+    MAX_HOLE,
+    Entry,
+    Root,
+    build_parts,
+    manifest_key,
+    sort_key,
+)
+from envstore.store.packing import PackWriter
+from envstore.store.reading import Piece, read_files
+from envstore.store.refs import Ref, RefName, move_ref, try_read
+from envstore.store.repository import Repository
+from envstore.store.snapshots import Snapshot, save_snapshot
+from envstore.store.source import Kind, Source, SourceEntry
+from envstore.store.statcache import Recipe, StatCache
+
+
+class Progress(Protocol):
+    """Told how far a push is; bytes are those of the files."""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """``phase`` is ``scan``, ``read``, ``store`` or ``commit``."""
+        ...
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """A ``Progress`` that says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """What a push did. Sizes are bytes; ``seconds`` is wall time.
+
+    ``new_chunk_bytes`` counts raw file content that was not in the store, ``stored_bytes`` what
+    it takes there, ``uploaded_bytes`` and ``requests`` everything sent to the store.
+    """
+
+    ref: str
+    snapshot: bytes
+    manifest: bytes
+    kind: str
+    files: int
+    logical_bytes: int
+    read_bytes: int
+    new_chunk_bytes: int
+    stored_bytes: int
+    uploaded_bytes: int
+    requests: int
+    seconds: float
+    unchanged: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """What the user may choose: a message, further parents to dedup against, the zstd level."""
+
+    message: str = ""
+    parents: tuple[bytes, ...] = ()
+    level: int = 3
+
+
+@dataclass(slots=True)
+class _Tree:
+    """A scanned tree on its way to a manifest."""
+
+    entries: list[SourceEntry]
+    signature: bytes
+    old: dict[bytes, tuple[bytes, Recipe]] = field(default_factory=dict)
+    recipes: dict[bytes, Recipe] = field(default_factory=dict)
+    read_bytes: int = 0
+
+
+def push(
+    repository: Repository,
+    source: Source,
+    ref: RefName,
+    stat_cache: StatCache,
+    *,
+    state: Path | None = None,
+    options: PushOptions | None = None,
+    progress: Progress = silent,
+) -> PushResult:
+    """Store the tree of ``source`` and point ``ref`` at it.
+
+    ``state`` is a directory for the lists of packs that an interrupted push leaves behind.
+    Raises ``ChangedError`` (a file changed while read), ``ConflictError`` (the ref was moved by
+    somebody else meanwhile: what was stored is reused by the next try), ``UsageError`` (sockets,
+    devices), and the errors of the store. The ref is as before after any of them.
+    """
+    started = time.monotonic()
+    options = options or PushOptions()
+    traffic = repository.objects.traffic
+    requests, sent = traffic.requests, traffic.bytes_out
+    index = DedupIndex()
+    known = KnownChunks(repository, index)
+    expected = try_read(repository.objects, ref)
+    before = known.base(expected[0].snapshot) if expected else None
+    progress("scan", 0, 0)
+    tree = _scan(source)
+    if before is not None and expected is not None and before.kind == source.kind:
+        manifest = stat_cache.manifest(source.identity, tree.signature)
+        if manifest == before.manifest:
+            return PushResult(
+                str(ref), expected[0].snapshot, manifest, source.kind, before.files,
+                before.logical_bytes, 0, 0, 0, traffic.bytes_out - sent,
+                traffic.requests - requests, time.monotonic() - started, True,
+                (*source.warnings, *known.warnings),
+            )  # fmt: skip
+    bases = [*((expected[0].snapshot,) if expected else ()), *options.parents]
+    known.learn_snapshots(bases)
+    known.learn_segments()
+    orphans = find_orphans(repository, state)
+    index.add_packs(orphans)
+    writer = PackWriter(repository.objects, index, pending=state, level=options.level)
+    try:
+        writer.adopt(orphans)
+        tree.old = stat_cache.recipes(source.identity)
+        _store_files(source, tree, known, writer, progress)
+        new_bytes = writer.new_bytes
+        root = _store_manifest(source, tree, index, writer, repository, progress)
+    finally:
+        writer.close()
+    unchanged = before is not None and (before.manifest, before.kind) == (root.digest, source.kind)
+    if unchanged and expected is not None:
+        name = expected[0].snapshot
+    else:
+        name = _commit(repository, source, ref, expected, root, options)
+    _remember(stat_cache, source, tree, root.digest)
+    return PushResult(
+        str(ref), name, root.digest, source.kind, root.files, root.logical, tree.read_bytes,
+        new_bytes, writer.stored_bytes, traffic.bytes_out - sent, traffic.requests - requests,
+        time.monotonic() - started, unchanged,
+        (*source.warnings, *known.warnings),
+    )  # fmt: skip
+
+
+def _scan(source: Source) -> _Tree:
+    entries = sorted(source.scan(), key=lambda entry: sort_key(entry.path))
+    whole = blake3(b"%b %d %d" % (source.kind.encode(), *source.root_attributes()))
+    settled = True
+    for entry in entries:
+        whole.update(
+            b"%d:%b%d:%b%b%d %d %d "
+            % (
+                len(entry.path), entry.path, len(entry.target), entry.target, entry.signature,
+                entry.kind, entry.mode, entry.mtime_ns,
+            )
+        )  # fmt: skip
+        settled = settled and (entry.settled or entry.kind is not Kind.FILE)
+    return _Tree(entries, whole.digest() if settled else b"")
+
+
+def _store_files(
+    source: Source, tree: _Tree, known: KnownChunks, writer: PackWriter, progress: Progress
+) -> None:
+    """Fill ``tree.recipes`` with a recipe for every file, storing the chunks that are new."""
+    wanted: list[SourceEntry] = []
+    seen: set[tuple[int, int]] = set()
+    for entry in tree.entries:
+        if entry.kind is not Kind.FILE or (entry.link and entry.link in seen):
+            continue
+        if entry.link:
+            seen.add(entry.link)
+        recipe = _remembered(tree, entry, known.index)
+        if recipe is None:
+            wanted.append(entry)
+        else:
+            tree.recipes[entry.path] = recipe
+    wanted.sort(key=source.order)
+    total = sum(entry.size for entry in wanted)
+    session = len(known.index.frames)
+    refs: list[tuple[bytes, int]] = []
+    pieces = read_files(source, wanted)
+    try:
+        for piece in pieces:
+            refs += _store_piece(piece, known, writer, session)
+            tree.read_bytes += sum(len(i.data) for i in piece.items if isinstance(i, Chunk))
+            if piece.omitted:
+                tree.recipes[piece.entry.path] = Recipe(b"")
+            elif piece.whole is not None:
+                tree.recipes[piece.entry.path] = Recipe(piece.whole, tuple(refs))
+                refs = []
+            progress("read", tree.read_bytes, total)
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+
+
+def _remembered(tree: _Tree, entry: SourceEntry, index: DedupIndex) -> Recipe | None:
+    """Return the recipe of an unchanged file if all its chunks are still known."""
+    signature, recipe = tree.old.get(entry.path, (b"", None))
+    if recipe is None or signature != entry.signature or not entry.settled:
+        return None
+    if any(name != HOLE and index.find(name) is None for name, _ in recipe.refs):
+        return None
+    return recipe
+
+
+def _store_piece(
+    piece: Piece, known: KnownChunks, writer: PackWriter, session: int
+) -> list[tuple[bytes, int]]:
+    index = known.index
+    chunks = [item for item in piece.items if isinstance(item, Chunk)]
+    known.consider(chunks)
+    places = iter(places_to_reuse(index, chunks, session))
+    refs = []
+    for item in piece.items:
+        if isinstance(item, Hole):
+            left = item.length
+            while left:
+                refs.append((HOLE, min(left, MAX_HOLE)))
+                left -= refs[-1][1]
+            continue
+        # The same chunk may come twice in one piece: the second time it is no longer new.
+        if next(places) is None and (index.find(item.digest) or (-1,))[0] < session:
+            writer.add(item.digest, item.data)
+        refs.append((item.digest, len(item.data)))
+    return refs
+
+
+def _entries(source: Source, tree: _Tree) -> list[Entry]:
+    """Return the manifest's entries; further names of a hard-linked file share its recipe."""
+    first: dict[tuple[int, int], bytes] = {}
+    found = []
+    plain = source.kind != "dir"
+    for entry in tree.entries:
+        mode = None if plain else entry.mode
+        mtime = None if plain else entry.mtime_ns
+        if entry.kind is not Kind.FILE:
+            found.append(
+                Entry(entry.path, entry.kind, target=entry.target, mode=mode, mtime_ns=mtime)
+            )
+            continue
+        link = first.setdefault(entry.link, entry.path) if entry.link else entry.path
+        recipe = tree.recipes[link]
+        if recipe.omitted:
+            continue
+        found.append(
+            Entry(
+                entry.path, entry.kind, bool(entry.mode & 0o111), recipe.size, recipe.digest,
+                recipe.refs, b"", mode, mtime, b"" if link == entry.path else link,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _store_manifest(
+    source: Source,
+    tree: _Tree,
+    index: DedupIndex,
+    writer: PackWriter,
+    repository: Repository,
+    progress: Progress,
+) -> Root:
+    """Store parts, root and locations, after everything they lead to."""
+    progress("store", 0, 0)
+    writer.end_frame()
+    entries = _entries(source, tree)
+    parts = []
+    for info, data in build_parts(entries):
+        parts.append(info)
+        if index.find(info.digest) is None:
+            writer.add(info.digest, data)
+    writer.flush()
+    progress("commit", 0, 0)
+    builder = LocationsBuilder(index.frames)
+    for info in parts:
+        builder.part(_place(index, info.digest))
+    for entry in entries:
+        for name, _ in entry.refs:
+            if name == HOLE:
+                builder.hole()
+            else:
+                builder.ref(_place(index, name))
+    mode, mtime_ns = source.root_attributes()
+    root = Root(
+        tuple(parts),
+        len(entries),
+        sum(1 for entry in entries if entry.kind is Kind.FILE),
+        sum(entry.size for entry in entries),
+        mode,
+        mtime_ns,
+    )
+    objects = repository.objects
+    objects.put(locations_key(root.digest), builder.result.seal())
+    objects.put(manifest_key(root.digest), root.seal())
+    return root
+
+
+def _place(index: DedupIndex, name: bytes) -> tuple[int, int]:
+    place = index.find(name)
+    if place is None:
+        raise EnvstoreError(f"chunk {name.hex()} was lost on the way; this is a bug")
+    return place
+
+
+def _commit(
+    repository: Repository,
+    source: Source,
+    ref: RefName,
+    expected: tuple[Ref, str] | None,
+    root: Root,
+    options: PushOptions,
+) -> bytes:
+    snapshot = Snapshot(
+        source.kind,
+        root.digest,
+        root.files,
+        root.logical,
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        (expected[0].snapshot,) if expected else (),
+        message=options.message,
+        attributes=source.attributes(),
+    )
+    name = save_snapshot(repository.objects, snapshot)
+    move_ref(repository.objects, ref, name, expected)
+    return name
+
+
+def _remember(stat_cache: StatCache, source: Source, tree: _Tree, manifest: bytes) -> None:
+    changed = []
+    for entry in tree.entries:
+        recipe = tree.recipes.get(entry.path)
+        if recipe is None or not entry.settled:
+            continue
+        if tree.old.get(entry.path) != (entry.signature, recipe):
+            changed.append((entry.path, entry.signature, recipe))
+    present = {entry.path for entry in tree.entries}
+    gone = [path for path in tree.old if path not in present]
+    stat_cache.save(source.identity, tree.signature, manifest, changed, gone)

@@ -1,0 +1,233 @@
+"""Verify: walks from refs to bytes and reports every object that is not as it should be.
+
+Structure: ref -> snapshot -> manifest -> parts -> locations -> packs present, long enough, and
+listing the very frames and chunks the locations name. With data: every pack used is read whole,
+and its name, every frame and every chunk are hashed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from envstore.errors import CorruptError, EnvstoreError, NotFoundError
+from envstore.store.digest import digest, parse_hex
+from envstore.store.frames import Frame, decode_frame
+from envstore.store.locations import FrameRef, Locations
+from envstore.store.manifest import HOLE, Entry, Root, read_entries
+from envstore.store.packs import FOOTER_SIZE, Pack, frame_bytes, pack_key, parse_pack, read_table
+from envstore.store.repository import PARALLEL, Repository
+from envstore.store.snapshots import Snapshot
+
+_TAIL = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One damaged or missing object, why, and which refs or snapshots it harms."""
+
+    object: str
+    reason: str
+    harms: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Report:
+    """What was checked: counts of objects, and bytes of packs read."""
+
+    snapshots: int = 0
+    packs: int = 0
+    frames: int = 0
+    chunks: int = 0
+    bytes_read: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What the snapshots expect of each pack: frames by offset, chunks by frame offset."""
+
+    frames: dict[int, FrameRef] = field(default_factory=dict)
+    chunks: dict[int, set[tuple[int, int, bytes]]] = field(default_factory=dict)
+    users: set[str] = field(default_factory=set)
+
+
+def verify(
+    repository: Repository,
+    targets: Sequence[tuple[str, bytes]],
+    *,
+    read_data: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Check ``targets``, pairs of a name for the report and a snapshot digest.
+
+    Damage is collected, not raised; ``UnavailableError`` and ``AccessDeniedError`` are raised.
+    ``progress`` is told packs done and packs in all. Memory: about 200 bytes a chunk.
+    """
+    report = Report()
+    plans: dict[bytes, _Plan] = defaultdict(_Plan)
+    damaged: dict[bytes, tuple[str, str]] = {}
+    harmed: dict[bytes, list[str]] = defaultdict(list)
+    for name, snapshot in targets:
+        if snapshot not in harmed:
+            report.snapshots += 1
+            problem = _check_metadata(repository, snapshot, name, plans)
+            if problem is not None:
+                damaged[snapshot] = problem
+        harmed[snapshot].append(name)
+    for snapshot, (object_, reason) in damaged.items():
+        report.problems.append(Problem(object_, reason, tuple(harmed[snapshot])))
+    names = {name: tuple(users) for users in harmed.values() for name in users[:1]}
+    sizes = {
+        parse_hex(info.key.rpartition("/")[2]): info.size
+        for info in repository.objects.list("packs/")
+    }
+    work = sorted(plans)
+    with ThreadPoolExecutor(PARALLEL if not read_data else 4) as pool:
+
+        def check(pack: bytes) -> tuple[list[str], int]:
+            return _check_pack(repository, pack, sizes.get(pack), plans[pack], read_data)
+
+        for i, (pack, (reasons, read)) in enumerate(zip(work, pool.map(check, work), strict=True)):
+            report.packs += 1
+            report.frames += len(plans[pack].frames)
+            report.chunks += sum(len(chunks) for chunks in plans[pack].chunks.values())
+            report.bytes_read += read
+            users = tuple(sorted({user for n in plans[pack].users for user in names[n]}))
+            report.problems += [Problem(f"pack {pack.hex()}", why, users) for why in reasons]
+            progress(i + 1, len(work))
+    return report
+
+
+def _check_metadata(
+    repository: Repository, name: bytes, user: str, plans: dict[bytes, _Plan]
+) -> tuple[str, str] | None:
+    """Walk one snapshot's metadata and add what it needs to ``plans``; returns the damage."""
+    what = f"snapshot {name.hex()}"
+    try:
+        snapshot = repository.snapshot(name)
+        what = f"manifest {snapshot.manifest.hex()}"
+        root, locations = repository.located(snapshot.manifest)
+        entries = read_entries(repository.parts(root, locations))
+        _expect(plans, user, root, locations, entries, snapshot)
+    except (CorruptError, NotFoundError) as error:
+        return what, error.message
+    return None
+
+
+def _expect(
+    plans: dict[bytes, _Plan],
+    user: str,
+    root: Root,
+    locations: Locations,
+    entries: Iterable[Entry],
+    snapshot: Snapshot,
+) -> None:
+    def need(number: int, offset: int, size: int, name: bytes) -> None:
+        if number >= len(locations.frames):
+            raise CorruptError(f"chunk {name.hex()} is nowhere")
+        frame = locations.frames[number]
+        if offset + size > frame.raw:
+            raise CorruptError(f"chunk {name.hex()} reaches beyond its frame")
+        plan = plans[frame.pack]
+        plan.users.add(user)
+        plan.frames[frame.offset] = frame
+        plan.chunks.setdefault(frame.offset, set()).add((offset, size, name))
+
+    for i, info in enumerate(root.parts):
+        need(locations.part_frames[i], locations.part_offsets[i], info.size, info.digest)
+    number = count = files = logical = 0
+    for entry in entries:
+        count += 1
+        files += entry.kind == 0
+        logical += entry.size
+        for name, size in entry.refs:
+            if name != HOLE:
+                need(locations.ref_frames[number], locations.ref_offsets[number], size, name)
+            number += 1
+    if (count, files, logical) != (root.entries, root.files, root.logical):
+        raise CorruptError("the entries do not add up to what the manifest's root says")
+    if (files, logical) != (snapshot.files, snapshot.logical_bytes):
+        raise CorruptError("the entries do not add up to what the snapshot says")
+
+
+def _check_pack(
+    repository: Repository, name: bytes, size: int | None, plan: _Plan, read_data: bool
+) -> tuple[list[str], int]:
+    """Return what is wrong with one pack and the bytes read to find out."""
+    if size is None:
+        return ["it is missing"], 0
+    data = b""
+    try:
+        if read_data:
+            data = repository.objects.get(pack_key(name))
+            pack = parse_pack(data, name)
+            return _check_table(pack, plan) + _check_frames(pack, data), len(data)
+        frames, read = _read_tail(repository, name, size)
+        return _check_table(Pack(name, size, frames), plan), read
+    except (CorruptError, NotFoundError) as error:
+        return [error.message, *(_salvage(data, plan) if data else [])], len(data)
+
+
+def _read_tail(repository: Repository, name: bytes, size: int) -> tuple[tuple[Frame, ...], int]:
+    what = f"pack {name.hex()}"
+    length = min(size, _TAIL)
+    for _ in range(2):
+        if length < FOOTER_SIZE:
+            break
+        tail = repository.objects.get_range(pack_key(name), size - length, length)
+        found = read_table(tail, size, what)
+        if not isinstance(found, int):
+            return found, length
+        length = found
+    raise CorruptError(f"{what} is truncated to {size} bytes")
+
+
+def _check_table(pack: Pack, plan: _Plan) -> list[str]:
+    """Compare what the snapshots expect with what the pack says of itself."""
+    reasons = []
+    present = dict(zip(pack.offsets(), pack.frames, strict=True))
+    for offset, ref in plan.frames.items():
+        frame = present.get(offset)
+        facts = (ref.stored, ref.raw, ref.codec, ref.digest)
+        if frame is None or (frame.stored, frame.raw, frame.codec, frame.digest) != facts:
+            reasons.append(f"it has no frame {ref.digest.hex()} at byte {offset}")
+            continue
+        chunks = {(start, size, chunk) for chunk, start, size in frame.chunks()}
+        missing = plan.chunks[offset] - chunks
+        if missing:
+            reasons.append(f"frame at byte {offset} lacks {len(missing)} chunks it should hold")
+    return reasons
+
+
+def _check_frames(pack: Pack, data: bytes) -> list[str]:
+    reasons = []
+    for frame, stored in frame_bytes(pack, data):
+        try:
+            raw = memoryview(decode_frame(stored, frame.codec, frame.raw, frame.digest))
+        except EnvstoreError as error:
+            reasons.append(error.message)
+            continue
+        for chunk, start, size in frame.chunks():
+            if digest(raw[start : start + size]) != chunk:
+                reasons.append(f"chunk {chunk.hex()} does not match its digest")
+    return reasons
+
+
+def _salvage(data: bytes, plan: _Plan) -> list[str]:
+    """Name the frames that a damaged pack can no longer give."""
+    reasons = []
+    view = memoryview(data)
+    for offset, ref in sorted(plan.frames.items()):
+        try:
+            decode_frame(view[offset : offset + ref.stored], ref.codec, ref.raw, ref.digest)
+        except EnvstoreError as error:
+            reasons.append(f"{error.message} (byte {offset})")
+    return reasons
