@@ -1,31 +1,23 @@
 """Decides which chunks are stored again: all that are unknown, and hits that would fragment.
 
-A hit saves bytes but may send a later sequential read to one more place. A hit is refused when
-it would spread a window of a file over more than ``MAX_RUNS`` ranges of packs, shortest runs
-first; so reading any such window costs at most that many requests, and the bytes stored again are
-bounded by the shortest runs of that window.
+A hit saves bytes but may send a later sequential read to one more place. Reading a window of a
+file takes one request for each range of frames that lie close together; a hit is refused when it
+would make that more than ``MAX_RANGES``, the ranges that serve the fewest bytes first. So reading
+any such window costs at most that many requests, and what is stored again is bounded by the
+smallest ranges of that window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from envstore.store.chunking import Chunk
+from envstore.store.fetch import MAX_GAP
 from envstore.store.index import DedupIndex
-from envstore.store.locations import FrameRef
 
-MAX_RUNS = 8
+MAX_RANGES = 8
 MIN_WINDOW = 1 << 20
-"""Shorter pieces are never refused: a small file is one request anyway."""
-
-
-@dataclass(slots=True)
-class _Run:
-    start: int
-    end: int
-    size: int
-    hit: bool
+"""Bytes below which nothing is refused: a small file is one request anyway."""
 
 
 def places_to_reuse(
@@ -34,45 +26,36 @@ def places_to_reuse(
     """Return for each chunk the place to reuse, or ``None`` where it is to be stored.
 
     ``chunks`` are consecutive in one file. Frames numbered from ``session_start`` on are being
-    written by this push and never fragment anything.
+    written by this push, next to each other, and never fragment anything.
     """
     places = [index.find(chunk.digest) for chunk in chunks]
     if sum(len(chunk.data) for chunk in chunks) < MIN_WINDOW:
         return places
-    runs = _runs(index.frames, chunks, places)
-    excess = len(runs) - MAX_RUNS
-    if excess <= 0:
-        return places
-    old = [run for run in runs if run.hit and (places[run.start] or (0, 0))[0] < session_start]
-    for run in sorted(old, key=lambda run: run.size)[:excess]:
-        for i in range(run.start, run.end):
-            places[i] = None
+    served: dict[int, int] = {}
+    for chunk, place in zip(chunks, places, strict=True):
+        if place is not None and place[0] < session_start:
+            served[place[0]] = served.get(place[0], 0) + len(chunk.data)
+    ranges = _ranges(index, served)
+    # What is new makes one more range, in the packs being written.
+    excess = len(ranges) + (None in places) - MAX_RANGES
+    if excess > 0:
+        ranges.sort(key=lambda numbers: sum(served[number] for number in numbers))
+        refused = {number for numbers in ranges[:excess] for number in numbers}
+        places = [None if place and place[0] in refused else place for place in places]
     return places
 
 
-def _runs(
-    frames: Sequence[FrameRef], chunks: Sequence[Chunk], places: Sequence[tuple[int, int] | None]
-) -> list[_Run]:
-    """Group chunks that lie, or will lie, next to each other in one pack."""
-    runs: list[_Run] = []
-    previous: tuple[int, int] | None = None
-    for i, (chunk, place) in enumerate(zip(chunks, places, strict=True)):
-        size = len(chunk.data)
-        if runs and _adjacent(frames, previous, place):
-            runs[-1].end = i + 1
-            runs[-1].size += size
+def _ranges(index: DedupIndex, numbers: Iterable[int]) -> list[list[int]]:
+    """Group frames that one request would fetch together."""
+    groups: list[list[int]] = []
+    frames = index.frames
+    end = 0
+    for number in sorted(numbers, key=lambda n: (frames[n].pack, frames[n].offset)):
+        frame = frames[number]
+        together = groups and frames[groups[-1][-1]].pack == frame.pack
+        if together and frame.offset - end <= MAX_GAP:
+            groups[-1].append(number)
         else:
-            runs.append(_Run(i, i + 1, size, place is not None))
-        previous = place
-    return runs
-
-
-def _adjacent(
-    frames: Sequence[FrameRef], a: tuple[int, int] | None, b: tuple[int, int] | None
-) -> bool:
-    if a is None or b is None:
-        return a is b
-    if a[0] == b[0]:
-        return True
-    first, second = frames[a[0]], frames[b[0]]
-    return first.pack == second.pack and first.offset + first.stored == second.offset
+            groups.append([number])
+        end = frame.offset + frame.stored
+    return groups
