@@ -1,123 +1,50 @@
-"""Manifests: the flat, path-sorted description of one tree, in self-contained parts.
+"""Manifests: the flat, path-sorted description of one tree.
 
-A manifest is a root (list of parts) and the parts themselves. A part is a chunk like any other:
-it holds some hundred consecutive entries as columns, and starts at a path whose CRC-32 ends in
-nine zero bits, so that a change in one directory leaves the other parts as they were. Entries
-are in depth-first order: sorted by path with ``/`` counted as the lowest byte.
+A manifest is a root, which lists parts, and the parts themselves, which are chunks like any
+other. Entries are in depth-first order: sorted by path with ``/`` counted as the lowest byte.
 """
 
 from __future__ import annotations
 
-import zlib
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
 
-from envstore.errors import CorruptError, UnsupportedFormatError
-from envstore.store.binary import U32, U64, Cursor, pack_array, seal, unpack_array, unseal
-from envstore.store.digest import DIGEST_SIZE, EMPTY, digest
-from envstore.store.source import Kind
+from envstore.errors import CorruptError
+from envstore.store.binary import U32, U64, Cursor, pack_array, seal, unseal
+from envstore.store.digest import DIGEST_SIZE, digest
+from envstore.store.entries import HOLE, MAX_HOLE, NORMAL_MTIME_NS, Entry, sort_key
+from envstore.store.parts import (
+    MAX_PART_REFS,
+    Part,
+    PartInfo,
+    build_parts,
+    checked,
+    decode_part,
+    read_entries,
+)
+
+__all__ = [
+    "HOLE",
+    "MAX_HOLE",
+    "MAX_PART_REFS",
+    "NORMAL_MTIME_NS",
+    "Entry",
+    "Part",
+    "PartInfo",
+    "build_parts",
+    "checked",
+    "decode_part",
+    "read_entries",
+    "sort_key",
+]
 
 ROOT_MAGIC = b"ESMANI01"
 MAX_ROOT = 256 << 20
-MAX_PART_REFS = 16_384
-_MIN_ENTRIES, _MAX_ENTRIES, _CUT_MASK = 128, 4096, 0x1FF
-
-_MAX_TEXT = 1 << 20
-
-_EXECUTABLE, _CONTINUED = 4, 8
-
-NORMAL_MTIME_NS = 315_532_800 * 1_000_000_000
-"""Time stamp of every entry of a normalised tree: 1980-01-01, the oldest that zip can hold."""
-HOLE = bytes(DIGEST_SIZE)
-"""Stands for a digest where a run of zeros is not stored."""
-MAX_HOLE = 1 << 31
-"""Bytes of one hole reference; longer runs take several."""
-
-
-class _Column:
-    """Column ids. Ids from 0x8000 up may be skipped by a reader that does not know them."""
-
-    KIND = 1
-    DEPTH = 2
-    NAMES = 3
-    BASE = 4
-    SIZE = 5
-    COUNT = 6
-    REF_DIGEST = 7
-    REF_SIZE = 8
-    FILE_DIGEST = 9
-    TARGET = 10
-    MODE = 11
-    MTIME = 12
-    LINK = 13
-    OPTIONAL = 0x8000
 
 
 def manifest_key(name: bytes) -> str:
     """Return the object key of the manifest root called ``name``."""
     return f"manifests/{name.hex()}"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One file, directory or symbolic link of a tree.
-
-    ``refs`` are the ``(digest, size)`` of its chunks in order, a hole having the digest ``HOLE``.
-    ``link`` is the path of the first name of a hard-linked file on every further name. ``mode``
-    and ``mtime_ns`` are ``None`` in normalised trees.
-    """
-
-    path: bytes
-    kind: Kind
-    executable: bool = False
-    size: int = 0
-    digest: bytes = EMPTY
-    refs: tuple[tuple[bytes, int], ...] = ()
-    target: bytes = b""
-    mode: int | None = None
-    mtime_ns: int | None = None
-    link: bytes = b""
-
-
-def sort_key(path: bytes) -> bytes:
-    """Return the key that puts a directory directly before all that is in it."""
-    return path.replace(b"/", b"\0")
-
-
-@dataclass(slots=True)
-class Part:
-    """Decoded columns of one part; ``files`` columns hold one item for each file entry."""
-
-    base: bytes
-    kinds: bytes
-    depths: array[int]
-    names: list[bytes]
-    sizes: array[int]
-    counts: array[int]
-    ref_digests: bytes
-    ref_sizes: array[int]
-    file_digests: bytes
-    targets: list[bytes]
-    modes: array[int] | None = None
-    mtimes: array[int] | None = None
-    links: dict[int, bytes] = field(default_factory=dict)
-
-    @property
-    def continued(self) -> bool:
-        """Whether the first entry goes on with the last file of the part before."""
-        return bool(self.kinds) and bool(self.kinds[0] & _CONTINUED)
-
-
-@dataclass(frozen=True, slots=True)
-class PartInfo:
-    """What the root says of one part."""
-
-    digest: bytes
-    size: int
-    entries: int
-    refs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,262 +111,3 @@ def open_root(data: bytes, name: bytes) -> Root:
     if mtime >> 63:
         mtime -= 1 << 64
     return Root(parts, entries, files, logical, mode, mtime)
-
-
-def build_parts(entries: Iterable[Entry]) -> Iterator[tuple[PartInfo, bytes]]:
-    """Encode sorted ``entries`` into parts; yields each part's row in the root and its bytes.
-
-    ``entries`` must be in ``sort_key`` order with every parent directory present.
-    """
-    batch: list[tuple[Entry, int]] = []
-    refs = text = 0
-    for entry in entries:
-        cut = len(batch) >= _MIN_ENTRIES and not zlib.crc32(entry.path) & _CUT_MASK
-        full = len(batch) >= _MAX_ENTRIES or refs >= MAX_PART_REFS or text >= _MAX_TEXT
-        if batch and (cut or full):
-            yield _encode_part(batch)
-            batch, refs, text = [], 0, 0
-        text += len(entry.path) + len(entry.target) + len(entry.link)
-        start = 0
-        while True:
-            batch.append((entry, start))
-            room = MAX_PART_REFS - refs
-            refs += min(room, len(entry.refs) - start)
-            if len(entry.refs) - start <= room:
-                break
-            start += room
-            yield _encode_part(batch)
-            batch, refs, text = [], 0, 0
-    if batch:
-        yield _encode_part(batch)
-
-
-def _named_by_chunk(size: int, refs: tuple[tuple[bytes, int], ...]) -> bool:
-    """Whether a file needs no digest of its own: it is empty, or just one chunk."""
-    return not size or (len(refs) == 1 and refs[0][1] == size and refs[0][0] != HOLE)
-
-
-def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
-    kinds = bytearray()
-    depths, sizes, counts, ref_sizes = array("H"), array("Q"), array("I"), array("I")
-    names: list[bytes] = []
-    digests: list[bytes] = []
-    file_digests: list[bytes] = []
-    targets: list[bytes] = []
-    links = bytearray()
-    modes, mtimes = array("H"), array("q")
-    room = MAX_PART_REFS
-    for number, (entry, start) in enumerate(batch):
-        flags = _EXECUTABLE if entry.executable else 0
-        kinds.append(entry.kind | flags | (_CONTINUED if start else 0))
-        depths.append(entry.path.count(b"/"))
-        names.append(entry.path.rpartition(b"/")[2])
-        if entry.mode is not None and entry.mtime_ns is not None:
-            modes.append(entry.mode)
-            mtimes.append(entry.mtime_ns)
-        if entry.kind is Kind.SYMLINK:
-            targets.append(entry.target)
-        elif entry.kind is Kind.FILE:
-            part = entry.refs[start : start + room]
-            room -= len(part)
-            sizes.append(entry.size)
-            counts.append(len(part))
-            for name, size in part:
-                digests.append(name)
-                ref_sizes.append(size)
-            if not start:
-                if not _named_by_chunk(entry.size, part):
-                    file_digests.append(entry.digest)
-                if entry.link:
-                    links += U32.pack(number) + U32.pack(len(entry.link)) + entry.link
-    base = batch[0][0].path.rpartition(b"/")[0]
-    columns = {
-        _Column.KIND: bytes(kinds),
-        _Column.DEPTH: pack_array(depths),
-        _Column.NAMES: b"\0".join(names),
-        _Column.BASE: base,
-        _Column.SIZE: pack_array(sizes),
-        _Column.COUNT: pack_array(counts),
-        _Column.REF_DIGEST: b"".join(digests),
-        _Column.REF_SIZE: pack_array(ref_sizes),
-        _Column.FILE_DIGEST: b"".join(file_digests),
-        _Column.TARGET: b"\0".join(targets),
-        _Column.MODE: pack_array(modes),
-        _Column.MTIME: pack_array(mtimes),
-        _Column.LINK: bytes(links),
-    }
-    body = [U32.pack(sum(1 for value in columns.values() if value))]
-    for column, value in columns.items():
-        if value:
-            body += (U32.pack(column), U32.pack(len(value)), value)
-    raw = b"".join(body)
-    return PartInfo(digest(raw), len(raw), len(batch), len(digests)), raw
-
-
-def decode_part(raw: bytes | memoryview) -> Part:
-    """Decode and check one part. Raises ``CorruptError``, ``UnsupportedFormatError``."""
-    cursor = Cursor(raw)
-    columns: dict[int, bytes] = {}
-    for _ in range(cursor.u32()):
-        column, length = cursor.u32(), cursor.u32()
-        value = bytes(cursor.take(length))
-        if column in columns:
-            raise CorruptError(f"manifest part: column {column} twice")
-        if not 1 <= column <= _Column.LINK and column < _Column.OPTIONAL:
-            raise UnsupportedFormatError(
-                f"manifest part holds column {column}, unknown here", hint="upgrade envstore"
-            )
-        columns[column] = value
-    cursor.finish()
-    kinds = columns.get(_Column.KIND, b"")
-    names = columns.get(_Column.NAMES, b"").split(b"\0") if kinds else []
-    target_blob = columns.get(_Column.TARGET)
-    part = Part(
-        base=columns.get(_Column.BASE, b""),
-        kinds=kinds,
-        depths=unpack_array(columns.get(_Column.DEPTH, b""), 2),
-        names=names,
-        sizes=unpack_array(columns.get(_Column.SIZE, b""), 8),
-        counts=unpack_array(columns.get(_Column.COUNT, b""), 4),
-        ref_digests=columns.get(_Column.REF_DIGEST, b""),
-        ref_sizes=unpack_array(columns.get(_Column.REF_SIZE, b""), 4),
-        file_digests=columns.get(_Column.FILE_DIGEST, b""),
-        targets=target_blob.split(b"\0") if target_blob is not None else [],
-        links=_decode_links(columns.get(_Column.LINK, b"")),
-    )
-    if _Column.MODE in columns:
-        part.modes = unpack_array(columns[_Column.MODE], 2)
-        part.mtimes = unpack_array(columns.get(_Column.MTIME, b""), 8, signed=True)
-    _check_part(part)
-    return part
-
-
-def _decode_links(data: bytes) -> dict[int, bytes]:
-    found = {}
-    cursor = Cursor(data)
-    left = len(data)
-    while left:
-        number = cursor.u32()
-        path = bytes(cursor.take(cursor.u32()))
-        found[number] = path
-        left -= 8 + len(path)
-    return found
-
-
-def _check_part(part: Part) -> None:
-    """Refuse what would lead a reader astray: escapes, gaps, sums that do not add up."""
-    count = len(part.kinds)
-    files = sum(1 for kind in part.kinds if kind & 3 == Kind.FILE)
-    links = sum(1 for kind in part.kinds if kind & 3 == Kind.SYMLINK)
-    if len(part.names) != count or len(part.depths) != count or any(k > 15 for k in part.kinds):
-        raise CorruptError("manifest part: columns of different length")
-    if any(k & 3 == 3 or (k & _CONTINUED and i) for i, k in enumerate(part.kinds)):
-        raise CorruptError("manifest part: unknown entry kind")
-    if not {b"", b".", b".."}.isdisjoint(part.names) or any(b"/" in name for name in part.names):
-        raise CorruptError("manifest part: a name that would escape its directory")
-    if len(part.sizes) != files or len(part.counts) != files or len(part.targets) != links:
-        raise CorruptError("manifest part: file or link columns of different length")
-    refs = sum(part.counts)
-    if len(part.ref_sizes) != refs or len(part.ref_digests) != refs * DIGEST_SIZE:
-        raise CorruptError("manifest part: chunk columns of different length")
-    if part.modes is not None and not (
-        part.mtimes is not None and len(part.modes) == len(part.mtimes) == count
-    ):
-        raise CorruptError("manifest part: mode columns of different length")
-    depth = part.base.count(b"/") + 1 if part.base else 0
-    if count and part.depths[0] != depth:
-        raise CorruptError("manifest part: the first entry is not below the part's base")
-    previous = depth
-    for i, depth in enumerate(part.depths):
-        if depth > previous:
-            raise CorruptError("manifest part: an entry without its directory")
-        previous = depth + (part.kinds[i] & 3 == Kind.DIRECTORY)
-
-
-def read_entries(parts: Iterable[Part]) -> Iterator[Entry]:
-    """Yield the entries of consecutive parts; a file spread over several parts comes once.
-
-    Raises ``CorruptError`` unless paths ascend and every entry comes after, and below, a
-    directory of the same manifest: nobody who writes these entries can be led elsewhere.
-    """
-    held: Entry | None = None
-    directories = [b""]
-    previous = b""
-    for part in parts:
-        for entry, continued in _part_entries(part):
-            if continued:
-                if held is None or held.path != entry.path:
-                    raise CorruptError("manifest: a part continues a file that is not there")
-                held = _joined(held, entry)
-                continue
-            if held is not None:
-                yield checked(held)
-            key = sort_key(entry.path)
-            if key <= previous:
-                raise CorruptError(f"manifest: {entry.path!r} is out of order")
-            previous = key
-            parent = entry.path.rpartition(b"/")[0]
-            while directories and directories[-1] != parent:
-                directories.pop()
-            if not directories:
-                raise CorruptError(f"manifest: {entry.path!r} is not in a directory")
-            if entry.kind is Kind.DIRECTORY:
-                directories.append(entry.path)
-            held = entry
-    if held is not None:
-        yield checked(held)
-
-
-def _joined(first: Entry, more: Entry) -> Entry:
-    return Entry(
-        first.path, first.kind, first.executable, first.size, first.digest,
-        first.refs + more.refs, b"", first.mode, first.mtime_ns, first.link,
-    )  # fmt: skip
-
-
-def checked(entry: Entry) -> Entry:
-    """Return ``entry`` if its chunks add up to its size, else raise ``CorruptError``."""
-    if entry.kind is Kind.FILE and sum(size for _, size in entry.refs) != entry.size:
-        raise CorruptError(f"manifest: {entry.path!r} does not add up to its size")
-    return entry
-
-
-def _part_entries(part: Part) -> Iterator[tuple[Entry, bool]]:
-    stack = part.base.split(b"/") if part.base else []
-    starts = list(accumulate(part.counts, initial=0))
-    file_no = link_no = long_no = 0
-    for i, flags in enumerate(part.kinds):
-        kind = Kind(flags & 3)
-        del stack[part.depths[i] :]
-        stack.append(part.names[i])
-        path = b"/".join(stack)
-        mode = part.modes[i] if part.modes is not None else None
-        mtime = part.mtimes[i] if part.mtimes is not None else None
-        if kind is Kind.FILE:
-            first, end = starts[file_no], starts[file_no + 1]
-            names, sizes = part.ref_digests, part.ref_sizes
-            refs = tuple(
-                (names[k * DIGEST_SIZE : (k + 1) * DIGEST_SIZE], sizes[k])
-                for k in range(first, end)
-            )
-            continued = bool(flags & _CONTINUED)
-            whole = refs[0][0] if refs else EMPTY
-            if not continued and not _named_by_chunk(part.sizes[file_no], refs):
-                whole = part.file_digests[long_no * DIGEST_SIZE : (long_no + 1) * DIGEST_SIZE]
-                if len(whole) != DIGEST_SIZE:
-                    raise CorruptError("manifest part: a file digest is missing")
-                long_no += 1
-            executable = bool(flags & _EXECUTABLE)
-            link = part.links.get(i, b"")
-            entry = Entry(
-                path, kind, executable, part.sizes[file_no], whole, refs,
-                b"", mode, mtime, link,
-            )  # fmt: skip
-            file_no += 1
-            yield entry, continued
-        elif kind is Kind.SYMLINK:
-            target = part.targets[link_no]
-            link_no += 1
-            yield Entry(path, kind, target=target, mode=mode, mtime_ns=mtime), False
-        else:
-            yield Entry(path, kind, mode=mode, mtime_ns=mtime), False

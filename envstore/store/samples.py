@@ -30,7 +30,7 @@ def sample_key(name: bytes) -> str:
 
 def is_hook(chunk: bytes) -> bool:
     """Return whether the chunk with this digest is one of the sampled ones."""
-    return not chunk[0] and chunk[1] < 65536 // 256 // RATE
+    return chunk[0] < 256 // RATE
 
 
 def _head(chunk: bytes) -> int:

@@ -12,11 +12,11 @@ _MAX_KEY = 900
 def check_key(key: str) -> tuple[str, ...]:
     """Return the components of ``key``.
 
-    A key is printable ASCII without ``\\`` (to some servers a second ``/``), of at most 900
-    characters: components of 1 to 255 characters joined
-    by ``/``, none of them ``.`` or ``..``; the first may not begin with a dot, because a backend
-    keeps its own files under such names. Raises ``UsageError`` for anything else, so that no key
-    can name a place outside the store.
+    A key is printable ASCII of at most 900 characters, without backslashes (some servers take
+    them for slashes): components of 1 to 255 characters joined by ``/``, none of them ``.`` or
+    ``..``; the first may not begin with a dot, because a backend keeps its own files under such
+    names. Raises ``UsageError`` for anything else, so that no key can name a place outside the
+    store.
     """
     parts = tuple(key.split("/"))
     if not key or len(key) > _MAX_KEY or not _is_allowed(key):

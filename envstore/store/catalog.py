@@ -1,0 +1,126 @@
+"""What a store holds, as people ask for it: its refs, the entries of a directory, removing names.
+
+Everything here is a handful of requests, sent in parallel where there are many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from envstore.errors import ConflictError, CorruptError, EnvstoreError, NotFoundError
+from envstore.store.manifest import Entry
+from envstore.store.refs import Ref, RefName, list_refs, move_ref, read_ref, try_read
+from envstore.store.repository import PARALLEL, Repository
+from envstore.store.snapshots import Snapshot
+from envstore.store.source import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A ref with what it leads to, or with the error that is in the way."""
+
+    name: RefName
+    ref: Ref | None = None
+    snapshot: Snapshot | None = None
+    error: EnvstoreError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Where a ref points now, and where it pointed before (``None``: it is new)."""
+
+    name: RefName
+    snapshot: bytes
+    before: bytes | None
+
+
+def describe_refs(repository: Repository, prefix: str = "") -> list[Listed]:
+    """Return every ref whose ``namespace/name/tag`` starts with ``prefix``, in order.
+
+    One listing, and one or two requests for each ref. A damaged ref or snapshot is told of in
+    its own row; what concerns the whole store is raised.
+    """
+    names = sorted(list_refs(repository.objects, prefix))
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        found = pool.map(lambda name: _describe(repository, name), names)
+        return [listed for listed in found if listed is not None]
+
+
+def _describe(repository: Repository, name: RefName) -> Listed | None:
+    try:
+        ref = read_ref(repository.objects, name)
+    except NotFoundError:
+        return None  # removed since it was listed
+    except CorruptError as error:
+        return Listed(name, error=error)
+    try:
+        return Listed(name, ref, repository.snapshot(ref.snapshot))
+    except (CorruptError, NotFoundError) as error:
+        return Listed(name, ref, error=error)
+
+
+def entries_at(entries: Iterable[Entry], path: bytes, *, recursive: bool) -> Iterator[Entry]:
+    """Yield what ``path`` names: the entries in a directory (``b""`` is the root), or itself.
+
+    With ``recursive`` everything below it. ``entries`` come in the order of a manifest. Raises
+    ``NotFoundError``.
+    """
+    below = path + b"/" if path else b""
+    found = not path
+    for entry in entries:
+        if entry.path == path:
+            found = True
+            if entry.kind is not Kind.DIRECTORY:
+                yield entry
+                return
+        elif entry.path.startswith(below):
+            if recursive or b"/" not in entry.path[len(below) :]:
+                yield entry
+        elif found and path:
+            return  # a directory's entries follow it without a gap
+    if not found:
+        text = path.decode(errors="backslashreplace")
+        raise NotFoundError(f"there is no /{text} in this snapshot")
+
+
+def tag(repository: Repository, source: str, target: RefName, *, force: bool = False) -> Tagged:
+    """Point ``target`` at the snapshot that ``source`` stands for.
+
+    Raises ``ConflictError`` if it points elsewhere already and ``force`` is not given, or if it
+    is moved at the same time.
+    """
+    name = repository.resolve(source)
+    # A digest given in full was not looked up yet.
+    repository.snapshot(name)
+    expected = try_read(repository.objects, target)
+    before = expected[0].snapshot if expected else None
+    if before == name:
+        return Tagged(target, name, before)
+    if before is not None and not force:
+        raise ConflictError(
+            f"{target} exists and points at @{before.hex()[:12]}", hint="--force moves it"
+        )
+    move_ref(repository.objects, target, name, expected)
+    return Tagged(target, name, before)
+
+
+def current(repository: Repository, names: Sequence[RefName]) -> list[tuple[RefName, Ref | None]]:
+    """Return where each of ``names`` points, ``None`` for one that is damaged.
+
+    Raises ``NotFoundError`` for the first that does not exist.
+    """
+    found: list[tuple[RefName, Ref | None]] = []
+    for name in dict.fromkeys(names):
+        try:
+            found.append((name, read_ref(repository.objects, name)))
+        except CorruptError:
+            found.append((name, None))
+    return found
+
+
+def remove_refs(repository: Repository, names: Iterable[RefName]) -> None:
+    """Remove ``names``; the snapshots stay until they are collected as garbage."""
+    for name in names:
+        repository.objects.delete(name.key)
