@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from botocore import exceptions as aws
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from envstore.errors import (
     AccessDeniedError,
@@ -16,6 +18,17 @@ from envstore.errors import (
     UsageError,
 )
 from envstore.store.objects.url import S3Location
+
+# Everything that botocore raises for a request; reading a body may raise urllib3's own errors.
+RAISED: tuple[type[Exception], ...] = (
+    aws.BotoCoreError,
+    aws.ClientError,
+    ResponseParserError,
+    HTTPError,
+)
+
+# Making a client raises ValueError for an endpoint that is no URL.
+RAISED_BY_CLIENT: tuple[type[Exception], ...] = (*RAISED, ValueError)
 
 _CREDENTIALS_HINT = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile of ~/.aws: "
@@ -117,6 +130,14 @@ def classify(error: Exception, location: S3Location, endpoint: str, action: str)
         return Failure(no_credentials(location, type(error).__name__), passing=False)
     if isinstance(error, _BAD_CONFIGURATION):
         return Failure(bad_configuration(location, error), passing=False)
+    if isinstance(error, ResponseParserError):
+        return Failure(
+            UnavailableError(
+                f"cannot {action}: {endpoint} answered what is not S3's XML",
+                hint="check that it is an S3 server, and what stands between here and there",
+            ),
+            passing=True,
+        )
     # What remains is the transport: connections closed early, silence, garbled answers.
     return Failure(_unreachable(error, endpoint), passing=True)
 
@@ -219,9 +240,10 @@ def _answered(error: aws.ClientError, location: S3Location, endpoint: str, actio
 
 def missing_bucket(location: S3Location, endpoint: str) -> NotFoundError:
     """Return the error for a bucket that does not exist."""
+    create = f"aws s3 mb s3://{location.bucket} --endpoint-url {endpoint}"
     return NotFoundError(
         f"the bucket {location.bucket} does not exist at {endpoint}",
-        hint=f"check the name and the endpoint, or create it: aws s3 mb s3://{location.bucket}",
+        hint=f"check both, or create it: {create}",
     )
 
 

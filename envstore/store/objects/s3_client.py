@@ -1,0 +1,105 @@
+"""A botocore client for a store's bucket: credentials, endpoint, time-outs."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import TYPE_CHECKING, Any, Literal, cast
+from urllib.parse import urlsplit
+
+# Not boto3: it adds resources and transfer managers that are not used here, and a quarter to the
+# time until the first request.
+import botocore.session
+from botocore.config import Config
+
+from envstore.store.objects import s3_errors
+from envstore.store.objects.url import S3Location
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_CONNECTIONS = 32
+_EXPECT_FROM = 1 << 20
+
+_AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
+
+
+def make_client(location: S3Location, silence: float) -> S3Client:
+    """Return a client for ``location`` that waits ``silence`` seconds for a connection or a word.
+
+    Raises ``AccessDeniedError`` without credentials, ``UsageError`` for a configuration that
+    cannot be used.
+    """
+    try:
+        session = botocore.session.Session(profile=location.profile)
+        if session.get_credentials() is None:
+            raise s3_errors.no_credentials(location)
+        # botocore looks for an endpoint in ~/.aws too, and tells only once there is a client.
+        guess = location.endpoint or _endpoint_from_environment()
+        guessed = not is_amazon(guess)
+        client = _create(session, location, silence, off_amazon=guessed)
+        off_amazon = not is_amazon(client.meta.endpoint_url)
+        if off_amazon != guessed:
+            client.close()
+            client = _create(session, location, silence, off_amazon=off_amazon)
+        client.meta.events.register_last("before-call.s3", _expect_nothing)
+        return client
+    except s3_errors.RAISED_BY_CLIENT as error:
+        raise s3_errors.classify(
+            error, location, location.endpoint or "S3", "connect"
+        ).error from error
+
+
+def _create(
+    session: botocore.session.Session, location: S3Location, silence: float, *, off_amazon: bool
+) -> S3Client:
+    addressing: Literal["path", "virtual", "auto"] = "path" if off_amazon else "auto"
+    if location.path_style is not None:
+        addressing = "path" if location.path_style else "virtual"
+    checksums: Literal["when_required", "when_supported"] = (
+        "when_required" if off_amazon else "when_supported"
+    )
+    config = Config(
+        connect_timeout=silence,
+        read_timeout=silence,
+        max_pool_connections=_CONNECTIONS,
+        tcp_keepalive=True,
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        request_checksum_calculation=checksums,
+        response_checksum_validation=checksums,
+        s3={"addressing_style": addressing},
+    )
+    region = (
+        location.region
+        or session.get_config_variable("region")
+        or os.environ.get("AWS_REGION")
+        or "us-east-1"
+    )
+    client = session.create_client(
+        "s3", region_name=region, endpoint_url=location.endpoint, config=config
+    )
+    return cast("S3Client", client)
+
+
+def _endpoint_from_environment() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def is_amazon(endpoint: str | None) -> bool:
+    """Return whether ``endpoint`` is AWS's own; so is none at all."""
+    host = urlsplit(endpoint).hostname if endpoint else None
+    return endpoint is None or (host or "").endswith(_AWS_DOMAINS)
+
+
+def shown(endpoint: str) -> str:
+    """Return ``endpoint`` as messages may show it: a user name and password in it are left out."""
+    split = urlsplit(endpoint)
+    return f"{split.scheme}://{split.netloc.rpartition('@')[2]}"
+
+
+def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
+    # Asking the server to say "100 Continue" first doubles the time of a small PUT, and saves
+    # nothing: the body is no longer than the question.
+    body = params["body"]
+    if isinstance(body, io.BytesIO) and body.getbuffer().nbytes < _EXPECT_FROM:
+        params["headers"].pop("Expect", None)
