@@ -1,4 +1,4 @@
-"""Objects in an S3 bucket, on botocore."""
+"""Objects in an S3 bucket, on boto3."""
 
 from __future__ import annotations
 

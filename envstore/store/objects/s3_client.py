@@ -1,15 +1,13 @@
-"""A botocore client for a store's bucket: credentials, endpoint, time-outs."""
+"""A boto3 client for a store's bucket: credentials, endpoint, time-outs."""
 
 from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-# Not boto3: it adds resources and transfer managers that are not used here, and a quarter to the
-# time until the first request.
-import botocore.session
+import boto3.session
 from botocore.config import Config
 
 from envstore.store.objects import s3_errors
@@ -31,7 +29,7 @@ def make_client(location: S3Location, silence: float) -> S3Client:
     cannot be used.
     """
     try:
-        session = botocore.session.Session(profile=location.profile)
+        session = boto3.session.Session(profile_name=location.profile)
         if session.get_credentials() is None:
             raise s3_errors.no_credentials(location)
         # botocore looks for an endpoint in ~/.aws too, and tells only once there is a client.
@@ -51,7 +49,7 @@ def make_client(location: S3Location, silence: float) -> S3Client:
 
 
 def _create(
-    session: botocore.session.Session, location: S3Location, silence: float, *, off_amazon: bool
+    session: boto3.session.Session, location: S3Location, silence: float, *, off_amazon: bool
 ) -> S3Client:
     addressing: Literal["path", "virtual", "auto"] = "path" if off_amazon else "auto"
     if location.path_style is not None:
@@ -69,16 +67,8 @@ def _create(
         response_checksum_validation=checksums,
         s3={"addressing_style": addressing},
     )
-    region = (
-        location.region
-        or session.get_config_variable("region")
-        or os.environ.get("AWS_REGION")
-        or "us-east-1"
-    )
-    client = session.create_client(
-        "s3", region_name=region, endpoint_url=location.endpoint, config=config
-    )
-    return cast("S3Client", client)
+    region = location.region or session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
+    return session.client("s3", region_name=region, endpoint_url=location.endpoint, config=config)
 
 
 def _endpoint_from_environment() -> str | None:
