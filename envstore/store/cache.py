@@ -77,8 +77,7 @@ class BlobCache:
         self._lock_path = os.fsencode(root / "lock")
         self._touched: dict[bytes, int] = {}
         with self._errors():
-            os.makedirs(self._partial, mode=0o700, exist_ok=True)
-            os.makedirs(self._blobs, mode=0o700, exist_ok=True)
+            self._make_directories()
 
     def path(self, name: bytes) -> bytes:
         """Return where the blob called ``name`` is or would be."""
@@ -105,7 +104,7 @@ class BlobCache:
             raise self._error(error) from error
         try:
             if length is None:
-                length = os.fstat(fd).st_size - offset
+                length = max(0, os.fstat(fd).st_size - offset)
             if nowait:
                 data = self._read_cached(fd, offset, length)
             else:
@@ -130,6 +129,10 @@ class BlobCache:
             return
         with self._errors():
             try:
+                self._store(path, data)
+            except FileNotFoundError:
+                # Somebody has removed the cache; a mount that runs must not need a restart.
+                self._make_directories()
                 self._store(path, data)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -168,13 +171,16 @@ class BlobCache:
                 at += os.pwrite(fd, view[at:], at)
             kept = _link(partial, path)
         finally:
-            # Unlinking and giving back are one step under the lock, or a count between the two
-            # would be lowered twice.
-            with self._locked() as lock:
-                os.unlink(partial)
-                if not kept:
-                    self._set_total(lock, self._total(lock) - _rounded(len(data)))
-            os.close(fd)
+            try:
+                # Unlinking and giving back are one step under the lock, or a count between the
+                # two would be lowered twice.
+                with self._locked() as lock:
+                    total = self._total(lock)
+                    os.unlink(partial)
+                    if not kept:
+                        self._set_total(lock, total - _rounded(len(data)))
+            finally:
+                os.close(fd)
 
     def _reserve(self, size: int) -> tuple[int, bytes]:
         """Account for ``size`` bytes and return a temporary file of that size, locked as ours."""
@@ -205,27 +211,21 @@ class BlobCache:
         return fd, partial
 
     def _remove(self, lock: int, path: bytes) -> None:
+        total = self._total(lock)
         try:
             size = os.stat(path).st_size
             os.unlink(path)
         except FileNotFoundError:
             return
-        self._set_total(lock, self._total(lock) - _rounded(size))
+        self._set_total(lock, total - _rounded(size))
 
     def _evict(self, lock: int, goal: int) -> bool:
         """Remove blobs, oldest use first, until at most ``goal`` bytes are left; count anew.
 
         Returns whether anything was removed.
         """
-        found: list[tuple[int, int, bytes]] = []
-        total = self._reserved()
-        with os.scandir(self._blobs) as directories:
-            for directory in directories:
-                with os.scandir(directory.path) as listing:
-                    for item in listing:
-                        st = item.stat(follow_symlinks=False)
-                        found.append((st.st_mtime_ns, _rounded(st.st_size), item.path))
-        total += sum(size for _, size, _ in found)
+        found = self._list()
+        total = self._reserved() + sum(size for _, size, _ in found)
         removed = False
         for _, size, path in sorted(found):
             if total <= goal:
@@ -235,6 +235,17 @@ class BlobCache:
             removed = True
         self._set_total(lock, total)
         return removed
+
+    def _list(self) -> list[tuple[int, int, bytes]]:
+        """Return when each blob was last used, the bytes it takes, and its path."""
+        found = []
+        with os.scandir(self._blobs) as directories:
+            for directory in directories:
+                with os.scandir(directory.path) as listing:
+                    for item in listing:
+                        st = item.stat(follow_symlinks=False)
+                        found.append((st.st_mtime_ns, _rounded(st.st_size), item.path))
+        return found
 
     def _reserved(self) -> int:
         """Count files being written; those whose writer died are removed."""
@@ -255,9 +266,18 @@ class BlobCache:
                     os.close(fd)
         return total
 
+    def _make_directories(self) -> None:
+        os.makedirs(self._partial, mode=0o700, exist_ok=True)
+        os.makedirs(self._blobs, mode=0o700, exist_ok=True)
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            fd = os.open(self._lock_path, flags, 0o600)
+        except FileNotFoundError:
+            self._make_directories()
+            fd = os.open(self._lock_path, flags, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield fd
@@ -266,7 +286,12 @@ class BlobCache:
 
     def _total(self, lock: int) -> int:
         data = os.pread(lock, U64.size, 0)
-        return int(U64.unpack(data)[0]) if len(data) == U64.size else 0
+        if len(data) == U64.size:
+            return int(U64.unpack(data)[0])
+        # The file is new, or was lost in a crash: what is there has to be counted.
+        total = self._reserved() + sum(size for _, size, _ in self._list())
+        self._set_total(lock, total)
+        return total
 
     def _set_total(self, lock: int, total: int) -> None:
         os.pwrite(lock, U64.pack(max(0, total)), 0)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from envstore.errors import CorruptError
+from envstore.errors import CorruptError, UsageError
 
 MAX_BODY = 1 << 20
 
 
 def encode(value: dict[str, Any]) -> bytes:
-    """Return ``value`` as UTF-8 JSON with sorted keys and no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    """Return ``value`` as UTF-8 JSON with sorted keys and no spaces.
+
+    Raises ``UsageError`` for what no reader would take: text that is not Unicode, or too much.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start : error.end]
+        raise UsageError(f"{found!r} is not valid Unicode text", hint="leave it out") from None
+    if len(data) > MAX_BODY:
+        raise UsageError(f"{len(data)} bytes of text are too many", hint="write a shorter message")
+    return data
 
 
 def decode(data: bytes, what: str) -> dict[str, Any]:

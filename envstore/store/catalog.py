@@ -15,6 +15,7 @@ from envstore.store.refs import Ref, RefName, list_refs, move_ref, read_ref, try
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.snapshots import Snapshot
 from envstore.store.source import Kind
+from envstore.store.verify import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +125,17 @@ def remove_refs(repository: Repository, names: Iterable[RefName]) -> None:
     """Remove ``names``; the snapshots stay until they are collected as garbage."""
     for name in names:
         repository.objects.delete(name.key)
+
+
+def all_targets(repository: Repository) -> tuple[list[tuple[str, bytes]], list[Problem]]:
+    """Return what ``verify`` takes for every ref of the store, and the refs that are damaged."""
+    targets: list[tuple[str, bytes]] = []
+    broken: list[Problem] = []
+    for name in sorted(list_refs(repository.objects)):
+        try:
+            targets.append((str(name), read_ref(repository.objects, name).snapshot))
+        except NotFoundError:
+            continue  # removed since it was listed
+        except CorruptError as error:
+            broken.append(Problem(name.key, error.message, (str(name),)))
+    return targets, broken

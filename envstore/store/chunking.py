@@ -67,16 +67,17 @@ class Cutter:
         With ``tensors`` a safetensors header in the first window decides the cuts; content that
         is not one falls back to content-defined cuts.
         """
-        if size <= MIN_SIZE:
-            data = b"".join(windows)
+        pieces = iter(windows)
+        first = next(pieces, b"")
+        # Not ``size``, which may be an estimate: the cuts must follow from the content alone.
+        if len(first) <= MIN_SIZE:
+            data = b"".join((first, *pieces))
             name = digest(data) if data else EMPTY
             if data:
                 yield Chunk(name, data)
             yield name
             return
         whole = blake3()
-        pieces = iter(windows)
-        first = next(pieces, b"")
         cuts = tensor_cuts(first, size, TENSOR_PIECE) if tensors else None
         spans = _with_first(first, pieces, whole.update)
         if cuts is not None:
@@ -139,13 +140,8 @@ def _split_holes(windows: Iterable[bytes]) -> Iterator[bytes | memoryview | Hole
         view = memoryview(window)
         start = 0
         for at in range(0, len(window), HOLE_BLOCK):
-            # Comparing one byte first keeps this free for ordinary data.
-            zero = (
-                window[at] == 0
-                and len(window) - at >= HOLE_BLOCK
-                and view[at : at + HOLE_BLOCK] == _ZERO_BLOCK
-            )
-            if zero:
+            # Not by comparing views, which Python does byte by byte.
+            if window.startswith(_ZERO_BLOCK, at):
                 if at > start:
                     yield view[start:at]
                 start = at + HOLE_BLOCK

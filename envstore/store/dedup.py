@@ -20,25 +20,24 @@ MIN_WINDOW = 1 << 20
 """Bytes below which nothing is refused: a small file is one request anyway."""
 
 
-def places_to_reuse(
-    index: DedupIndex, chunks: Sequence[Chunk], session_start: int
-) -> list[tuple[int, int] | None]:
+def places_to_reuse(index: DedupIndex, chunks: Sequence[Chunk]) -> list[tuple[int, int] | None]:
     """Return for each chunk the place to reuse, or ``None`` where it is to be stored.
 
-    ``chunks`` are consecutive in one file. Frames numbered from ``session_start`` on are being
-    written by this push, next to each other, and never fragment anything.
+    ``chunks`` are consecutive in one file. The index's own frames are being written by this push,
+    next to each other, and count as one range.
     """
     places = [index.find(chunk.digest) for chunk in chunks]
     if sum(len(chunk.data) for chunk in chunks) < MIN_WINDOW:
         return places
     served: dict[int, int] = {}
     for chunk, place in zip(chunks, places, strict=True):
-        if place is not None and place[0] < session_start:
+        if place is not None and place[0] not in index.own:
             served[place[0]] = served.get(place[0], 0) + len(chunk.data)
     ranges = _ranges(index, served)
-    # What is new makes one more range, in the packs being written.
-    excess = len(ranges) + (None in places) - MAX_RANGES
-    if excess > 0:
+    # What is new makes one more range, in the packs being written; so does what is refused.
+    new = any(place is None or place[0] in index.own for place in places)
+    if len(ranges) + new > MAX_RANGES:
+        excess = len(ranges) + 1 - MAX_RANGES
         ranges.sort(key=lambda numbers: sum(served[number] for number in numbers))
         refused = {number for numbers in ranges[:excess] for number in numbers}
         places = [None if place and place[0] in refused else place for place in places]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from envstore.store.digest import DIGEST_SIZE, EMPTY
 from envstore.store.source import Kind
 
-NORMAL_MTIME_NS = 315_532_800 * 1_000_000_000
-"""Time stamp of every entry of a normalised tree: 1980-01-01, the oldest that zip can hold."""
+NORMAL_MTIME_NS = 315_619_200 * 1_000_000_000
+"""Time of every entry of a normalised tree: 1980-01-02 UTC, which zip archives can hold in any
+time zone. Bytecode in such a tree is of the unchecked-hash kind: nothing compares it with this."""
 HOLE = bytes(DIGEST_SIZE)
 """Stands for a digest where a run of zeros is not stored."""
 MAX_HOLE = 1 << 31

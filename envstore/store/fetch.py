@@ -7,7 +7,7 @@ stores), so gaps up to ``MAX_GAP`` are read and thrown away rather than asked ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from envstore.errors import EnvstoreError
@@ -78,25 +78,44 @@ class FrameFetcher:
         (``CorruptError``, ``NoSpaceError`` of the cache); a failed request gives all of them the
         same error. Bytes returned were verified and are in the cache.
         """
+        results: list[bytes | EnvstoreError] = [b""] * len(group)
+        self.fetch_each(group, range(len(group)), results.__setitem__)
+        return results
+
+    def fetch_each(
+        self,
+        group: Sequence[FrameRef],
+        order: Iterable[int],
+        deliver: Callable[[int, bytes | EnvstoreError], None],
+    ) -> None:
+        """Fetch like ``fetch``, but hand each frame on as soon as it is verified and cached.
+
+        ``order`` are the positions in ``group``, the most urgent first. Whatever ``deliver`` does
+        not keep is freed before the next frame is unpacked.
+        """
         start = group[0].offset
         length = group[-1].offset + group[-1].stored - start
         try:
             data = memoryview(self._objects.get_range(pack_key(group[0].pack), start, length))
         except EnvstoreError as error:
-            return [error] * len(group)
-        results: list[bytes | EnvstoreError] = []
-        for frame in group:
-            at = frame.offset - start
-            try:
-                results.append(self._accept(frame, data[at : at + frame.stored]))
-            except EnvstoreError as error:
-                error.message = f"{error.message} (pack {frame.pack.hex()}, byte {frame.offset})"
-                results.append(error)
+            for position in order:
+                deliver(position, error)
+            return
         with self._lock:
             self.fetched.requests += 1
             self.fetched.frames += len(group)
             self.fetched.bytes += length
-        return results
+        for position in order:
+            frame = group[position]
+            at = frame.offset - start
+            result: bytes | EnvstoreError
+            try:
+                result = self._accept(frame, data[at : at + frame.stored])
+            except EnvstoreError as error:
+                error.message = f"{error.message} (pack {frame.pack.hex()}, byte {frame.offset})"
+                result = error
+            deliver(position, result)
+            del result
 
     def load(self, frame: FrameRef) -> bytes:
         """Return one frame's raw bytes from the cache or the store. Raises ``EnvstoreError``."""

@@ -17,7 +17,7 @@ from envstore.store.digest import DIGEST_SIZE, digest
 TARGET_SIZE = 1 << 20
 """Raw bytes at which a frame is closed."""
 MAX_SIZE = 8 << 20
-"""Raw bytes no reader accepts more of, whatever a table claims."""
+"""Raw or stored bytes no reader accepts more of, whatever a table claims."""
 LEVEL = 3
 
 _WORTH = 0.95
@@ -131,7 +131,7 @@ def decode_table(data: bytes | memoryview) -> list[Frame]:
     for i in range(count):
         end = at + lengths[i]
         part = sizes[at:end]
-        if sum(part) != raw[i] or raw[i] > MAX_SIZE:
+        if sum(part) != raw[i] or max(raw[i], stored[i]) > MAX_SIZE:
             raise CorruptError(f"frame table: frame {i} does not add up")
         name = frame_names[i * DIGEST_SIZE : (i + 1) * DIGEST_SIZE]
         digests = names[at * DIGEST_SIZE : end * DIGEST_SIZE]

@@ -6,7 +6,7 @@ too: a missed dedup costs bytes, never correctness.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from envstore.errors import CorruptError
 from envstore.store.binary import U32, U64, Cursor, seal, unseal
@@ -62,12 +62,14 @@ _PENDING = FrameRef(b"", 0, 0, 0, 0, b"")
 class DedupIndex:
     """Finds chunks by digest among the packs and snapshots it was fed.
 
-    About 200 bytes of memory for each chunk; the first place fed for a chunk wins. Not safe for
-    concurrent use.
+    About 200 bytes of memory for each chunk; the first place fed for a chunk wins. ``own`` are the
+    numbers of the frames that are being made. Not safe for concurrent use.
     """
 
     def __init__(self) -> None:
         self.frames: list[FrameRef] = []
+        self.own: set[int] = set()
+        self._lost: set[bytes] = set()
         self._places: dict[bytes, int] = {}
         self._known: dict[tuple[bytes, int], int] = {}
 
@@ -82,6 +84,7 @@ class DedupIndex:
     def reserve(self) -> int:
         """Return the number of a frame that is still being made; ``settle`` tells where it is."""
         self.frames.append(_PENDING)
+        self.own.add(len(self.frames) - 1)
         return len(self.frames) - 1
 
     def settle(self, number: int, frame: FrameRef) -> None:
@@ -92,9 +95,30 @@ class DedupIndex:
         """Say that a chunk lies in a frame, wherever it was before."""
         self._places[name] = number << 32 | offset
 
+    def reused(self, names: Iterable[bytes]) -> dict[bytes, int]:
+        """Return the packs of earlier pushes that hold these chunks, and how long each must be."""
+        needed: dict[bytes, int] = {}
+        places = (self._places.get(name) for name in names)
+        for number in {place >> 32 for place in places if place is not None}:
+            if number not in self.own:
+                frame = self.frames[number]
+                end = frame.offset + frame.stored
+                needed[frame.pack] = max(end, needed.get(frame.pack, 0))
+        return needed
+
+    def forget_packs(self, packs: Collection[bytes]) -> None:
+        """Make every chunk unknown that was to be found in ``packs``, now and in later feeds."""
+        self._lost.update(packs)
+        gone = {number for number, frame in enumerate(self.frames) if frame.pack in packs}
+        self._places = {
+            name: place for name, place in self._places.items() if place >> 32 not in gone
+        }
+
     def add_packs(self, packs: Iterable[Pack]) -> None:
         """Learn every chunk of ``packs``."""
         for pack in packs:
+            if pack.digest in self._lost:
+                continue
             for frame, offset in zip(pack.frames, pack.offsets(), strict=True):
                 number = self._frame(
                     FrameRef(
@@ -111,7 +135,7 @@ class DedupIndex:
         """Learn ``(digest, number in frames, offset)`` chunks, as a snapshot's locations tell."""
         numbers: dict[int, int] = {}
         for name, frame, offset in chunks:
-            if name in self._places or frame >= len(frames):
+            if name in self._places or frame >= len(frames) or frames[frame].pack in self._lost:
                 continue
             number = numbers.get(frame)
             if number is None:

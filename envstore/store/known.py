@@ -32,6 +32,7 @@ from envstore.store.snapshots import Snapshot
 
 RECENT = 32
 MERGE = 16
+_FEW = 8
 MAX_KNOWN = 2_000_000
 """Chunks after which no further segment is loaded (about 400 MB of memory)."""
 
@@ -70,10 +71,14 @@ class KnownChunks:
         if line not in self.warnings:
             self.warnings.append(line)
 
+    def _warn_of(self, error: EnvstoreError) -> None:
+        self.warnings.append(f"not deduplicated against what is damaged: {error.message}")
+
     def learn_segments(self) -> None:
         """Learn the segments that no sample covers, and the samples. Two listings.
 
-        May write a sample; losing the race to do so, or dying in between, harms nothing.
+        May write a sample; losing the race to do so, or dying in between, harms nothing. What is
+        damaged is left out with a warning: it costs bytes, and must not keep anyone from pushing.
         """
         objects = self._repository.objects
         segments = _names(info.key for info in objects.list("index/"))
@@ -83,7 +88,8 @@ class KnownChunks:
             self._samples = [sample for _, sample in found]
             covered = {name for sample in self._samples for name in sample.segments}
             fresh = [name for name in segments if name not in covered]
-            loaded = list(zip(fresh, pool.map(self._repository.segment, fresh), strict=True))
+            read = zip(fresh, pool.map(self._segment, fresh), strict=True)
+            loaded = [(name, packs) for name, packs in read if packs is not None]
         for name, packs in loaded:
             self._loaded.add(name)
             if len(self.index) < MAX_KNOWN:
@@ -108,20 +114,53 @@ class KnownChunks:
                     self._loaded.add(name)
                     self._learn_segment(name)
 
+    def forget_lost(self, chunks: Iterable[bytes]) -> bool:
+        """Check that the packs to be reused for these chunks are there; returns whether all are.
+
+        One request for each of a few packs, else one listing. The chunks of packs that are gone
+        or cut short become unknown, with a warning, so that they are stored again.
+        """
+        needed = self.index.reused(chunks)
+        objects = self._repository.objects
+        if len(needed) <= _FEW:
+            with ThreadPoolExecutor(PARALLEL) as pool:
+                sizes = dict(
+                    zip(needed, pool.map(objects.size, map(pack_key, needed)), strict=True)
+                )
+        else:
+            listed = {info.key: info.size for info in objects.list("packs/")}
+            sizes = {name: listed.get(pack_key(name)) for name in needed}
+        lost = {name for name, end in needed.items() if (sizes[name] or 0) < end}
+        if lost:
+            self.index.forget_packs(lost)
+            names = ", ".join(sorted(name.hex()[:12] for name in lost))
+            self.warnings.append(f"packs that are missing or cut short are stored again: {names}")
+        return not lost
+
     def _learn_segment(self, name: bytes) -> None:
+        packs = self._segment(name)
+        if packs is not None:
+            self.index.add_packs(packs)
+
+    def _segment(self, name: bytes) -> list[Pack] | None:
         try:
-            self.index.add_packs(self._repository.segment(name))
+            return self._repository.segment(name)
         except NotFoundError:
-            # Collected since the sample was made; its chunks live elsewhere or nowhere.
-            return
+            # Collected since it was listed or sampled; its chunks live elsewhere or nowhere.
+            return None
+        except CorruptError as error:
+            self._warn_of(error)
+            return None
 
     def _sample(self, name: bytes) -> tuple[bytes, Sample] | None:
         try:
-            data = self._repository.objects.get(sample_key(name))
+            return name, open_sample(self._repository.objects.get(sample_key(name)), name)
         except NotFoundError:
             # Merged into another one since it was listed.
             return None
-        return name, open_sample(data, name)
+        except CorruptError as error:
+            self._warn_of(error)
+            return None
 
     def _write(self, sample: Sample) -> None:
         name, data = sample.encode()

@@ -94,7 +94,9 @@ def open_locations(data: bytes, manifest: bytes, *, parts: int, refs: int) -> Lo
     numbers, offsets, stored, raw = (cursor.array(frame_count, 4) for _ in range(4))
     codecs = bytes(cursor.take(frame_count))
     names = bytes(cursor.take(frame_count * DIGEST_SIZE))
-    if frame_count and (max(numbers) >= pack_count or max(raw) > MAX_SIZE):
+    if frame_count and (
+        max(numbers) >= pack_count or max(raw) > MAX_SIZE or max(stored) > MAX_SIZE
+    ):
         raise CorruptError(f"{what}: a frame out of bounds")
     frames = [
         FrameRef(

@@ -225,10 +225,17 @@ def _check_part(part: Part) -> None:
     links = sum(1 for kind in part.kinds if kind & 3 == Kind.SYMLINK)
     if len(part.names) != count or len(part.depths) != count or any(k > 15 for k in part.kinds):
         raise CorruptError("manifest part: columns of different length")
-    if any(k & 3 == 3 or (k & _CONTINUED and i) for i, k in enumerate(part.kinds)):
+    if any(k & 3 == 3 or (k & _CONTINUED and (i or k & 3)) for i, k in enumerate(part.kinds)):
         raise CorruptError("manifest part: unknown entry kind")
-    if not {b"", b".", b".."}.isdisjoint(part.names) or any(b"/" in name for name in part.names):
+    above = part.base.split(b"/") if part.base else []
+    if (
+        not {b"", b".", b".."}.isdisjoint((*part.names, *above))
+        or any(b"/" in name for name in part.names)
+        or b"\0" in part.base
+    ):
         raise CorruptError("manifest part: a name that would escape its directory")
+    if b"" in part.targets:
+        raise CorruptError("manifest part: a symbolic link to nothing")
     if len(part.sizes) != files or len(part.counts) != files or len(part.targets) != links:
         raise CorruptError("manifest part: file or link columns of different length")
     refs = sum(part.counts)

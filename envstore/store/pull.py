@@ -2,7 +2,8 @@
 
 Every frame is fetched once, in large requests and in parallel, and its chunks are written to
 wherever they belong; nothing is held but the frames being written. The tree grows in a hidden
-sibling of the destination and takes its name only when it is complete.
+directory beside the destination, or in it if that exists (it may be a mount point, or where a
+shell stands), and takes its place only when it is complete.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import os
 import secrets
 import shutil
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +33,9 @@ from envstore.store.locations import FrameRef, Locations
 from envstore.store.manifest import HOLE, NORMAL_MTIME_NS, Entry, Root, read_entries
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.source import Kind
+
+_PATH_MAX = 4096
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Progress(Protocol):
@@ -76,14 +81,22 @@ def pull(
     requests, received = traffic.requests, traffic.bytes_in
     root, locations = repository.located(repository.snapshot(snapshot).manifest)
     entries = list(read_entries(repository.parts(root, locations)))
-    partial = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
+    exists = destination.exists()
+    home = destination if exists else destination.parent
+    partial = home / f".envstore-{secrets.token_hex(8)}.partial"
     try:
         try:
             partial.mkdir()
-            _write_tree(repository, os.fsencode(partial), root, entries, locations, progress)
-            if destination.exists():
-                destination.rmdir()
-            partial.rename(destination)
+            top = os.open(partial, _DIRECTORY)
+            try:
+                _write_tree(repository, top, root, entries, locations, progress)
+                if exists:
+                    _move_up(top, partial, root)
+                else:
+                    _set_root(top, root)
+                    partial.rename(destination)
+            finally:
+                os.close(top)
         except OSError as error:
             raise _write_error(error, destination) from error
     except BaseException:
@@ -115,54 +128,110 @@ def _write_error(error: OSError, destination: Path) -> EnvstoreError:
     return EnvstoreError(where)
 
 
+def _move_up(top: int, partial: Path, root: Root) -> None:
+    """Move what is in ``partial``, open as ``top``, into the directory that holds it."""
+    there = os.open(partial.parent, _DIRECTORY)
+    moved = []
+    try:
+        try:
+            for name in os.listdir(top):
+                os.rename(name, name, src_dir_fd=top, dst_dir_fd=there)
+                moved.append(name)
+        except BaseException:
+            for name in moved:
+                os.rename(name, name, src_dir_fd=there, dst_dir_fd=top)
+            raise
+        partial.rmdir()
+        if os.geteuid() in (0, os.fstat(there).st_uid):
+            _set_root(there, root)  # of a directory that is not ours, mode and time stay
+    finally:
+        os.close(there)
+
+
+@contextmanager
+def _reach(top: int, path: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield a directory and the name below it by which ``path`` can be reached.
+
+    A path longer than ``PATH_MAX`` is legal on disk, but reached only one step at a time.
+    """
+    if len(path) < _PATH_MAX:
+        yield top, path
+        return
+    *folders, name = path.split(b"/")
+    fd = os.dup(top)
+    try:
+        for folder in folders:
+            below = os.open(folder, _DIRECTORY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd, name
+    finally:
+        os.close(fd)
+
+
 def _write_tree(
     repository: Repository,
-    base: bytes,
+    top: int,
     root: Root,
     entries: Sequence[Entry],
     locations: Locations,
     progress: Progress | None,
 ) -> None:
-    paths = [base + b"/" + entry.path for entry in entries]
     linked = {entry.link for entry in entries if entry.link}
-    originals: set[bytes] = set()
-    for path, entry in zip(paths, entries, strict=True):
-        if entry.kind is Kind.DIRECTORY:
-            os.mkdir(path)
-        elif entry.kind is Kind.SYMLINK:
-            os.symlink(entry.target, path)
-        elif entry.link:
-            if entry.link not in originals:
-                raise CorruptError(f"manifest: {entry.path!r} is a link to no file of the tree")
-            os.link(base + b"/" + entry.link, path, follow_symlinks=False)
-        else:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.ftruncate(fd, entry.size)
-            finally:
-                os.close(fd)
-            if entry.path in linked:
-                originals.add(entry.path)
+    originals: dict[bytes, Entry] = {}
+    for entry in entries:
+        with _reach(top, entry.path) as (fd, name):
+            if entry.kind is Kind.DIRECTORY:
+                os.mkdir(name, dir_fd=fd)
+            elif entry.kind is Kind.SYMLINK:
+                os.symlink(entry.target, name, dir_fd=fd)
+            elif entry.link:
+                _make_link(top, originals.get(entry.link), entry, fd, name)
+            else:
+                _make_file(fd, name, entry.size)
+        if entry.path in linked and entry.kind is Kind.FILE and not entry.link:
+            originals[entry.path] = entry
     writes = _plan(entries, locations)
+    paths = [entry.path for entry in entries]
     done = 0
-    for written in _in_parallel(repository.fetcher, locations, writes, paths):
+    for written in _in_parallel(repository.fetcher, locations, writes, top, paths):
         done += written
         if progress:
             progress(done, root.logical)
     # Children first: writing into a directory would move its time stamp again.
-    for path, entry in zip(reversed(paths), reversed(entries), strict=True):
-        _set_attributes(path, entry)
-    if root.mode:
-        os.chmod(base, root.mode)
-        os.utime(base, ns=(root.mtime_ns, root.mtime_ns))
+    for entry in reversed(entries):
+        with _reach(top, entry.path) as (fd, name):
+            _set_attributes(fd, name, entry)
 
 
-def _set_attributes(path: bytes, entry: Entry) -> None:
+def _make_file(folder: int, name: bytes, size: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(name, flags, 0o600, dir_fd=folder)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _make_link(top: int, original: Entry | None, entry: Entry, folder: int, name: bytes) -> None:
+    if original is None or original.refs != entry.refs:
+        raise CorruptError(f"manifest: {entry.path!r} is a further name of no such file")
+    with _reach(top, original.path) as (source, first):
+        os.link(first, name, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
+
+
+def _set_attributes(folder: int, name: bytes, entry: Entry) -> None:
     normal = 0o755 if entry.executable or entry.kind is Kind.DIRECTORY else 0o644
     if entry.kind is not Kind.SYMLINK:
-        os.chmod(path, normal if entry.mode is None else entry.mode)
+        os.chmod(name, normal if entry.mode is None else entry.mode, dir_fd=folder)
     mtime = NORMAL_MTIME_NS if entry.mtime_ns is None else entry.mtime_ns
-    os.utime(path, ns=(mtime, mtime), follow_symlinks=False)
+    os.utime(name, ns=(mtime, mtime), dir_fd=folder, follow_symlinks=False)
+
+
+def _set_root(fd: int, root: Root) -> None:
+    if root.mode:
+        os.fchmod(fd, root.mode)
+        os.utime(fd, ns=(root.mtime_ns, root.mtime_ns))
 
 
 def _plan(entries: Sequence[Entry], locations: Locations) -> dict[int, list[_Write]]:
@@ -186,6 +255,7 @@ def _in_parallel(
     fetcher: FrameFetcher,
     locations: Locations,
     writes: dict[int, list[_Write]],
+    top: int,
     paths: Sequence[bytes],
 ) -> Iterable[int]:
     """Fetch and write all frames; yields the bytes written by each request."""
@@ -200,7 +270,7 @@ def _in_parallel(
         for frame, result in zip(group, fetcher.fetch(group), strict=True):
             if isinstance(result, EnvstoreError):
                 raise result
-            written += _write_frame(result, of_frame[frame.pack, frame.offset], paths)
+            written += _write_frame(result, of_frame[frame.pack, frame.offset], top, paths)
         return written
 
     with ThreadPoolExecutor(PARALLEL) as pool:
@@ -216,7 +286,7 @@ def _in_parallel(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _write_frame(raw: bytes, writes: Sequence[_Write], paths: Sequence[bytes]) -> int:
+def _write_frame(raw: bytes, writes: Sequence[_Write], top: int, paths: Sequence[bytes]) -> int:
     view = memoryview(raw)
     fd, opened = -1, -1
     written = 0
@@ -228,7 +298,9 @@ def _write_frame(raw: bytes, writes: Sequence[_Write], paths: Sequence[bytes]) -
             if write.file != opened:
                 if fd >= 0:
                     os.close(fd)
-                fd = os.open(paths[write.file], os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    fd = -1
+                with _reach(top, paths[write.file]) as (folder, name):
+                    fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
                 opened = write.file
             at = 0
             while at < len(data):

@@ -9,6 +9,7 @@ ref leads to was stored before: a push that dies leaves at worst packs that the 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from envstore.errors import EnvstoreError
-from envstore.store.chunking import Chunk, Hole
+from envstore.errors import EnvstoreError, UnsupportedFormatError
+from envstore.store.chunking import CHUNKER_ID, Chunk, Hole
 from envstore.store.dedup import places_to_reuse
 from envstore.store.index import DedupIndex, LocationsBuilder
 from envstore.store.known import KnownChunks, find_orphans
@@ -94,6 +95,11 @@ class _Tree:
     old: dict[bytes, tuple[bytes, Recipe]] = field(default_factory=dict)
     recipes: dict[bytes, Recipe] = field(default_factory=dict)
     read_bytes: int = 0
+    fleeting: set[bytes] = field(default_factory=set)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Return the digests of all chunks, holes included, some more than once."""
+        return (name for recipe in self.recipes.values() for name, _ in recipe.refs)
 
 
 def push(
@@ -113,6 +119,11 @@ def push(
     somebody else meanwhile: what was stored is reused by the next try), ``UsageError`` (sockets,
     devices), and the errors of the store. The ref is as before after any of them.
     """
+    if repository.config.chunker != CHUNKER_ID:
+        raise UnsupportedFormatError(
+            f"{repository.objects.url} is cut by {repository.config.chunker}, unknown here",
+            hint="upgrade envstore",
+        )
     started = time.monotonic()
     options = options or PushOptions()
     traffic = repository.objects.traffic
@@ -142,6 +153,8 @@ def push(
         writer.adopt(orphans)
         tree.old = stat_cache.recipes(source.identity)
         _store_files(source, tree, known, writer, progress)
+        while not known.forget_lost(tree.chunks()):
+            _store_files(source, tree, known, writer, progress)
         new_bytes = writer.new_bytes
         root = _store_manifest(source, tree, index, writer, repository, progress)
     finally:
@@ -151,7 +164,11 @@ def push(
         name = expected[0].snapshot
     else:
         name = _commit(repository, source, ref, expected, root, options)
-    _remember(stat_cache, source, tree, root.digest)
+    try:
+        _remember(stat_cache, source, tree, root.digest)
+    except EnvstoreError as error:
+        # The ref has moved: this only makes the next push read everything again.
+        known.warnings.append(error.message)
     return PushResult(
         str(ref), name, root.digest, source.kind, root.files, root.logical, tree.read_bytes,
         new_bytes, writer.stored_bytes, traffic.bytes_out - sent, traffic.requests - requests,
@@ -179,7 +196,10 @@ def _scan(source: Source) -> _Tree:
 def _store_files(
     source: Source, tree: _Tree, known: KnownChunks, writer: PackWriter, progress: Progress
 ) -> None:
-    """Fill ``tree.recipes`` with a recipe for every file, storing the chunks that are new."""
+    """Fill ``tree.recipes`` with a recipe for every file, storing the chunks that are new.
+
+    Called again when chunks turned out to be lost: it then reads only the files that need them.
+    """
     wanted: list[SourceEntry] = []
     seen: set[tuple[int, int]] = set()
     for entry in tree.entries:
@@ -187,22 +207,25 @@ def _store_files(
             continue
         if entry.link:
             seen.add(entry.link)
-        recipe = _remembered(tree, entry, known.index)
+        recipe = tree.recipes.pop(entry.path, None) or _remembered(tree, entry)
+        if recipe is not None and not _all_known(recipe, known.index):
+            recipe = None
         if recipe is None:
             wanted.append(entry)
         else:
             tree.recipes[entry.path] = recipe
     wanted.sort(key=source.order)
     total = sum(entry.size for entry in wanted)
-    session = len(known.index.frames)
     refs: list[tuple[bytes, int]] = []
     pieces = read_files(source, wanted)
     try:
         for piece in pieces:
-            refs += _store_piece(piece, known, writer, session)
+            refs += _store_piece(piece, known, writer)
             tree.read_bytes += sum(len(i.data) for i in piece.items if isinstance(i, Chunk))
             if piece.omitted:
                 tree.recipes[piece.entry.path] = Recipe(b"")
+                if not piece.lasting:
+                    tree.fleeting.add(piece.entry.path)
             elif piece.whole is not None:
                 tree.recipes[piece.entry.path] = Recipe(piece.whole, tuple(refs))
                 refs = []
@@ -211,23 +234,21 @@ def _store_files(
         pieces.close()  # type: ignore[attr-defined]
 
 
-def _remembered(tree: _Tree, entry: SourceEntry, index: DedupIndex) -> Recipe | None:
-    """Return the recipe of an unchanged file if all its chunks are still known."""
+def _remembered(tree: _Tree, entry: SourceEntry) -> Recipe | None:
+    """Return the recipe of a file that is as it was when it was read last."""
     signature, recipe = tree.old.get(entry.path, (b"", None))
-    if recipe is None or signature != entry.signature or not entry.settled:
-        return None
-    if any(name != HOLE and index.find(name) is None for name, _ in recipe.refs):
-        return None
-    return recipe
+    return recipe if signature == entry.signature and entry.settled else None
 
 
-def _store_piece(
-    piece: Piece, known: KnownChunks, writer: PackWriter, session: int
-) -> list[tuple[bytes, int]]:
+def _all_known(recipe: Recipe, index: DedupIndex) -> bool:
+    return all(name == HOLE or index.find(name) is not None for name, _ in recipe.refs)
+
+
+def _store_piece(piece: Piece, known: KnownChunks, writer: PackWriter) -> list[tuple[bytes, int]]:
     index = known.index
     chunks = [item for item in piece.items if isinstance(item, Chunk)]
     known.consider(chunks)
-    places = iter(places_to_reuse(index, chunks, session))
+    places = iter(places_to_reuse(index, chunks))
     refs = []
     for item in piece.items:
         if isinstance(item, Hole):
@@ -237,7 +258,7 @@ def _store_piece(
                 left -= refs[-1][1]
             continue
         # The same chunk may come twice in one piece: the second time it is no longer new.
-        if next(places) is None and (index.find(item.digest) or (-1,))[0] < session:
+        if next(places) is None and (index.find(item.digest) or (-1,))[0] not in index.own:
             writer.add(item.digest, item.data)
         refs.append((item.digest, len(item.data)))
     return refs
@@ -346,10 +367,11 @@ def _remember(stat_cache: StatCache, source: Source, tree: _Tree, manifest: byte
     changed = []
     for entry in tree.entries:
         recipe = tree.recipes.get(entry.path)
-        if recipe is None or not entry.settled:
+        if recipe is None or not entry.settled or entry.path in tree.fleeting:
             continue
         if tree.old.get(entry.path) != (entry.signature, recipe):
             changed.append((entry.path, entry.signature, recipe))
     present = {entry.path for entry in tree.entries}
     gone = [path for path in tree.old if path not in present]
-    stat_cache.save(source.identity, tree.signature, manifest, changed, gone)
+    signature = b"" if tree.fleeting else tree.signature
+    stat_cache.save(source.identity, signature, manifest, changed, gone)

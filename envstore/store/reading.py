@@ -19,13 +19,15 @@ _QUEUED = 12
 class Piece:
     """Consecutive chunks and holes of one file; ``whole`` is its digest on the last piece.
 
-    A file that its source leaves out is one piece with ``omitted`` set.
+    A file that its source leaves out is one piece with ``omitted`` set; ``lasting`` is that of
+    ``OmitEntry``.
     """
 
     entry: SourceEntry
     items: list[Chunk | Hole]
     whole: bytes | None
     omitted: bool = False
+    lasting: bool = True
 
 
 def read_files(source: Source, entries: Sequence[SourceEntry]) -> Iterator[Piece]:
@@ -103,5 +105,5 @@ def _pieces(
                 if held >= WINDOW:
                     yield Piece(entry, items, None)
                     items, held = [], 0
-        except OmitEntry:
-            yield Piece(entry, [], None, omitted=True)
+        except OmitEntry as omission:
+            yield Piece(entry, [], None, omitted=True, lasting=omission.lasting)

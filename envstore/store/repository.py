@@ -120,7 +120,11 @@ class Repository:
             data = raw[wanted[i].digest][start : start + info.size]
             if len(data) != info.size or digest(data) != info.digest:
                 raise CorruptError(f"manifest part {info.digest.hex()} does not match its digest")
-            yield decode_part(data)
+            part = decode_part(data)
+            # Locations are numbered by what the root says, so a reader must be able to rely on it.
+            if (len(part.kinds), len(part.ref_sizes)) != (info.entries, info.refs):
+                raise CorruptError(f"manifest part {info.digest.hex()} is not as its root says")
+            yield part
 
     def entries(self, manifest: bytes) -> Iterator[Entry]:
         """Yield every entry of a manifest in path order."""
@@ -128,7 +132,7 @@ class Repository:
         return read_entries(self.parts(root, locations))
 
     def segment(self, name: bytes) -> list[Pack]:
-        """Return the packs an index segment lists. One request, none when cached."""
+        """Return the packs an index segment lists. One request."""
         raw = self._cached(name)
         if raw is None:
             what = f"index segment {name.hex()}"
@@ -149,8 +153,10 @@ class Repository:
             data = self.cache.read(frame.digest, 0, frame.raw) if self.cache else None
             if data is not None and digest(data) == frame.digest:
                 raw[frame.digest] = data
-            else:
-                missing.append(frame)
+                continue
+            if data is not None and self.cache:
+                self.cache.drop(frame.digest)
+            missing.append(frame)
         groups = self.fetcher.plan(missing)
         with ThreadPoolExecutor(PARALLEL) as pool:
             for group, results in zip(groups, pool.map(self.fetcher.fetch, groups), strict=True):
@@ -168,7 +174,8 @@ class Repository:
 
     def _cached(self, name: bytes) -> bytes | None:
         data = self.cache.read(name) if self.cache else None
-        if data is not None and digest(data) != name:
+        if data is not None and self.cache and digest(data) != name:
+            self.cache.drop(name)
             return None
         return data
 

@@ -20,8 +20,8 @@ def tensor_cuts(head: bytes, size: int, piece: int) -> list[int] | None:
     """Return the chunk ends of a safetensors file of ``size`` bytes, or ``None`` if it is not one.
 
     ``head`` is the start of the file. Tensors longer than ``piece`` bytes are cut every ``piece``
-    from their own start; a header longer than ``piece`` or not wholly in ``head`` counts as not
-    being one. Any doubt (overlap, gap, bounds, malformed JSON) gives ``None``.
+    from their own start; a header longer than ``MAX_HEADER`` or not wholly in ``head`` counts as
+    not being one. Any doubt (overlap, gap, bounds, malformed JSON) gives ``None``.
     """
     if len(head) < _LENGTH_BYTES:
         return None

@@ -18,7 +18,11 @@ from envstore.errors import AccessDeniedError, EnvstoreError, NotFoundError, Usa
 WINDOW = 4 << 20
 """Bytes handed on at a time; a multiple of the hole granularity, so holes never straddle."""
 
-_STAT = struct.Struct("<QQQqqI")
+_ZEROS = bytes(WINDOW)
+
+_STAT = struct.Struct("<QQQQQI")
+_U64 = (1 << 64) - 1
+_LAST_NS = (1 << 63) - 1  # in the year 2262; file systems go on to 2446 and beyond
 
 _FINE_NS, _COARSE_NS = 50_000_000, 2_000_000_000
 
@@ -42,7 +46,14 @@ class ChangedError(EnvstoreError):
 
 
 class OmitEntry(Exception):  # noqa: N818 - a signal between source and push, not an error
-    """Raised by ``read`` before the first piece: the entry is left out of the snapshot."""
+    """Raised by ``read`` before the first piece: the entry is left out of the snapshot.
+
+    Not ``lasting`` means that another try may find content although nothing in the tree changed.
+    """
+
+    def __init__(self, *, lasting: bool = True) -> None:
+        super().__init__()
+        self.lasting = lasting
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +124,9 @@ class Source(Protocol):
 
 def stat_signature(st: os.stat_result) -> bytes:
     """Return the bytes that change when a file's content may have changed."""
-    return _STAT.pack(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_mode)
+    return _STAT.pack(
+        st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns & _U64, st.st_ctime_ns & _U64, st.st_mode
+    )
 
 
 def is_settled(st: os.stat_result, now_ns: int) -> bool:
@@ -197,14 +210,18 @@ class DirectorySource:
         except OSError as error:
             raise access_error(error, path) from error
         try:
-            if stat_signature(os.fstat(fd)) != entry.signature:
+            st = os.fstat(fd)
+            if stat_signature(st) != entry.signature:
                 raise ChangedError(path)
-            left = entry.size
-            while left:
-                piece = _read_full(fd, min(left, WINDOW))
-                if len(piece) < min(left, WINDOW):
+            sparse = st.st_blocks * 512 < entry.size
+            for at in range(0, entry.size, WINDOW):
+                size = min(entry.size - at, WINDOW)
+                if sparse and _next_data(fd, at, entry.size) >= at + size:
+                    yield _ZEROS[:size]
+                    continue
+                piece = _read_full(fd, size, at)
+                if len(piece) < size:
                     raise ChangedError(path)
-                left -= len(piece)
                 yield piece
             if stat_signature(os.fstat(fd)) != entry.signature:
                 raise ChangedError(path)
@@ -222,13 +239,13 @@ class DirectorySource:
         if self._normalise or self._single:
             return 0, 0
         st = os.stat(self.root)
-        return stat.S_IMODE(st.st_mode), st.st_mtime_ns
+        return stat.S_IMODE(st.st_mode), self._mtime(b".", st)
 
     def close(self) -> None:
         """See ``Source.close``."""
 
     def _entry(self, path: bytes, st: os.stat_result, target: bytes = b"") -> SourceEntry:
-        mode, mtime_ns = stat.S_IMODE(st.st_mode), st.st_mtime_ns
+        mode, mtime_ns = stat.S_IMODE(st.st_mode), self._mtime(path, st)
         link = (st.st_dev, st.st_ino) if st.st_nlink > 1 else None
         if stat.S_ISDIR(st.st_mode):
             kind, normal_mode, link = Kind.DIRECTORY, 0o755, None
@@ -247,6 +264,17 @@ class DirectorySource:
             path, kind, mode, mtime_ns, size, target, link,
             stat_signature(st), is_settled(st, self._scanned),
         )  # fmt: skip
+
+    def _mtime(self, path: bytes, st: os.stat_result) -> int:
+        if abs(st.st_mtime_ns) <= _LAST_NS:
+            return st.st_mtime_ns
+        if not self._normalise:
+            warning = (
+                f"{os.fsdecode(path)}: its time stamp is too far from 1970 to be kept as it is"
+            )
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+        return _LAST_NS if st.st_mtime_ns > 0 else -_LAST_NS
 
     def _list(self, directory: bytes) -> list[tuple[bytes, os.stat_result, bytes]]:
         found = []
@@ -285,14 +313,24 @@ class DirectorySource:
         return fd
 
 
-def _read_full(fd: int, size: int) -> bytes:
-    piece = os.read(fd, size)
+def _next_data(fd: int, at: int, size: int) -> int:
+    """Return where the first byte not in a hole lies, from ``at`` on."""
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return size  # nothing but a hole up to the end
+
+
+def _read_full(fd: int, size: int, at: int) -> bytes:
+    piece = os.pread(fd, size, at)
     if len(piece) == size or not piece:
         return piece
     pieces = [piece]
     got = len(piece)
     while got < size:
-        piece = os.read(fd, size - got)
+        piece = os.pread(fd, size - got, at + got)
         if not piece:
             break
         pieces.append(piece)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from envstore.errors import CorruptError
+from envstore.store.locations import NOWHERE
 from envstore.store.manifest import HOLE
 from envstore.store.refs import RefName, read_ref
 from envstore.store.repository import Repository
@@ -85,6 +87,8 @@ def _tally(repository: Repository, manifest: bytes) -> _Tally:
         for i, size in enumerate(part.ref_sizes):
             name = names[32 * i : 32 * i + 32]
             if name != HOLE and name not in chunks:
+                if locations.ref_frames[number] == NOWHERE:
+                    raise CorruptError(f"locations: chunk {name.hex()} is nowhere")
                 frame = locations.frames[locations.ref_frames[number]]
                 chunks[name] = size, frame.stored * size / max(1, frame.raw)
             number += 1

@@ -2,7 +2,8 @@
 
 Structure: ref -> snapshot -> manifest -> parts -> locations -> packs present, long enough, and
 listing the very frames and chunks the locations name. With data: every pack used is read whole,
-and its name, every frame and every chunk are hashed.
+and its name, every frame and every chunk are hashed. Of the whole store also the index is checked,
+and every pack it lists: the next push will rely on them.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from envstore.errors import CorruptError, EnvstoreError, NotFoundError
+from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnsupportedFormatError
 from envstore.store.digest import digest, parse_hex
 from envstore.store.frames import Frame, decode_frame
 from envstore.store.locations import FrameRef, Locations
 from envstore.store.manifest import HOLE, Entry, Root, read_entries
 from envstore.store.packs import FOOTER_SIZE, Pack, frame_bytes, pack_key, parse_pack, read_table
 from envstore.store.repository import PARALLEL, Repository
+from envstore.store.samples import open_sample, sample_key
 from envstore.store.snapshots import Snapshot
 
 _TAIL = 256 << 10
+_DAMAGE = (CorruptError, NotFoundError, UnsupportedFormatError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,9 @@ class Report:
 
 @dataclass(slots=True)
 class _Plan:
-    """What the snapshots expect of each pack: frames by offset, chunks by frame offset."""
+    """What the snapshots and the index expect of a pack: frames, and chunks by frame offset."""
 
-    frames: dict[int, FrameRef] = field(default_factory=dict)
+    frames: set[FrameRef] = field(default_factory=set)
     chunks: dict[int, set[tuple[int, int, bytes]]] = field(default_factory=dict)
     users: set[str] = field(default_factory=set)
 
@@ -64,13 +67,17 @@ def verify(
     targets: Sequence[tuple[str, bytes]],
     *,
     read_data: bool = False,
+    whole: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Check ``targets``, pairs of a name for the report and a snapshot digest.
 
+    ``whole`` adds what no target leads to: index segments, samples, and the packs they list.
     Damage is collected, not raised; ``UnavailableError`` and ``AccessDeniedError`` are raised.
     ``progress`` is told packs done and packs in all. Memory: about 200 bytes a chunk.
     """
+    # What is cached here says nothing about what is in the store.
+    repository = Repository(repository.objects, repository.config, None)
     report = Report()
     plans: dict[bytes, _Plan] = defaultdict(_Plan)
     damaged: dict[bytes, tuple[str, str]] = {}
@@ -84,6 +91,8 @@ def verify(
         harmed[snapshot].append(name)
     for snapshot, (object_, reason) in damaged.items():
         report.problems.append(Problem(object_, reason, tuple(harmed[snapshot])))
+    if whole:
+        report.problems += _check_index(repository, plans)
     names = {name: tuple(users) for users in harmed.values() for name in users[:1]}
     sizes = {
         parse_hex(info.key.rpartition("/")[2]): info.size
@@ -117,9 +126,35 @@ def _check_metadata(
         root, locations = repository.located(snapshot.manifest)
         entries = read_entries(repository.parts(root, locations))
         _expect(plans, user, root, locations, entries, snapshot)
-    except (CorruptError, NotFoundError) as error:
+    except _DAMAGE as error:
         return what, error.message
     return None
+
+
+def _check_index(repository: Repository, plans: dict[bytes, _Plan]) -> list[Problem]:
+    """Read segments and samples, and add the packs listed to ``plans``; returns the damage."""
+    found: list[Problem] = []
+
+    def each(prefix: str, read: Callable[[bytes], object]) -> None:
+        for info in repository.objects.list(prefix):
+            name = parse_hex(info.key.removeprefix(prefix))
+            try:
+                if name is None:
+                    raise CorruptError(f"{info.key} is not a digest")
+                read(name)
+            except _DAMAGE as error:
+                found.append(Problem(info.key, error.message, ()))
+
+    def segment(name: bytes) -> None:
+        for pack in repository.segment(name):
+            plan = plans[pack.digest]
+            for offset, frame in zip(pack.offsets(), pack.frames, strict=True):
+                facts = frame.stored, frame.raw, frame.codec, frame.digest
+                plan.frames.add(FrameRef(pack.digest, offset, *facts))
+
+    each("index/", segment)
+    each("samples/", lambda name: open_sample(repository.objects.get(sample_key(name)), name))
+    return found
 
 
 def _expect(
@@ -130,6 +165,8 @@ def _expect(
     entries: Iterable[Entry],
     snapshot: Snapshot,
 ) -> None:
+    planned: set[int] = set()
+
     def need(number: int, offset: int, size: int, name: bytes) -> None:
         if number >= len(locations.frames):
             raise CorruptError(f"chunk {name.hex()} is nowhere")
@@ -137,8 +174,10 @@ def _expect(
         if offset + size > frame.raw:
             raise CorruptError(f"chunk {name.hex()} reaches beyond its frame")
         plan = plans[frame.pack]
-        plan.users.add(user)
-        plan.frames[frame.offset] = frame
+        if number not in planned:
+            planned.add(number)
+            plan.users.add(user)
+            plan.frames.add(frame)
         plan.chunks.setdefault(frame.offset, set()).add((offset, size, name))
 
     for i, info in enumerate(root.parts):
@@ -172,7 +211,7 @@ def _check_pack(
             return _check_table(pack, plan) + _check_frames(pack, data), len(data)
         frames, read = _read_tail(repository, name, size)
         return _check_table(Pack(name, size, frames), plan), read
-    except (CorruptError, NotFoundError) as error:
+    except _DAMAGE as error:
         return [error.message, *(_salvage(data, plan) if data else [])], len(data)
 
 
@@ -194,14 +233,15 @@ def _check_table(pack: Pack, plan: _Plan) -> list[str]:
     """Compare what the snapshots expect with what the pack says of itself."""
     reasons = []
     present = dict(zip(pack.offsets(), pack.frames, strict=True))
-    for offset, ref in plan.frames.items():
-        frame = present.get(offset)
+    for ref in sorted(plan.frames, key=lambda ref: ref.offset):
+        frame = present.get(ref.offset)
         facts = (ref.stored, ref.raw, ref.codec, ref.digest)
         if frame is None or (frame.stored, frame.raw, frame.codec, frame.digest) != facts:
-            reasons.append(f"it has no frame {ref.digest.hex()} at byte {offset}")
-            continue
-        chunks = {(start, size, chunk) for chunk, start, size in frame.chunks()}
-        missing = plan.chunks[offset] - chunks
+            reasons.append(f"it has no frame {ref.digest.hex()} at byte {ref.offset}")
+    for offset, wanted in sorted(plan.chunks.items()):
+        frame = present.get(offset)
+        held = {(start, size, name) for name, start, size in frame.chunks()} if frame else wanted
+        missing = wanted - held
         if missing:
             reasons.append(f"frame at byte {offset} lacks {len(missing)} chunks it should hold")
     return reasons
@@ -225,9 +265,10 @@ def _salvage(data: bytes, plan: _Plan) -> list[str]:
     """Name the frames that a damaged pack can no longer give."""
     reasons = []
     view = memoryview(data)
-    for offset, ref in sorted(plan.frames.items()):
+    for ref in sorted(plan.frames, key=lambda ref: ref.offset):
+        stored = view[ref.offset : ref.offset + ref.stored]
         try:
-            decode_frame(view[offset : offset + ref.stored], ref.codec, ref.raw, ref.digest)
+            decode_frame(stored, ref.codec, ref.raw, ref.digest)
         except EnvstoreError as error:
-            reasons.append(f"{error.message} (byte {offset})")
+            reasons.append(f"{error.message} (byte {ref.offset})")
     return reasons
