@@ -1,0 +1,1 @@
+"""From what people have (prefixes, specs, locks) to the trees that are pushed."""
