@@ -1,0 +1,1 @@
+"""The lazy FUSE file system over a snapshot."""

@@ -1,0 +1,30 @@
+"""Says once what goes wrong many times."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+_AGAIN_AFTER = 30.0
+_REMEMBERED = 1000
+
+
+class Complaints:
+    """Logs warnings, the same one at most twice a minute and with the number left out."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._last: dict[str, tuple[float, int]] = {}
+
+    def say(self, message: str, subject: str = "") -> None:
+        """Warn that ``message``; warnings that differ only in ``subject`` count as the same."""
+        now = time.monotonic()
+        last, hidden = self._last.get(message, (-_AGAIN_AFTER, 0))
+        if now - last < _AGAIN_AFTER:
+            self._last[message] = last, hidden + 1
+            return
+        if len(self._last) >= _REMEMBERED:
+            self._last.clear()
+        self._last[message] = now, 0
+        more = f" (and {hidden} more times before)" if hidden else ""
+        self._log.warning("%s%s%s", f"{subject}: " if subject else "", message, more)

@@ -1,0 +1,50 @@
+"""What the kernel says is mounted, read without touching any mount."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """One mount: where, the device number as ``major:minor``, the type and the source."""
+
+    mountpoint: str
+    device: str
+    type: str
+    source: str
+
+
+def resolve(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path of ``path`` without links, also if a dead mount lies there."""
+    return os.path.realpath(path)
+
+
+def find_mount(mountpoint: str) -> MountInfo | None:
+    """Return the uppermost mount on exactly the path ``mountpoint``, if there is one."""
+    found = None
+    for mount in list_mounts():
+        if mount.mountpoint == mountpoint:
+            found = mount
+    return found
+
+
+def list_mounts() -> list[MountInfo]:
+    """Return all mounts that this process sees, in the order in which they were made."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        return [_parse(line) for line in table]
+
+
+def _parse(line: bytes) -> MountInfo:
+    left, _, right = line.partition(b" - ")
+    fields, more = left.split(b" "), right.split(b" ")
+    return MountInfo(_text(fields[4]), _text(fields[2]), _text(more[0]), _text(more[1]))
+
+
+def _text(field: bytes) -> str:
+    """Undo the kernel's escapes of blanks, newlines and backslashes."""
+    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))

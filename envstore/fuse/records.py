@@ -1,0 +1,160 @@
+"""What this user has mounted: one small record, log and lock for each mount point.
+
+The lock is held as long as a server lives, so that even after kill -9 everybody can tell, and
+wait for, the end of a server without trusting process numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError
+from envstore.store.digest import digest
+
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+@dataclass(frozen=True, slots=True)
+class MountRecord:
+    """One mount as its server described it.
+
+    ``name`` is what the user asked for, ``snapshot`` and ``manifest`` are hex digests, ``store``
+    a URL without secrets, ``started`` RFC 3339 UTC. ``log`` and ``stats`` are paths; ``stats`` is
+    a socket that answers each connection with one JSON object.
+    """
+
+    mountpoint: str
+    name: str
+    snapshot: str
+    manifest: str
+    pid: int
+    store: str
+    started: str
+    log: str
+    stats: str
+
+
+def state_directory() -> Path:
+    """Return the directory of this user's mount records."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(base) / "envstore" / "mounts"
+
+
+class RecordFiles:
+    """The files that belong to one mount point, whether they exist or not."""
+
+    def __init__(self, mountpoint: str) -> None:
+        """Name the files for the resolved path ``mountpoint``."""
+        self.mountpoint = mountpoint
+        self.directory = state_directory()
+        self.id = digest(os.fsencode(mountpoint)).hex()[:16]
+        self.record = self.directory / f"{self.id}.json"
+        self.log = self.directory / f"{self.id}.log"
+        self.stats = self.directory / f"{self.id}.sock"
+        self._lock = self.directory / f"{self.id}.lock"
+
+    def prepare(self) -> None:
+        """Make the directory. Raises ``AccessDeniedError``, ``NoSpaceError``."""
+        try:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise _state_error(self.directory, error) from error
+
+    def acquire(self) -> int | None:
+        """Take the lock; returns a descriptor to keep open, or ``None`` if a server lives."""
+        try:
+            fd = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _state_error(self._lock, error) from error
+        while True:
+            try:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK))
+            except BlockingIOError:
+                # A shared lock is somebody in `wait`, who lets go at once.
+                if _lock_holder(fd) == fcntl.F_WRLCK:
+                    os.close(fd)
+                    return None
+            except BaseException:
+                os.close(fd)
+                raise
+            else:
+                return fd
+
+    def alive(self) -> bool:
+        """Whether a server of this mount point lives."""
+        try:
+            fd = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            return _lock_holder(fd) == fcntl.F_WRLCK
+        finally:
+            os.close(fd)
+
+    def wait(self) -> None:
+        """Return when no server of this mount point lives any more."""
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _lock(fcntl.F_RDLCK))
+            finally:
+                os.close(fd)
+
+    def load(self) -> MountRecord | None:
+        """Return the record, ``None`` if there is none or it is not whole."""
+        try:
+            return MountRecord(**json.loads(self.record.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            return None  # of another version, or half gone with a full disk: as good as none
+
+    def save(self, record: MountRecord) -> None:
+        """Write the record in one piece."""
+        partial = self.record.with_suffix(".tmp")
+        try:
+            partial.write_text(json.dumps(asdict(record), indent=1))
+            partial.replace(self.record)
+        except OSError as error:
+            raise _state_error(self.record, error) from error
+
+    def clear(self) -> None:
+        """Remove record and socket; the log stays for whoever wants to know what happened."""
+        for path in (self.record, self.stats):
+            path.unlink(missing_ok=True)
+
+
+def list_records() -> Iterator[tuple[MountRecord, bool]]:
+    """Yield this user's mount records, each with whether its server lives."""
+    for path in sorted(state_directory().glob("*.json")):
+        with contextlib.suppress(ValueError, TypeError, KeyError, FileNotFoundError):
+            files = RecordFiles(json.loads(path.read_bytes())["mountpoint"])
+            record = files.load()
+            if record is not None:
+                yield record, files.alive()
+
+
+def _lock(kind: int) -> bytes:
+    """Return the ``struct flock`` for a lock on a whole file."""
+    return _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
+
+
+def _lock_holder(fd: int) -> int:
+    """Return the kind of lock in the way of an exclusive one, or ``F_UNLCK``."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK))
+    return int(_FLOCK.unpack(answer)[0])
+
+
+def _state_error(path: Path, error: OSError) -> EnvstoreError:
+    message = f"cannot write {path}: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(message, hint="free space, or set XDG_STATE_HOME")
+    return AccessDeniedError(message, hint="fix permissions, or set XDG_STATE_HOME")
