@@ -1,0 +1,10 @@
+"""``python -m envstore``: the command line without an installed script."""
+
+from __future__ import annotations
+
+import sys
+
+from envstore.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Arguments that several commands take, with their completion in the shell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from envstore.cli.context import Settings
+from envstore.errors import EnvstoreError
+
+_PATIENCE_SECONDS = "2"
+_OFFERED = 500
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class RefType(click.ParamType[str]):
+    """A REF as typed; checked by whoever resolves it, completed from the store."""
+
+    name = "REF"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Offer the store's refs; none if it does not answer soon."""
+        # Whoever presses Tab would rather type on than wait for a store that is away.
+        os.environ.setdefault("ENVSTORE_S3_TIMEOUT", _PATIENCE_SECONDS)
+        try:
+            found = _names(ctx.ensure_object(Settings), incomplete)
+        except (EnvstoreError, OSError):
+            return []
+        return [CompletionItem(name) for name in found]
+
+
+def _names(settings: Settings, incomplete: str) -> list[str]:
+    from envstore.store.refs import DEFAULT_TAG, list_refs
+
+    with settings.open(cached=False) as repository:
+        names = sorted(list_refs(repository.objects))
+    offered = []
+    for name in names:
+        text = str(name)
+        # Tags only once a name is chosen, or where there is no tag to leave out.
+        if name.tag == DEFAULT_TAG and ":" not in incomplete:
+            text = text.removesuffix(f":{DEFAULT_TAG}")
+        if text.startswith(incomplete):
+            offered.append(text)
+    return offered[:_OFFERED]
+
+
+REF = RefType()
+
+
+def ref_argument(name: str = "ref", **kwargs: Any) -> Callable[[_Function], _Function]:
+    """Return a decorator that adds an argument of type REF."""
+    return click.argument(name, metavar=name.upper(), type=REF, **kwargs)

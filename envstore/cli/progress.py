@@ -1,0 +1,58 @@
+"""Progress with rate and remaining time on stderr; nothing where nobody would see it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from envstore.cli import output
+from envstore.cli.context import Settings
+
+Report = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done and how much there is, 0 if unknown."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+@contextmanager
+def progress(settings: Settings, *, unit_bytes: bool = True) -> Iterator[Report]:
+    """Yield a ``Report`` that draws a bar while the block runs, if stderr is a terminal."""
+    if settings.quiet or settings.verbose or not output.is_terminal(sys.stderr):
+        yield _silent
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amounts = (
+        (DownloadColumn(binary_units=True), TransferSpeedColumn())
+        if unit_bytes
+        else (MofNCompleteColumn(),)
+    )
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *amounts,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield report

@@ -1,0 +1,252 @@
+"""The command as a process: starting, being interrupted, losing its reader, meeting a bug."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+from envstore.cli import main as entry
+from envstore.cli.main import cli as group
+from tests.commands import REPOSITORY, Cli
+from tests.trees import noise
+
+_HEAVY = {
+    "rich", "botocore", "boto3", "blake3", "zstandard", "pyfastcdc", "pyfuse3", "trio", "sqlite3",
+    "logging", "concurrent.futures", "subprocess", "urllib.request", "ssl",
+}  # fmt: skip
+
+
+def _all_commands() -> list[list[str]]:
+    context = click.Context(group, info_name="envstore")
+    found: list[list[str]] = [[]]
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        found.append([name])
+        if isinstance(command, click.Group):
+            found += [[name, inner] for inner in command.list_commands(context)]
+    return found
+
+
+def test_all_the_promised_commands_are_there() -> None:
+    assert {words[0] for words in _all_commands() if words} == {
+        "init", "push", "pull", "mount", "umount", "mounts", "run", "ls", "show", "log", "tag",
+        "diff", "rm", "du", "verify", "cache", "doctor", "completion",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("words", _all_commands(), ids=lambda words: " ".join(words) or "envstore")
+def test_help(cli: Cli, words: list[str]) -> None:
+    text = cli.ok(*words, "--help")
+    assert text.startswith(f"Usage: envstore {' '.join(words)}".rstrip())
+    examples = text.partition("\nExamples:\n")[2].splitlines()
+    assert examples
+    assert all(line.startswith("  ") and "envstore" in line for line in examples)
+    for option in ("--store", "--json", "--quiet", "--verbose", "--cache-dir", "--cache-size"):
+        assert option in text
+    assert cli.ok(*words, "-h") == text
+    # What a list of commands cuts off is of no use there.
+    assert not re.search(r"\.\.\.$", text.partition("Options:")[0].partition("\n")[2], re.MULTILINE)
+
+
+def test_no_command_shows_the_help(cli: Cli) -> None:
+    assert cli.ok() == cli.ok("--help")
+
+
+def test_version(cli: Cli) -> None:
+    from envstore import __version__
+
+    assert cli.ok("--version") == f"envstore {__version__}\n"
+
+
+def test_help_imports_nothing_heavy(cli: Cli) -> None:
+    listing = "import sys, runpy; sys.argv = ['envstore', '--help']\n"
+    listing += "try: runpy.run_module('envstore', run_name='__main__')\n"
+    listing += "except SystemExit: print('\\n'.join(sys.modules), file=sys.stderr)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", listing], env=cli.env, capture_output=True, text=True, check=True
+    )
+    imported = set(done.stderr.split())
+    assert "envstore.cli.transfer" in imported
+    assert imported & _HEAVY == set()
+    assert {name for name in imported if name.startswith("envstore.")} <= {
+        name for name in imported if name.startswith("envstore.cli")
+    } | {"envstore.errors", "envstore.__main__"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(cli: Cli, shell: str) -> None:
+    script = cli.ok("completion", shell)
+    assert "_ENVSTORE_COMPLETE" in script
+    assert cli.json("completion", shell)["script"] + "\n" == script
+    if shell == "bash":
+        subprocess.run(["bash", "-c", f"{script}\ncomplete -p envstore"], check=True)
+
+
+def _completed(cli: Cli, line: str) -> list[str]:
+    words = line.split(" ")
+    env = {
+        "_ENVSTORE_COMPLETE": "bash_complete",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    done = cli(env=env)
+    assert done.err == ""
+    return done.out.split()
+
+
+def test_completion(stored: Cli) -> None:
+    stored.ok("tag", "tree", "tree:v1")
+    stored.ok("tag", "tree", "team/other")
+    assert "plain,verify" in _completed(stored, "envstore ver")
+    assert _completed(stored, "envstore show tr") == ["plain,tree", "plain,tree:v1"]
+    assert _completed(stored, "envstore show tree:") == ["plain,tree:latest", "plain,tree:v1"]
+    assert _completed(stored, "envstore diff tree te") == ["plain,team/other"]
+    assert _completed(stored, "envstore push --parent te") == ["plain,team/other"]
+    assert _completed(stored, "envstore push x ") == ["file,"]
+    assert _completed(stored, "envstore mount x ") == ["dir,"]
+    elsewhere = f"envstore --store {stored.root}/nowhere show tr"
+    assert _completed(stored, elsewhere) == []
+    stored.env["ENVSTORE_URL"] = f"{stored.root}/nowhere"
+    assert _completed(stored, "envstore show tr") == []
+    assert "plain,tree" in _completed(stored, f"envstore --store {stored.store} show tr")
+    assert _completed(stored, f"envstore --cache-size much --store {stored.store} show te") == [
+        "plain,team/other"
+    ]
+
+
+@pytest.mark.parametrize(("name", "status", "line"), [
+    ("SIGINT", 130, b"envstore: interrupted\n"), ("SIGTERM", 143, b""), ("SIGHUP", 129, b""),
+])  # fmt: skip
+def test_a_signal_while_waiting_for_the_store(
+    cli: Cli, name: str, status: int, line: bytes
+) -> None:
+    cli.env |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        cli.env["ENVSTORE_URL"] = f"s3://bucket/x?endpoint={endpoint}"
+        with cli.start("ls", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1)  # it has asked, and waits for an answer that never comes
+                process.send_signal(signal.Signals[name])
+                out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (status, b"", line)
+
+
+def test_interrupting_a_push_at_any_moment(stored: Cli, tree: Path) -> None:
+    (tree / "noise").write_bytes(noise(6, 24 << 20))
+    started = time.monotonic()
+    stored.ok("push", "whole", tree, "--kind", "dir")
+    usual = time.monotonic() - started
+    moments = random.Random(1)
+    for round_ in range(6):
+        (tree / "lib" / "text").write_text(f"round {round_}")
+        (tree / "noise").write_bytes(noise(7 + round_, 24 << 20))
+        before = stored.refs()
+        push = stored.start(
+            "push", "tree", tree, "--kind", "dir", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        with push:
+            try:
+                _, err = push.communicate(timeout=moments.uniform(0.2, 1.0) * usual)
+            except subprocess.TimeoutExpired:
+                push.send_signal(signal.SIGINT)
+                _, err = push.communicate(timeout=120)
+        if push.returncode == 130:
+            assert err.endswith(b"envstore: interrupted\n") or err == b"", err
+            assert b"Traceback" not in err
+            assert err.count(b"\n") <= 1
+            after = stored.refs()
+            if after != before:
+                # Too late: the ref had moved already, and then to a whole snapshot.
+                assert stored.json("verify", "tree")["ok"] is True
+        else:
+            assert (push.returncode, err) == (0, b"")
+    assert stored.json("verify", "--read-data")["ok"] is True
+    stored.ok("push", "tree", tree, "--kind", "dir")
+
+
+def test_a_reader_that_goes_away(stored: Cli, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(3000):
+        (many / f"{number:0100}").touch()
+    stored.ok("push", "many", many, "--kind", "dir")
+    with stored.start("ls", "many", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("command", [["ls", "tree"], ["--help"], ["--json", "show", "tree"]])
+def test_an_output_that_is_full(stored: Cli, command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = stored.start(*command, stdout=full, stderr=subprocess.PIPE)
+        with done:
+            _, err = done.communicate(timeout=60)
+    assert done.returncode == 1
+    assert err.count(b"\n") == 1
+    assert b"No space left on device" in err
+    assert b"bug" not in err
+
+
+def test_no_streams_at_all(stored: Cli) -> None:
+    argv = " ".join(stored.argv("tag", "tree", "other"))
+    subprocess.run(["sh", "-c", f"{argv} <&- >&- 2>&-"], env=stored.env, check=True)
+    assert "default/other/latest" in stored.refs()
+
+
+def test_a_bug_is_one_line_and_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("envstore.store.cache.BlobCache.usage", broken)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert entry.main(["cache", "show"]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "unexpected ZeroDivisionError: two\\nlines; this is a bug" in err
+        log = tmp_path / "state" / "envstore" / "errors.log"
+        assert str(log) in err
+        assert "in broken" in log.read_text()
+
+        monkeypatch.setenv("ENVSTORE_DEBUG", "1")
+        assert entry.main(["cache", "show"]) == 1
+        assert "in broken" in capsys.readouterr().err
+
+        monkeypatch.delenv("ENVSTORE_DEBUG")
+        monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
+        assert entry.main(["cache", "show"]) == 1
+        assert "ENVSTORE_DEBUG=1" in capsys.readouterr().err
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_run_as_a_module_and_as_a_script(cli: Cli) -> None:
+    called = "from envstore.cli.main import main; import sys; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", called, "--version"], env=cli.env, capture_output=True, check=True
+    )
+    assert done.stdout.decode() == cli.ok("--version")
+    assert (REPOSITORY / "envstore" / "__main__.py").is_file()
+    assert os.access(sys.executable, os.X_OK)
