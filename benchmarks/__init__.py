@@ -1,0 +1,1 @@
+"""Measures envstore beside the tools people use today: ``python -m benchmarks``."""
