@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from benchmarks import mount, push, read, report, store, targets
 from benchmarks.context import Context
@@ -30,10 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status."""
     options = parse(arguments)
     console = Console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both end it through every `finally`, even where a shell has it ignore Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
     def say(text: str) -> None:
-        console.print(f"  … {text}", style="dim", highlight=False)
+        console.print(f"  … {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
     try:
         return measure(console, options, say)
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("interrupted; nothing is left mounted or running")
         return 130
     except (BenchmarkError, CommandError, BuildError, ServerError, OSError) as error:
-        console.print(f"[bold red]benchmark failed:[/] {error}", highlight=False)
+        console.print(Text("benchmark failed: ", "bold red").append(str(error), "not bold default"))
         return 1
 
 

@@ -33,6 +33,16 @@ def is_mounted(path: Path) -> bool:
     return any(line.split(" ", 5)[4] == escaped for line in mounts)
 
 
+def _reason(said: str) -> str:
+    """Return the message and the hint of a failure that was reported as JSON."""
+    lines = said.strip().splitlines() or ["it said nothing"]
+    try:
+        error = json.loads(lines[-1])["error"]
+    except (ValueError, KeyError, TypeError):
+        return " | ".join(lines[-3:])
+    return f"{error['message']} ({error['hint']})" if error["hint"] else str(error["message"])
+
+
 @dataclass(frozen=True, slots=True)
 class Mount:
     """A live mount: where it is, how long it took, and its server."""
@@ -98,7 +108,7 @@ class Envstore:
             raise
         name = f"envstore {arguments[0]}"
         if process.returncode:
-            raise CommandError(f"{name} failed with status {process.returncode}: {said.strip()}")
+            raise CommandError(f"{name} failed: {_reason(said)}")
         try:
             return dict(json.loads(printed))
         except ValueError as error:

@@ -24,6 +24,7 @@ from client import CommandError, Envstore
 from prefix import BuildError, build_prefix, clean_environment
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from seaweed import S3Server, ServerError, running_s3
 
 HERE = Path(__file__).resolve().parent
@@ -73,15 +74,16 @@ def main() -> int:
     )
     options = parser.parse_args()
     console = Console()
-    # A terminate request ends the demo as a Ctrl-C does: through every `finally`.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both end the demo through every `finally`, even where a shell has it ignore Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         demonstrate(console, options.store, options.work.expanduser().resolve())
     except KeyboardInterrupt:
         console.print("interrupted; nothing is left mounted or running")
         return 130
     except (DemoError, CommandError, BuildError, ServerError, OSError) as error:
-        console.print(f"[bold red]demo failed:[/] {error}", markup=True, highlight=False)
+        console.print(Text("demo failed: ", "bold red").append(str(error), "not bold default"))
         return 1
     return 0
 
@@ -92,7 +94,7 @@ def demonstrate(console: Console, kind: str, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:
-        console.print(f"  {text}", highlight=False)
+        console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
 
     started = time.monotonic()
     environment, kept = build_prefix(HERE / "demo-requirements.txt", work, say)
@@ -214,15 +216,16 @@ def table(found: Findings, kind: str) -> Table:
     def size(number: int) -> str:
         return f"{number / MB:,.1f} MB"
 
-    shown.add_row("files", f"{first['files']:,}", "")
+    shown.add_row("files", f"{first['files']:,}", "with the bytecode compiled for them")
     shown.add_row("logical bytes", size(logical), "")
     shown.add_row("stored bytes", size(stored), f"{stored / logical:.1%} of the logical bytes")
     shown.add_section()
     shown.add_row("first push uploaded", size(first["uploaded_bytes"]), calls(first["requests"]))
     again_bytes = f"{again['uploaded_bytes']:,} bytes"
     shown.add_row("second push uploaded", again_bytes, calls(again["requests"]))
-    share = f"{found.fetched / stored:.1%} of what is stored, {found.fetched / logical:.1%} of the"
-    shown.add_row("fetched for the run", size(found.fetched), f"{share} logical bytes")
+    share = f"{found.fetched / logical:.1%} of the logical bytes"
+    shown.add_row("fetched for the run", size(found.fetched), share)
+    shown.add_row("", "", f"{found.fetched / stored:.1%} of the stored bytes")
     shown.add_row("", "", f"{calls(found.requests)}{found.counted_by}")
     shown.add_section()
     for step, seconds in found.seconds.items():

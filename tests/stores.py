@@ -86,7 +86,11 @@ class Store:
         """Verify every ref, by default every byte and the index too."""
         return verify(self.repository, self.targets(), read_data=read_data, whole=whole)
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def verify_targets(self, targets: list[tuple[str, bytes]]) -> Report:
+        """Verify every byte of the given snapshots."""
+        return verify(self.repository, targets, read_data=True)
+
+    def object_keys(self, prefix: str = "") -> list[str]:
         """Return every object key."""
         return sorted(info.key for info in self.repository.objects.list(prefix))
 

@@ -80,9 +80,16 @@ class Settings:
             )
 
     def export_cache(self) -> None:
-        """Let the processes that are started from here use the same cache."""
-        os.environ["ENVSTORE_CACHE_DIR"] = str(self.cache_directory.absolute())
-        os.environ["ENVSTORE_CACHE_SIZE"] = str(self.cache_capacity)
+        """Let the processes that are started from here use the same cache.
+
+        Raises ``UsageError`` for a malformed size.
+        """
+        capacity = self.cache_capacity
+        if self.cache_dir is not None or os.environ.get("ENVSTORE_CACHE_DIR"):
+            # Absolute, for a server goes to another directory.
+            os.environ["ENVSTORE_CACHE_DIR"] = str(self.cache_directory.absolute())
+        if self.cache_size is not None:
+            os.environ["ENVSTORE_CACHE_SIZE"] = str(capacity)
 
     def open_for_push(self) -> tuple[Repository, bool]:
         """Open the store, making the user's own one if it is meant and missing.

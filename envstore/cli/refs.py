@@ -86,9 +86,10 @@ def _list_refs(settings: Settings, prefix: str, recursive: bool) -> None:
         raise UsageError("-R needs a REF", hint="envstore ls -R REF")
     with settings.open() as repository:
         listed = describe_refs(repository, prefix)
+        url = repository.objects.url
     damaged = [item for item in listed if item.error is not None]
     if settings.json:
-        output.result({"store": settings.url, "refs": [_ref_fields(item) for item in listed]})
+        output.result({"store": url, "refs": [_ref_fields(item) for item in listed]})
     elif listed:
         headings = ("REF", "DIGEST", "KIND", ">FILES", ">SIZE", "MOVED")
         output.table(headings, [_ref_row(item) for item in listed])

@@ -83,10 +83,11 @@ def du(settings: Settings, refs: tuple[str, ...]) -> None:
     names = [RefName.parse(ref) for ref in dict.fromkeys(refs)]
     with settings.open() as repository:
         found = measure(repository, names or sorted(list_refs(repository.objects)))
+        url = repository.objects.url
     if settings.json:
         output.result(
             {
-                "store": settings.url,
+                "store": url,
                 **_usage_fields(found.total),
                 "objects": found.objects,
                 "object_bytes": found.object_bytes,
@@ -148,6 +149,7 @@ def verify(settings: Settings, ref: str | None, read_data: bool) -> None:
             targets = [(ref, repository.resolve(ref))]
         else:
             targets, broken = all_targets(repository)
+        url = repository.objects.url
         with progress(settings, unit_bytes=False) as draw:
             report = check(
                 repository,
@@ -160,7 +162,7 @@ def verify(settings: Settings, ref: str | None, read_data: bool) -> None:
     _print_report(settings, report)
     if not report.ok:
         raise CorruptError(
-            f"{output.counted(len(report.problems), 'problem')} found in {settings.url}",
+            f"{output.counted(len(report.problems), 'problem')} found in {url}",
             hint="restore the objects from a copy of the store, or push the trees to a new one",
         )
 

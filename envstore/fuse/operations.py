@@ -25,6 +25,7 @@ FOREVER = 10 * 365 * 86_400
 
 BLOCK = 4096
 _NAME_MAX = 255
+_ENTRIES = 20_000
 
 
 class Content(Protocol):
@@ -49,6 +50,7 @@ class SnapshotOperations(pyfuse3.Operations):
         self._content = content
         self._requests = requests
         self._uid, self._gid = os.getuid(), os.getgid()
+        self._entries: dict[int, EntryAttributes] = {}
         self._absent = EntryAttributes()
         self._absent.st_ino = InodeT(0)
         self._absent.entry_timeout = self._absent.attr_timeout = FOREVER
@@ -64,14 +66,14 @@ class SnapshotOperations(pyfuse3.Operations):
         """Find a name; that there is none is an answer the kernel may keep, too."""
         self._requests["lookup"] += 1
         node = self._tree.lookup(self._checked(parent_inode), name)
-        return self._absent if node is None else self._entry(self._tree.attributes(node))
+        return self._absent if node is None else self._entry(node)
 
     async def getattr(
         self, inode: InodeT, ctx: pyfuse3.RequestContext | None = None
     ) -> EntryAttributes:
         """Return a node's attributes."""
         self._requests["getattr"] += 1
-        return self._entry(self._tree.attributes(self._checked(inode)))
+        return self._entry(self._checked(inode))
 
     async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
         """Return where a link points."""
@@ -114,9 +116,8 @@ class SnapshotOperations(pyfuse3.Operations):
         tree, node = self._tree, self._checked(fh, Kind.DIRECTORY)
         for position in range(start_id, tree.child_count(node)):
             child = tree.child(node, position)
-            entry = self._entry(tree.attributes(child))
             name = FileNameT(tree.name(child))
-            if not pyfuse3.readdir_reply(token, name, entry, position + 1):
+            if not pyfuse3.readdir_reply(token, name, self._entry(child), position + 1):
                 break
 
     async def releasedir(self, fh: FileHandleT) -> None:
@@ -159,7 +160,16 @@ class SnapshotOperations(pyfuse3.Operations):
             raise FUSEError(errno.EINVAL)
         return node
 
-    def _entry(self, attributes: Attributes) -> EntryAttributes:
+    def _entry(self, node: int) -> EntryAttributes:
+        """Return a node's attributes; making them takes longer than all else in most answers."""
+        entry = self._entries.get(node)
+        if entry is None:
+            if len(self._entries) >= _ENTRIES:
+                self._entries.clear()
+            entry = self._entries[node] = self._made(self._tree.attributes(node))
+        return entry
+
+    def _made(self, attributes: Attributes) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = InodeT(attributes.inode)
         entry.st_mode = pyfuse3.ModeT(attributes.mode)

@@ -101,7 +101,8 @@ def elf_machine(path: Path) -> str | None:
 
 def _libraries(root: Path) -> dict[bytes, int]:
     found = {}
-    for parent in (b"lib", b"lib64"):
+    # Debian's own Python installs packages below local/lib.
+    for parent in (b"lib", b"lib64", b"local/lib"):
         directory = os.path.join(os.fsencode(root), parent)
         if os.path.islink(directory):
             continue

@@ -411,23 +411,24 @@ def _damages(path: Path) -> dict[str, bytes]:
     }
 
 
-def test_damaged_objects(stored: Cli, tree: Path) -> None:
+def test_damaged_objects(cli: Cli, tree: Path) -> None:
     """Every object of the store in turn, in four ways: a line, or the very bytes, or nothing."""
-    stored.ok("push", "tree", tree, "--kind", "dir")
+    cli.ok("init")
+    cli.ok("push", "tree", tree, "--kind", "dir")
     original = describe(tree)
-    objects = [p for p in stored.store.rglob("*") if p.is_file() and not p.match(".*/*")]
+    objects = [p for p in cli.store.rglob("*") if p.is_file() and not p.match(".*/*")]
     objects = [p for p in objects if ".locks" not in p.parts and ".tmp" not in p.parts]
-    assert {p.relative_to(stored.store).parts[0] for p in objects} >= {
+    assert {p.relative_to(cli.store).parts[0] for p in objects} >= {
         "packs", "index", "manifests", "locations", "snapshots", "refs", "envstore.json",
     }  # fmt: skip
     for path in objects:
-        name = str(path.relative_to(stored.store))
+        name = str(path.relative_to(cli.store))
         sound = path.read_bytes()
         for how, damage in _damages(path).items():
             path.write_bytes(damage)
-            out = stored.root / "out"
-            shutil.rmtree(stored.home / ".cache", ignore_errors=True)
-            done = stored("pull", "tree", out)
+            out = cli.root / "out"
+            shutil.rmtree(cli.home / ".cache", ignore_errors=True)
+            done = cli("pull", "tree", out)
             if done.status == 0:
                 assert describe(out) == original, (name, how)
                 shutil.rmtree(out)
@@ -436,12 +437,12 @@ def test_damaged_objects(stored: Cli, tree: Path) -> None:
                 one_line(done)
                 assert not out.exists()
             if not name.startswith("index/"):
-                checked = stored("verify", "--read-data")
+                checked = cli("verify", "--read-data")
                 assert checked.status == 1, (name, how, checked)
                 assert checked.err.count("\n") == 1, (name, how, checked)
                 assert "Traceback" not in checked.err
             path.write_bytes(sound)
-    assert stored.json("verify", "--read-data")["ok"]
+    assert cli.json("verify", "--read-data")["ok"]
 
 
 def test_a_push_over_damage_tells_or_mends(stored: Cli, tree: Path) -> None:

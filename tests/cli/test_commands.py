@@ -120,7 +120,7 @@ def test_ls_of_refs(stored: Cli, tree: Path) -> None:
     assert lines[0].split() == ["REF", "DIGEST", "KIND", "FILES", "SIZE", "MOVED"]
     assert [line.split()[0] for line in lines[1:]] == ["tree:latest", "team/tree:v1"]
     found = stored.json("ls")
-    assert found["store"] == str(stored.store)
+    assert found["store"] == f"file://{stored.store}"
     assert [item["ref"] for item in found["refs"]] == ["tree:latest", "team/tree:v1"]
     assert set(found["refs"][0]) == {
         "ref", "digest", "updated", "kind", "files", "logical_bytes", "created"

@@ -16,7 +16,7 @@ import click
 import pytest
 
 from envstore.cli import main as entry
-from envstore.cli.main import cli as group
+from envstore.cli.group import cli as group
 from tests.commands import REPOSITORY, Cli
 from tests.trees import noise
 
@@ -163,10 +163,9 @@ def test_interrupting_a_push_at_any_moment(stored: Cli, tree: Path) -> None:
             except subprocess.TimeoutExpired:
                 push.send_signal(signal.SIGINT)
                 _, err = push.communicate(timeout=120)
-        if push.returncode == 130:
-            assert err.endswith(b"envstore: interrupted\n") or err == b"", err
-            assert b"Traceback" not in err
-            assert err.count(b"\n") <= 1
+        # Python may die of the signal itself while it starts, ends or imports: the same to a shell.
+        if push.returncode in (130, -signal.SIGINT):
+            assert err in (b"envstore: interrupted\n", b""), err
             after = stored.refs()
             if after != before:
                 # Too late: the ref had moved already, and then to a whole snapshot.

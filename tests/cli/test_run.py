@@ -17,15 +17,16 @@ from envstore.fuse.run import command_environment
 from tests.commands import Cli, one_line
 
 _COUNTER = """
-import signal, sys, os
+import os, signal
 seen = []
-signal.signal(signal.SIGINT, lambda *_: seen.append("INT"))
-signal.signal(signal.SIGHUP, lambda *_: seen.append("HUP"))
-signal.signal(signal.SIGTERM, lambda *_: (print(",".join(seen), flush=True), os._exit(5)))
+watched = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 print("ready", flush=True)
-while True:
-    signal.pause()
+while (number := signal.sigwait(watched)) != signal.SIGTERM:
+    seen.append(signal.Signals(number).name)
     print("got", seen[-1], flush=True)
+print(",".join(seen), flush=True)
+os._exit(5)
 """
 
 
@@ -156,11 +157,11 @@ def test_a_command_may_outlive_a_signal(stored: Cli) -> None:
     with stored.start(*argv, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        for name in ("INT", "HUP", "INT"):
-            process.send_signal(signal.Signals[f"SIG{name}"])
+        for name in ("SIGINT", "SIGHUP", "SIGINT"):
+            process.send_signal(signal.Signals[name])
             assert process.stdout.readline() == f"got {name}\n".encode()
         process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == b"INT,HUP,INT\n"
+        assert process.stdout.readline() == b"SIGINT,SIGHUP,SIGINT\n"
         assert process.wait(timeout=120) == 5
     _nothing_left(stored)
 
@@ -177,9 +178,9 @@ def test_ctrl_c_reaches_the_command_once(stored: Cli) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         os.write(ours, b"\x03")
-        assert process.stdout.readline() == b"got INT\n"
+        assert process.stdout.readline() == b"got SIGINT\n"
         process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline() == b"INT\n"
+        assert process.stdout.readline() == b"SIGINT\n"
         assert process.wait(timeout=120) == 5
     os.close(ours)
     _nothing_left(stored)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -81,7 +81,7 @@ def test_every_frame_is_in_one_group_and_every_group_is_one_range(
     assert set(planned) == {key(frame) for frame in asked}
     for group in groups:
         assert len({frame.pack for frame in group}) == 1
-        for one, two in zip(group, group[1:], strict=False):
+        for one, two in pairwise(group):
             assert 0 <= two.offset - (one.offset + one.stored) <= max_gap
         span = group[-1].offset + group[-1].stored - group[0].offset
         assert len(group) == 1 or span <= max_request
@@ -94,7 +94,7 @@ def test_every_frame_is_in_one_group_and_every_group_is_one_range(
 def test_no_two_groups_could_have_been_one(layouts: list[list[tuple[int, int]]]) -> None:
     frames = [frame for pack, layout in enumerate(layouts) for frame in _frames(pack, layout)]
     groups = sorted(_fetcher().plan(frames), key=lambda group: (group[0].pack, group[0].offset))
-    for one, two in zip(groups, groups[1:], strict=False):
+    for one, two in pairwise(groups):
         if one[0].pack != two[0].pack:
             continue
         gap = two[0].offset - (one[-1].offset + one[-1].stored)
@@ -138,8 +138,8 @@ class _Stored:
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> Iterator[_Stored]:
-    yield _Stored(tmp_path)
+def stored(tmp_path: Path) -> _Stored:
+    return _Stored(tmp_path)
 
 
 def test_a_group_is_one_request_and_lands_in_the_cache(stored: _Stored) -> None:
@@ -176,7 +176,7 @@ def test_an_error_of_the_receiver_is_not_taken_for_one_of_the_frame(stored: _Sto
         seen.append(position)
         raise NoSpaceError("the receiver's own disk")
 
-    with pytest.raises(NoSpaceError, match="the receiver's own disk$"):
+    with pytest.raises(NoSpaceError, match=r"the receiver's own disk$"):
         stored.fetcher.fetch_each(stored.frames, [1, 2], deliver)
     assert seen == [1]
 

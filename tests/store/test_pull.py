@@ -195,7 +195,7 @@ def test_destinations_in_use_are_left_alone(small: Store, tmp_path: Path, what: 
 
 
 def _break_pack(store: Store) -> None:
-    for key in store.keys("packs/"):
+    for key in store.object_keys("packs/"):
         path = store.path(key)
         data = bytearray(path.read_bytes())
         data[20] ^= 0xFF
@@ -203,12 +203,12 @@ def _break_pack(store: Store) -> None:
 
 
 def _lose_packs(store: Store) -> None:
-    for key in store.keys("packs/"):
+    for key in store.object_keys("packs/"):
         store.path(key).unlink()
 
 
 def _lose_locations(store: Store) -> None:
-    for key in store.keys("locations/"):
+    for key in store.object_keys("locations/"):
         store.path(key).unlink()
 
 

@@ -34,12 +34,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         opened.push(tmp_path / "other", "two")
         opened.push(tmp_path / "tree", "team/three")
         name, packs_listed = (
-            bytes.fromhex(opened.keys("index/")[0].rpartition("/")[2]),
-            opened.repository.segment(bytes.fromhex(opened.keys("index/")[0].rpartition("/")[2])),
+            bytes.fromhex(opened.object_keys("index/")[0].rpartition("/")[2]),
+            opened.repository.segment(
+                bytes.fromhex(opened.object_keys("index/")[0].rpartition("/")[2])
+            ),
         )
         sample_name, data = build_sample([(name, packs_listed)]).encode()
         opened.repository.objects.put(sample_key(sample_name), data)
-        assert len(opened.keys("packs/")) > 3
+        assert len(opened.object_keys("packs/")) > 3
         yield opened
 
 
@@ -89,10 +91,12 @@ def test_a_sound_store(store: Store) -> None:
         assert report.problems == []
         assert report.ok
         assert report.snapshots == len({snapshot for _, snapshot in store.targets()}) >= 2
-        assert report.packs == len(store.keys("packs/"))
+        assert report.packs == len(store.object_keys("packs/"))
         assert report.frames >= report.packs
         assert report.chunks >= report.frames
-    assert report.bytes_read == sum(store.path(key).stat().st_size for key in store.keys("packs/"))
+    assert report.bytes_read == sum(
+        store.path(key).stat().st_size for key in store.object_keys("packs/")
+    )
 
 
 def test_without_data_little_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +108,7 @@ def test_without_data_little_is_read(store: Store, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("kind", ["packs", "manifests", "locations", "snapshots"])
 def test_every_damage_is_found_named_and_its_victims_too(store: Store, kind: str) -> None:
-    for key in store.keys(f"{kind}/"):
+    for key in store.object_keys(f"{kind}/"):
         size = store.path(key).stat().st_size
         for change in _changes(size, key):
             with _damaged(store, key, change):
@@ -118,7 +122,7 @@ def test_every_damage_is_found_named_and_its_victims_too(store: Store, kind: str
 
 @pytest.mark.parametrize("kind", ["index", "samples"])
 def test_damage_to_the_index_is_found(store: Store, kind: str) -> None:
-    for key in store.keys(f"{kind}/"):
+    for key in store.object_keys(f"{kind}/"):
         for change in _changes(store.path(key).stat().st_size, key)[:-1]:
             with _damaged(store, key, change):
                 for read_data in (False, True):
@@ -130,9 +134,9 @@ def test_damage_to_the_index_is_found(store: Store, kind: str) -> None:
 
 def test_the_victims_of_a_pack_are_those_that_use_it(store: Store, tmp_path: Path) -> None:
     trees.plain(tmp_path / "alone", 2, files=4)
-    before = set(store.keys("packs/"))
+    before = set(store.object_keys("packs/"))
     store.push(tmp_path / "alone", "alone")
-    (own, *_) = set(store.keys("packs/")) - before
+    (own, *_) = set(store.object_keys("packs/")) - before
     with _damaged(store, own, lambda _: None):
         report = store.verify()
     assert {problem.harms for problem in report.problems} == {("alone:latest",)}
@@ -158,7 +162,7 @@ def test_a_damaged_snapshot_harms_every_ref_that_names_it(store: Store, tmp_path
 
 
 def test_frames_that_were_lost_are_counted_and_the_others_are_not(store: Store) -> None:
-    key = max(store.keys("packs/"), key=lambda key: store.path(key).stat().st_size)
+    key = max(store.object_keys("packs/"), key=lambda key: store.path(key).stat().st_size)
     pack = packs.parse_pack(store.path(key).read_bytes(), bytes.fromhex(key.rpartition("/")[2]))
     # A flip in the middle of the first frame's bytes.
     with _damaged(store, key, _flip(len(packs.HEADER) + pack.frames[0].stored // 2)):
@@ -171,7 +175,7 @@ def test_frames_that_were_lost_are_counted_and_the_others_are_not(store: Store) 
 
 
 def test_a_pack_in_anothers_place(store: Store) -> None:
-    one, two = store.keys("packs/")[:2]
+    one, two = store.object_keys("packs/")[:2]
     with _damaged(store, one, lambda _: store.path(two).read_bytes()):
         report = store.verify(read_data=False)
         assert _named(report, one)
@@ -180,9 +184,9 @@ def test_a_pack_in_anothers_place(store: Store) -> None:
 
 def test_packs_that_only_the_index_lists_are_checked(store: Store, tmp_path: Path) -> None:
     trees.plain(tmp_path / "gone", 3, files=4)
-    before = set(store.keys("packs/"))
+    before = set(store.object_keys("packs/"))
     store.push(tmp_path / "gone", "gone")
-    (own, *_) = set(store.keys("packs/")) - before
+    (own, *_) = set(store.object_keys("packs/")) - before
     store.repository.objects.delete("refs/default/gone/latest")
     assert store.verify().ok
     for change in (_flip(30), _flip(-1), lambda _: None):
@@ -195,7 +199,7 @@ def test_packs_that_only_the_index_lists_are_checked(store: Store, tmp_path: Pat
 
 def test_an_index_that_lists_what_a_pack_does_not_hold(store: Store) -> None:
     # Right names, right checksums, and a lie: what a push would then rely on is not there.
-    name = bytes.fromhex(store.keys("index/")[0].rpartition("/")[2])
+    name = bytes.fromhex(store.object_keys("index/")[0].rpartition("/")[2])
     listed = store.repository.segment(name)
     frame = replace(listed[0].frames[0], digest=digest(b"other"))
     wrong = replace(listed[0], frames=(frame, *listed[0].frames[1:]))
@@ -211,7 +215,7 @@ def test_what_is_cached_does_not_hide_damage(tmp_path: Path) -> None:
         store.push(tmp_path / "tree")
         store.pull(tmp_path / "copy")
         for kind in ("snapshots", "index", "packs"):
-            (key,) = store.keys(f"{kind}/")
+            (key,) = store.object_keys(f"{kind}/")
             store.repository.snapshot(store.repository.resolve("tree"))
             with _damaged(store, key, _flip(30)):
                 assert _named(store.verify(), key)

@@ -1,0 +1,123 @@
+"""``mount``, ``umount`` and ``mounts``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.commands import NOBODY, Cli
+from tests.trees import describe
+
+_RECORD = {
+    "ref", "digest", "mountpoint", "name", "snapshot", "manifest", "pid", "store", "started", "log",
+    "stats",
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(stored: Cli) -> Path:
+    """An empty directory to mount on."""
+    found = stored.root / "a place"
+    found.mkdir()
+    return found
+
+
+def test_mount_and_umount(stored: Cli, place: Path, tree: Path) -> None:
+    stored.ok("push", "mine", tree, "--kind", "dir")
+    made = stored.json("mount", "mine", place)
+    assert set(made) == _RECORD | {"seconds"}
+    assert (made["ref"], made["mountpoint"]) == ("mine", str(place))
+    assert made["digest"] == stored.json("show", "mine")["digest"]
+    assert describe(place) == describe(tree)
+    (listed,) = stored.json("mounts")["mounts"]
+    assert listed["alive"] is True
+    assert listed["pid"] == made["pid"]
+    text = stored.ok("mounts").splitlines()
+    assert text[0].split()[:2] == ["MOUNT", "POINT"]
+    assert str(place) in text[1]
+    assert stored.json("umount", place) == {"mountpoint": str(place), "lazy": False}
+    assert os.listdir(place) == []
+    assert stored.json("mounts") == {"mounts": []}
+
+
+def test_a_mount_stays_what_it_was(stored: Cli, place: Path, tree: Path) -> None:
+    stored.ok("mount", "tree", place)
+    try:
+        (tree / "lib" / "text").write_text("another\n")
+        stored.ok("push", "tree", tree, "--kind", "dir")
+        stored.ok("rm", "--yes", "tree")
+        assert (place / "lib" / "text").read_text() == "some text\n"
+    finally:
+        stored.ok("umount", place)
+
+
+def test_lazy_umount(stored: Cli, place: Path) -> None:
+    server = os.pidfd_open(stored.json("mount", "tree", place)["pid"])
+    with open(place / "lib" / "text") as still:
+        stored.fails(1, "umount", place, says=[str(place), "--lazy"])
+        stored.ok("umount", "--lazy", place)
+        assert os.listdir(place) == []
+        assert still.read() == "some text\n"
+    os.set_blocking(server, True)
+    signal.pidfd_send_signal(server, 0)
+    os.close(server)
+
+
+def test_foreground(stored: Cli, place: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with stored.start(
+            *("mount", "--foreground", "tree", place),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={"PYTHONUNBUFFERED": "1"},
+        ) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline().startswith(b"mounted tree @")
+            assert (place / "lib" / "text").read_text() == "some text\n"
+            server.send_signal(number)
+            _, err = server.communicate(timeout=120)
+        assert server.returncode == 0
+        assert b"Traceback" not in err
+        assert b"unmount" in err
+        assert os.listdir(place) == []
+
+
+def test_the_cache_of_a_mount(stored: Cli, place: Path) -> None:
+    stored.ok("cache", "clear")
+    cache = stored.root / "own"
+    stored.ok("mount", "tree", place.name, "--cache-dir", cache.name)
+    try:
+        assert len((place / "lib" / "deep" / "data").read_bytes()) == 768_000
+    finally:
+        stored.ok("umount", place.name)
+    assert stored.json("--cache-dir", cache, "cache", "show")["bytes"] > 0
+    assert stored.json("cache", "show")["bytes"] == 0
+    stored.fails(2, "mount", "tree", place, "--cache-size", "much", says=["not a size"])
+
+
+def test_an_ordinary_user(ordinary: Cli) -> None:
+    ordinary.ok("init")
+    ordinary.ok("push", "t", "/etc/hostname")
+    done = ordinary("run", "t", "--", "sh", "-c", "id -u; cat $ENVSTORE_PREFIX/hostname")
+    assert done.status == 0, done
+    assert done.out == f"{NOBODY}\n{Path('/etc/hostname').read_text()}"
+    assert done.err == ""
+    assert list(ordinary.root.glob("envstore-run-*")) == []
+
+
+def test_allow_other_is_explained(ordinary: Cli) -> None:
+    fuse = Path("/etc/fuse.conf")
+    if fuse.exists() and any(
+        line.strip() == "user_allow_other" for line in fuse.read_text().splitlines()
+    ):
+        pytest.skip("this machine allows it")
+    ordinary.ok("init")
+    ordinary.ok("push", "t", "/etc/hostname")
+    place = ordinary.root / "place"
+    place.mkdir()
+    os.chown(place, NOBODY, NOBODY)
+    ordinary.fails(1, "mount", "--allow-other", "t", place, says=["user_allow_other", "fuse.conf"])
