@@ -94,6 +94,9 @@ class _WithGlobalOptions(click.Command):
         own: list[tuple[str, str]] = []
         common: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
+            # Arguments are explained in the text; newer versions of click would list them here.
+            if isinstance(parameter, click.Argument):
+                continue
             record = parameter.get_help_record(ctx)
             if record is not None:
                 (common if id(parameter) in known else own).append(record)

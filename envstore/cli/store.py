@@ -33,9 +33,9 @@ def init(settings: Settings, url: str | None, no_probe: bool) -> None:
     """Make a store.
 
     At URL, or where --store or ENVSTORE_URL says; a place that is a store already stays as it is.
-    URL is file:///path, a plain path, or s3://bucket[/prefix][?endpoint=..&region=..&path_style=1
-    &profile=..] with a bucket that exists; credentials come from AWS_ACCESS_KEY_ID and its like,
-    ~/.aws or the instance's role.
+    URL is file:///path, a plain path, or s3://bucket/prefix with a bucket that exists, followed by
+    ?endpoint=http://host:port, region=.., path_style=1 or profile=.. where AWS's configuration does
+    not say it. Credentials come from AWS_ACCESS_KEY_ID and its like, ~/.aws or the instance's role.
 
     First 32 writers race for one object, because refs are only safe if the server lets one of
     them win; some do not.

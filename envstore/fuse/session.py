@@ -211,7 +211,7 @@ def _handshake(fd: int) -> tuple[bytes, int]:
     """Answer the mount's one INIT request; returns it and the flags agreed on."""
     request = os.read(fd, protocol.REQUEST_SIZE)
     _, operation, unique, *_ = protocol.IN_HEADER.unpack_from(request)
-    if operation != protocol.Op.INIT:
+    if operation != protocol.OPCODE_INIT:
         raise EnvstoreError(f"the kernel's first FUSE request is number {operation}, not INIT")
     # Kernels before 5.17 do not send the second word of flags.
     padded = request + bytes(protocol.INIT_IN.size)

@@ -17,7 +17,8 @@ from envstore.store.binary import unseal
 from envstore.store.chunking import Chunk
 from envstore.store.digest import DIGEST_SIZE, parse_hex
 from envstore.store.index import MAGIC, MAX_BODY, DedupIndex, open_segment
-from envstore.store.locations import NOWHERE
+from envstore.store.locations import NOWHERE, Locations
+from envstore.store.manifest import Root
 from envstore.store.packs import Pack, pack_key
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.samples import (
@@ -174,6 +175,17 @@ def _names(keys: Iterable[str]) -> list[bytes]:
 
 def _learn_snapshot(repository: Repository, index: DedupIndex, name: bytes) -> None:
     root, locations = repository.located(repository.snapshot(name).manifest)
+    try:
+        _learn_parts(repository, index, root, locations)
+    except (CorruptError, NotFoundError):
+        # One of the packs that hold the manifest is damaged: nothing new may rely on it.
+        index.forget_packs({locations.frames[number].pack for number in locations.part_frames})
+        raise
+
+
+def _learn_parts(
+    repository: Repository, index: DedupIndex, root: Root, locations: Locations
+) -> None:
     index.add_located(
         locations.frames,
         (

@@ -9,6 +9,7 @@ reader can find is there.
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -163,7 +164,8 @@ class PackWriter:
     def _remember(self, directory: Path, pack: Pack) -> None:
         """Keep the list of a pack that is stored but not yet named by a segment."""
         path = directory / pack.digest.hex()
-        partial = path.with_suffix(".partial")
+        # Another push may be storing the very same pack.
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             partial.write_bytes(encode_segment([pack])[1])

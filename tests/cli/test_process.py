@@ -55,6 +55,8 @@ def test_help(cli: Cli, words: list[str]) -> None:
     for option in ("--store", "--json", "--quiet", "--verbose", "--cache-dir", "--cache-size"):
         assert option in text
     assert cli.ok(*words, "-h") == text
+    listed = text.partition("Options:\n")[2].partition("\n\n")[0].splitlines()
+    assert all(line.startswith(("  -", "      ")) for line in listed)
     # What a list of commands cuts off is of no use there.
     assert not re.search(r"\.\.\.$", text.partition("Options:")[0].partition("\n")[2], re.MULTILINE)
 

@@ -659,11 +659,14 @@ def _in_own_store(store: Store, work: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("damage", ["missing", "altered"])
 @pytest.mark.parametrize("kind", ["snapshots", "manifests", "locations", "index", "packs"])
-def test_a_damaged_ancestor_does_not_keep_its_ref_from_being_replaced(
-    store: Store, tree: Path, tmp_path: Path, kind: str, damage: str
+def test_a_damaged_ancestor_is_replaced_by_a_sound_snapshot(
+    store: Store, tmp_path: Path, kind: str, damage: str
 ) -> None:
-    store.push(tree)
-    _, locations = store.repository.located(store.snapshot().manifest)
+    files = {b"lib/" + trees.noise(i, 5).hex().encode(): b"%d" % i for i in range(1500)}
+    files[b"noise"] = trees.noise("noise", 1 << 20)
+    store.push(ListedSource(files))
+    root, locations = store.repository.located(store.snapshot().manifest)
+    assert len(root.parts) > 1
     part = locations.frames[locations.part_frames[0]]
     for key in store.object_keys(f"{kind}/"):
         path = store.path(key)
@@ -674,13 +677,29 @@ def test_a_damaged_ancestor_does_not_keep_its_ref_from_being_replaced(
             data[part.offset + 50 if kind == "packs" else len(data) // 2] ^= 0xFF
             path.write_bytes(data)
     store.forget()
-    (tree / "new").write_text("new")
-    result = store.push(tree)
-    if kind != "index" or damage == "altered":
+    files[b"zzz"] = b"new"
+    result = store.push(ListedSource(files))
+    if (kind, damage) != ("index", "missing"):
         assert any("damaged" in warning for warning in result.warnings)
-    if kind != "packs":
-        store.pull(tmp_path / "copy")
-        assert trees.describe(tmp_path / "copy") == trees.describe(tree)
+    # Only packs need to be stored again: all else is found some other way.
+    assert (result.new_chunk_bytes > 1 << 20) == (kind == "packs")
+    assert store.verify(whole=False).problems == []
+    store.pull(tmp_path / "copy")
+    for path, data in files.items():
+        assert (tmp_path / "copy" / path.decode()).read_bytes() == data
+
+
+def test_packs_that_vanished_are_stored_again(store: Store, tree: Path, tmp_path: Path) -> None:
+    store.push(tree, "one")
+    for key in store.object_keys("packs/"):
+        store.path(key).unlink()
+    # The index promises every chunk of it, and so does the stat cache.
+    result = store.push(tree, "two")
+    assert any("missing or cut short" in warning for warning in result.warnings)
+    assert result.new_chunk_bytes == result.logical_bytes
+    store.pull(tmp_path / "copy", "two")
+    assert trees.describe(tmp_path / "copy") == trees.describe(tree)
+    assert store.verify(whole=False).problems == []
 
 
 def test_what_cannot_be_remembered_is_a_warning(

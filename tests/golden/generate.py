@@ -1,0 +1,99 @@
+"""Writes the golden files anew: ``python -m tests.golden.generate``.
+
+They pin the format. A change of them is a change of the format, and needs another version number
+and a reader for the old one; run this only then, or to add to them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+from envstore.store.chunking import Chunk, Cutter, Hole
+from envstore.store.config import init_store
+from envstore.store.digest import digest
+from envstore.store.frames import encode_frame
+from envstore.store.objects import open_objects
+from envstore.store.packs import PackBuilder
+from envstore.store.push import PushOptions, push
+from envstore.store.refs import RefName
+from envstore.store.repository import Repository
+from envstore.store.samples import build_sample, sample_key
+from envstore.store.source import WINDOW
+from envstore.store.statcache import StatCache
+from tests.golden.content import GoldenSource, cut_files, frames
+
+HERE = Path(__file__).parent
+STORE = HERE / "store"
+CUTS = HERE / "cuts.json"
+PACK = HERE / "pack"
+CREATED = "2026-01-02T03:04:05+00:00"
+REF = "golden/tree:v1"
+MESSAGE = "The golden tree, ünchanged."
+
+
+def cut(name: str, data: bytes) -> list[list[object]]:
+    """Return ``[length, BLAKE3]`` of every chunk, ``[length, "hole"]`` of every hole, in order."""
+    windows = (data[at : at + WINDOW] for at in range(0, len(data), WINDOW))
+    found: list[list[object]] = []
+    for item in Cutter().cut(windows, len(data), tensors=name.endswith(".safetensors")):
+        if isinstance(item, Hole):
+            found.append([item.length, "hole"])
+        elif isinstance(item, Chunk):
+            found.append([len(item.data), item.digest.hex()])
+        else:
+            found.append([len(data), item.hex()])
+    return found
+
+
+def store(root: Path) -> None:
+    """Push the golden tree into a new store at ``root``, everything random or dated being fixed."""
+    objects = open_objects(f"file://{root}", create=True)
+    with (
+        # Some of these few chunks must be in the sample.
+        patch("envstore.store.samples.RATE", 4),
+        patch("envstore.store.config.uuid.uuid4", lambda: "01234567-89ab-4cde-8f01-23456789abcd"),
+        patch("envstore.store.refs.secrets.token_hex", lambda size: "5a" * size),
+        patch("envstore.store.push.datetime") as pushed,
+        patch("envstore.store.refs.datetime") as moved,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        for clock in (pushed, moved):
+            clock.now.return_value.isoformat.return_value = CREATED
+        config, _ = init_store(objects)
+        repository = Repository(objects, config, None)
+        stat_cache = StatCache(Path(scratch) / "stat.sqlite")
+        options = PushOptions(message=MESSAGE)
+        push(repository, GoldenSource(), RefName.parse(REF), stat_cache, options=options)
+        stat_cache.close()
+        segments = [
+            (name, repository.segment(name))
+            for name in (bytes.fromhex(info.key[6:]) for info in objects.list("index/"))
+        ]
+        name, data = build_sample(segments).encode()
+        objects.put(sample_key(name), data)
+    for hidden in (".tmp", ".locks"):
+        shutil.rmtree(root / hidden, ignore_errors=True)
+
+
+def pack() -> bytes:
+    """Return the golden pack."""
+    builder = PackBuilder()
+    for contents in frames():
+        builder.add(*encode_frame([(digest(data), data) for data in contents]))
+    finished = builder.finish()
+    if finished is None:
+        raise AssertionError("no frames")
+    return finished[1]
+
+
+if __name__ == "__main__":
+    shutil.rmtree(STORE, ignore_errors=True)
+    store(STORE)
+    PACK.write_bytes(pack())
+    cuts = {name: cut(name, data) for name, data in cut_files().items()}
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in cuts.items())
+    CUTS.write_text(f"{{\n{lines}\n}}\n")
