@@ -29,6 +29,7 @@ COLD = Metric("cold import", "s")
 WARM = Metric("warm import", "s")
 FETCHED = Metric("fetched, with the mount", "B")
 REQUESTS = Metric("requests, with the mount", "requests")
+REQUESTS_ALONE = Metric("requests of the import alone", "requests")
 PERFECT = Metric("stored size of the chunks read", "B")
 
 OPENED = "files opened by the import"
@@ -132,11 +133,13 @@ def _once(way: Mounter, local: LocalDisk, node: Node, result: Result) -> None:
         with way.mounted(scratch) as available:
             python = _interpreter(available.root)
             result.add(READY, way.name, time.perf_counter() - started)
+            mounted = node.server.served(way.bucket) if way.bucket else None
             result.add(COLD, way.name, _import(python))
-            if way.bucket and before is not None:
-                served = node.server.served(way.bucket) - before
-                result.add(FETCHED, way.name, served.sent)
-                result.add(REQUESTS, way.name, served.requests)
+            if way.bucket and before is not None and mounted is not None:
+                after = node.server.served(way.bucket)
+                result.add(FETCHED, way.name, (after - before).sent)
+                result.add(REQUESTS, way.name, (after - before).requests)
+                result.add(REQUESTS_ALONE, way.name, (after - mounted).requests)
             _warm(way, python, local, result)
             if way.name == OURS and available.mount is not None:
                 used = available.mount.stats()["used"]

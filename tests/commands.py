@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,6 +46,24 @@ class Done:
         return found
 
 
+class Process(subprocess.Popen[bytes]):
+    """A command that does not outlive a test that fails."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.terminate()
+            try:
+                self.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        super().__exit__(kind, error, trace)
+
+
 class Cli:
     """Runs ``python -m envstore`` with everything it may touch below ``root``.
 
@@ -65,7 +85,7 @@ class Cli:
             "LC_ALL": "C.UTF-8",
             "TMPDIR": str(root),
             "ENVSTORE_URL": str(self.store),
-            **{k: v for k, v in os.environ.items() if k.startswith("AWS_") or k == "HYPOTHESIS"},
+            **{k: v for k, v in os.environ.items() if k.startswith("AWS_")},
         }
         if ordinary:
             os.chown(self.home, NOBODY, NOBODY)
@@ -90,11 +110,20 @@ class Cli:
 
     def start(
         self, *arguments: str | Path, env: Mapping[str, str] | None = None, **options: Any
-    ) -> subprocess.Popen[bytes]:
-        """Start a command and return its process."""
+    ) -> Process:
+        """Start a command, as from a fresh login, and return its process."""
         options.setdefault("stdin", subprocess.DEVNULL)
         options.setdefault("cwd", self.root)
-        return subprocess.Popen(self.argv(*arguments), env={**self.env, **(env or {})}, **options)
+        prepare = options.pop("preexec_fn", lambda: None)
+
+        def heed_signals() -> None:
+            # Whoever runs the tests may ignore some, under nohup for example.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
+                signal.signal(number, signal.SIG_DFL)
+            prepare()
+
+        options["preexec_fn"] = heed_signals
+        return Process(self.argv(*arguments), env={**self.env, **(env or {})}, **options)
 
     def __call__(
         self, *arguments: str | Path, env: Mapping[str, str] | None = None, **options: Any

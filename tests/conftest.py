@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,12 @@ __all__ = ["s3_server"]
 # A shared machine may stall for longer than any deadline; `timeout` still bounds a whole test.
 settings.register_profile("envstore", deadline=None, print_blob=True)
 settings.load_profile("envstore")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ordinary_signals() -> None:
+    # Under nohup this is ignored, and so it would be in every process that a test starts.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

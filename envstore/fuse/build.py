@@ -209,6 +209,8 @@ class _Builder:
         self.file_starts.append(len(self.ends) - 1)
         kept = len(self.modes) > 1 or (not root.entries and bool(root.mode or root.mtime_ns))
         if kept:
+            if root.entries and not len(self.modes) == len(self.mtimes) == len(self.kinds):
+                _refuse("modes or times are missing")
             if root.mode > 0o7777:
                 _refuse("the root's mode holds more than permission bits")
             # A tree that was a single file has no directory whose mode could have been kept.

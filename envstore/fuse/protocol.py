@@ -11,7 +11,6 @@ MAJOR, MINOR = 7, 38
 OLDEST_MINOR = 31
 """Linux 5.4. Older kernels lay out nothing of this differently, but nobody tries them."""
 
-
 OPCODE_INIT = 26
 
 

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from envstore.errors import EnvstoreError, UnsupportedFormatError
 from envstore.store.chunking import CHUNKER_ID, Chunk, Hole
-from envstore.store.dedup import places_to_reuse
+from envstore.store.dedup import MAX_PART_RANGES, places_to_reuse
 from envstore.store.index import DedupIndex, LocationsBuilder
 from envstore.store.known import KnownChunks, find_orphans
 from envstore.store.locations import locations_key
@@ -303,10 +303,14 @@ def _store_manifest(
     writer.end_frame()
     entries = _entries(source, tree)
     parts = []
+    chunks = []
     for info, data in build_parts(entries):
         parts.append(info)
-        if index.find(info.digest) is None:
-            writer.add(info.digest, data)
+        chunks.append(Chunk(info.digest, data))
+    places = places_to_reuse(index, chunks, max_ranges=MAX_PART_RANGES, min_window=0)
+    for chunk, place in zip(chunks, places, strict=True):
+        if place is None:
+            writer.add(chunk.digest, chunk.data)
     writer.flush()
     progress("commit", 0, 0)
     builder = LocationsBuilder(index.frames)

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,8 @@ def test_a_typing_error_makes_no_store(cli: Cli) -> None:
 def test_a_socket_in_the_tree(stored: Cli, tree: Path) -> None:
     before = stored.refs()
     with socket.socket(socket.AF_UNIX) as listener:
-        os.chdir(tree)  # its address must be short
-        listener.bind("sock")
+        with chdir(tree):  # its address must be short
+            listener.bind("sock")
         stored.fails(2, "push", "tree", tree, "--kind", "dir", says=["sock is a socket", "remove"])
     assert stored.refs() == before
 

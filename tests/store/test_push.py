@@ -755,6 +755,24 @@ def test_a_damaged_sample_or_segment_is_passed_over(
     assert len(result.warnings) >= 2
 
 
+def test_a_manifest_stays_in_few_places_however_often_it_changes(store: Store) -> None:
+    files = {
+        b"lib/" + trees.noise(i % 60, 3).hex().encode() + b"/%d" % i: b"%d" % (i % 7)
+        for i in range(6000)
+    }
+    sent = []
+    for number in range(25):
+        files[sorted(files)[number * 239]] = b"changed"
+        sent.append(store.push(ListedSource(files)).stored_bytes)
+        root, locations = store.repository.located(store.snapshot().manifest)
+        frames = (locations.frames[number] for number in locations.part_frames)
+        assert len(store.repository.fetcher.plan(frames)) <= 3
+    assert len(root.parts) > 8
+    # Nor is all of it written each time.
+    assert sum(sent[1:]) < 0.3 * sent[0] * len(sent)
+    assert store.verify().problems == []
+
+
 def test_packs_of_an_interrupted_push_are_adopted(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
