@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_SETTLE_SECONDS, _SETTLE_SAMPLE, _IDLE_SHARE = 60.0, 0.5, 0.85
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -92,7 +93,7 @@ def interleave(
 ) -> dict[str, str]:
     """Call every step once, then every step again: what else the machine does hits all alike.
 
-    A step that raises ``BenchmarkError`` is left out from then on; returns why, by its name.
+    Each step first waits a while for the machine to be idle. A step that raises ``BenchmarkError`` is left out from then on; returns why, by its name.
     """
     failed: dict[str, str] = {}
     for repetition in range(repetitions):
@@ -100,11 +101,29 @@ def interleave(
             if name in failed:
                 continue
             say(f"{name} ({repetition + 1}/{repetitions})")
+            settle()
             try:
                 step()
             except BenchmarkError as error:
                 failed[name] = str(error)
     return failed
+
+
+def settle() -> bool:
+    """Wait until the machine does nothing else, a minute at most; returns whether it came to it."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while time.monotonic() < deadline:
+        idle, total = _processor_ticks()
+        time.sleep(_SETTLE_SAMPLE)
+        idle_after, total_after = _processor_ticks()
+        if idle_after - idle >= _IDLE_SHARE * (total_after - total):
+            return True
+    return False
+
+
+def _processor_ticks() -> tuple[int, int]:
+    ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def middle(values: Sequence[float]) -> float:

@@ -8,11 +8,13 @@ standard output how it went: one line of JSON, with the mount's record or an err
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -100,7 +102,14 @@ def main() -> int:
     return 0
 
 
+def _import_serving() -> None:
+    with contextlib.suppress(ImportError):  # `serve` will meet it again
+        importlib.import_module("envstore.fuse.serving")
+
+
 def _serve(request: MountRequest, answers: IO[bytes]) -> None:
+    # The event loop's modules take a tenth of a second, and so does waiting for the store.
+    threading.Thread(target=_import_serving, daemon=True).start()
     from envstore.store.cache import default_cache
     from envstore.store.repository import Repository
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import NoReturn
 
@@ -18,7 +19,8 @@ NAME_MAX = 1024
 """Bytes of a name the kernel accepts from a FUSE server; one longer name would make its whole
 directory unreadable."""
 
-_KIND = 3
+_KIND, _FILE = 3, int(Kind.FILE)
+_WORDS, _ALL = DIGEST_SIZE // 8, (1 << 64) - 1
 _KEPT = bytes(flags & 7 for flags in range(256))
 
 
@@ -159,19 +161,27 @@ class _Builder:
             return
         starts = list(accumulate(part.counts, initial=base))
         sizes, ends = part.sizes, self.ends
+
+        def hole(ref: int) -> bool:
+            return part.ref_digests[ref * DIGEST_SIZE : (ref + 1) * DIGEST_SIZE] == HOLE
+
         if not skip:
             self._check_pending(base)
         elif len(part.counts) > 1:
             self._check_pending(starts[1])
-        long = 0
         first_file = len(self.file_starts) - skip
-        for number in range(skip, len(sizes)):
-            start, end = starts[number], starts[number + 1]
-            size = sizes[number]
-            held = ends[end] - ends[start]
-            if held != size and number + 1 < len(sizes):
+        holes = HOLE in part.ref_digests
+        last = len(sizes) - 1
+        long = at = 0
+        for number, (count, size) in enumerate(zip(part.counts, sizes, strict=True)):
+            first, at = at, at + count
+            if number < skip or not (count or size):
+                continue
+            if count == 1 and part.ref_sizes[first] == size and not (holes and hole(first)):
+                continue  # named by its one chunk
+            if number < last and ends[base + at] - ends[base + first] != size:
                 _refuse("a file does not add up to its size")
-            if size and (end - start != 1 or held != size or self._digest(start) == HOLE):
+            if size:
                 name = part.file_digests[long * DIGEST_SIZE : (long + 1) * DIGEST_SIZE]
                 if len(name) != DIGEST_SIZE:
                     _refuse("a file digest is missing")
@@ -180,7 +190,7 @@ class _Builder:
         self.file_starts.extend(starts[skip:-1])
         if len(sizes) > skip:
             self.pending = sizes[-1]
-        if HOLE in part.ref_digests:
+        if holes:
             self._add_holes(starts, first_file)
 
     def _check_pending(self, end: int) -> None:
@@ -280,24 +290,31 @@ class _Builder:
         """Let the first of all files with equal content and attributes stand for the others.
 
         An open-addressed table of node indexes: a dict of a million digests would take more
-        memory than the whole tree, if only for a moment.
+        memory than the whole tree, if only for a moment. Which file stands for which depends on
+        the manifest alone, but nobody can tell in advance which digests will collide.
         """
-        files = len(self.file_starts) - 1
-        mask = (1 << max(4, (2 * files).bit_length())) - 1
-        table = array("I", bytes(4 * (mask + 1)))
-        for index in self._file_nodes():
-            if index in grouped:
+        slots, starts, whole = self.slots, self.file_starts, self.whole
+        words = memoryview(columns.digests).cast("Q")
+        bits = max(4, (2 * len(starts)).bit_length())
+        mask, shift = (1 << bits) - 1, 64 - bits
+        factor = int.from_bytes(os.urandom(8)) | 1
+        table, keys = array("I", bytes(4 << bits)), array("Q", bytes(8 << bits))
+        for index, flags in enumerate(self.kinds):
+            if flags & _KIND != _FILE or (grouped and index in grouped):
                 continue
-            at = hash(self._content(index)) & mask
-            while table[at] and not self._same(columns, table[at], index):
+            slot = slots[index]
+            start = starts[slot]
+            if slot in whole:
+                key = int.from_bytes(whole[slot][:8])
+            else:
+                key = words[start * _WORDS] if start < starts[slot + 1] else 0
+            at = (key * factor & _ALL) >> shift
+            while table[at] and (keys[at] != key or not self._same(columns, table[at], index)):
                 at = (at + 1) & mask
             if table[at]:
                 columns.inodes[index] = table[at]
             else:
-                table[at] = index
-
-    def _file_nodes(self) -> Iterator[int]:
-        return (index for index, flags in enumerate(self.kinds) if flags & _KIND == Kind.FILE)
+                table[at], keys[at] = index, key
 
     def _content(self, index: int) -> bytes:
         """Return the digest of a file's content."""

@@ -86,6 +86,12 @@ def serve(
     mountpoint = check_mountpoint(mountpoint)
     sessions.check_device()
     content = load_content(repository, snapshot, name)
+    try:
+        from envstore.fuse.serving import serve_session
+    except ImportError as error:
+        raise NotFoundError(
+            f"mounting needs pyfuse3 and trio: {error}", hint="pip install 'envstore[fuse]'"
+        ) from error
     # Until the event loop takes signals over, a signal must still leave through `finally`.
     before = signal.signal(signal.SIGTERM, _exit)
     try:
@@ -97,8 +103,6 @@ def serve(
                 _raise_readahead(mountpoint)
                 record = _record(session, content, repository, files)
                 files.save(record)
-                from envstore.fuse.serving import serve_session
-
                 serve_session(session, content, repository, files.stats, partial(ready, record))
             finally:
                 # First the device: with nobody to answer, an unmount might wait for ever.

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import mmap
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -274,6 +275,8 @@ def test_a_killed_server_leaves_a_mount_that_can_be_cleared(site: Mount) -> None
     assert site.record is not None
     server = os.pidfd_open(site.record.pid)
     signal.pidfd_send_signal(server, signal.SIGKILL)
+    # The mount dies before the process has let go of everything.
+    select.select([server], [], [])
     os.close(server)
     with pytest.raises(OSError, match=r"not connected|connection abort"):
         os.listdir(place)

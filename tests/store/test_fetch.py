@@ -102,6 +102,20 @@ def test_no_two_groups_could_have_been_one(layouts: list[list[tuple[int, int]]])
         assert gap > MAX_GAP or span > MAX_REQUEST
 
 
+def test_frames_that_overlap_are_fetched_apart() -> None:
+    # No writer makes them, but locations are not trusted.
+    frames = [
+        FrameRef(b"p" * 32, at, stored, stored, 0, b"%32d" % at)
+        for at, stored in ((8, 1000), (100, 10), (500, 2000), (2500, 5))
+    ]
+    groups = _fetcher().plan(frames)
+    assert [len(group) for group in groups] == [1, 3]
+    for group in groups:
+        assert all(
+            frame.offset + frame.stored <= group[-1].offset + group[-1].stored for frame in group
+        )
+
+
 def test_nothing_asked_is_nothing_planned() -> None:
     assert _fetcher().plan([]) == []
 

@@ -186,6 +186,9 @@ def test_samples_find_the_segment_of_every_hook() -> None:
                     found += 1
                 else:
                     assert sample.find(chunk) is None
+                # The hooks around it are others.
+                unknown = chunk[:7] + bytes((chunk[7] ^ 1,)) + chunk[8:]
+                assert sample.find(unknown) is None
     assert found > 10
     assert sample.segments == tuple(name for name, _ in segments)
 

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,7 +23,7 @@ from envstore.store.index import DedupIndex
 from envstore.store.packing import PackWriter
 from envstore.store.push import PushOptions, PushResult
 from envstore.store.refs import RefName, move_ref, read_ref
-from envstore.store.source import ChangedError, DirectorySource, access_error
+from envstore.store.source import ChangedError, DirectorySource, access_error, is_settled
 from tests import trees
 from tests.faulty import FaultyStore
 from tests.sources import BlindSource, ListedSource, WatchedSource
@@ -143,6 +144,32 @@ def test_files_changed_a_moment_ago_are_not_trusted(store: Store, tmp_path: Path
     store.push(settled())
     (tree / "file").write_bytes(b"six")
     assert store.push(settled()).unchanged
+
+
+def test_a_file_is_trusted_once_its_clock_has_ticked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    changed = path.stat().st_ctime_ns
+    for later, settled in (
+        (0, False),
+        (10_000_000, False),
+        (49_000_000, False),
+        (51_000_000, True),
+    ):
+        monkeypatch.setattr("time.time_ns", lambda later=later: changed + later)
+        (entry,) = DirectorySource(tmp_path).scan()
+        assert entry.settled == settled
+    # Some file systems keep whole seconds, or two of them.
+    for nanoseconds, later, settled in (
+        (5_000_000_000, 51_000_000, False),
+        (5_000_000_000, 1_999_000_000, False),
+        (5_000_000_000, 2_001_000_000, True),
+        (5_000_000_001, 51_000_000, True),
+    ):
+        status = SimpleNamespace(st_ctime_ns=nanoseconds)
+        assert is_settled(status, nanoseconds + later) == settled  # type: ignore[arg-type]
 
 
 def test_a_tree_pushed_right_after_it_was_written(store: Store, tmp_path: Path) -> None:

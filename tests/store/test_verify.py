@@ -11,6 +11,7 @@ import pytest
 from envstore.errors import AccessDeniedError, EnvstoreError, UnavailableError
 from envstore.store import packs
 from envstore.store.digest import digest
+from envstore.store.frames import encode_frame
 from envstore.store.index import encode_segment
 from envstore.store.packs import FOOTER_SIZE
 from envstore.store.samples import build_sample, sample_key
@@ -207,6 +208,33 @@ def test_an_index_that_lists_what_a_pack_does_not_hold(store: Store) -> None:
     store.repository.objects.put(f"index/{segment.hex()}", data)
     report = store.verify(read_data=False)
     assert listed[0].digest.hex() in "".join(problem.object for problem in report.problems)
+
+
+def test_locations_that_lead_into_the_middle_of_chunks(store: Store) -> None:
+    manifest = store.snapshot("one").manifest
+    _, locations = store.repository.located(manifest)
+    locations.ref_offsets[3] += 1
+    store.repository.objects.put(f"locations/{manifest.hex()}", locations.seal())
+    for read_data in (False, True):
+        report = store.verify(read_data=read_data)
+        assert any("lacks 1 chunks" in problem.reason for problem in report.problems)
+
+
+def test_a_pack_that_names_its_chunks_wrongly(store: Store) -> None:
+    data = trees.prose(9, 5000)
+    frame, stored = encode_frame([(digest(b"something else"), data), (digest(b"x"), b"x")])
+    builder = packs.PackBuilder()
+    builder.add(replace(frame, digest=digest(data + b"x")), stored)
+    finished = builder.finish()
+    assert finished is not None
+    pack, whole = finished
+    store.repository.objects.put(packs.pack_key(pack.digest), whole)
+    name, segment = encode_segment([pack])
+    store.repository.objects.put(f"index/{name.hex()}", segment)
+    assert store.verify(read_data=False).ok
+    (problem,) = store.verify().problems
+    assert problem.object == f"pack {pack.digest.hex()}"
+    assert digest(b"something else").hex() in problem.reason
 
 
 def test_what_is_cached_does_not_hide_damage(tmp_path: Path) -> None:
