@@ -148,7 +148,7 @@ class FrameLoader:
             token = trio.lowlevel.current_trio_token()
 
             def deliver(position: int, result: bytes | EnvstoreError) -> None:
-                token.run_sync_soon(self._land, group, group.flights[position], result)
+                token.run_sync_soon(self._land, group, position, result)
 
             try:
                 await trio.to_thread.run_sync(
@@ -164,8 +164,8 @@ class FrameLoader:
             finally:
                 # Also when cancelled: nobody may be left waiting.
                 failure = EnvstoreError(f"fetching from pack {group.frames[0].pack.hex()} failed")
-                for flights in group.flights:
-                    self._land(group, flights, failure)
+                for position in range(len(group.flights)):
+                    self._land(group, position, failure)
 
     def _order(self, group: _Group) -> list[int]:
         """Return the positions of a group's frames, those that somebody waits for first."""
@@ -174,14 +174,16 @@ class FrameLoader:
         ]
         return sorted(range(len(waited)), key=lambda position: not waited[position])
 
-    def _land(self, group: _Group, flights: list[_Flight], result: bytes | EnvstoreError) -> None:
-        """Give a result to those of these flights that are still in the air."""
+    def _land(self, group: _Group, position: int, result: bytes | EnvstoreError) -> None:
+        """Give a result to the flights of one frame, unless they have landed already."""
+        flights = group.flights[position]
+        # Of what nobody waits for nothing may stay in memory, not even until the group is done.
+        group.flights[position] = []
         for flight in flights:
-            if self._flights.get(flight.number) is flight:
-                del self._flights[flight.number]
-                flight.land(result)
-                if flight.number not in group.urgent and isinstance(result, EnvstoreError):
-                    self._complaints.say(f"readahead: {result}")
+            del self._flights[flight.number], flight.group
+            flight.land(result)
+            if flight.number not in group.urgent and isinstance(result, EnvstoreError):
+                self._complaints.say(f"readahead: {result}")
 
     async def recheck(self, number: int) -> bytes | None:
         """Return a frame's bytes if the cached blob is sound; else see that there is none."""

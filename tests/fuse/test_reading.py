@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
+import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -435,6 +437,26 @@ def test_a_failure_ahead_of_a_reader_is_not_the_readers(site: Site) -> None:
 
     site.run(main)
     assert site.metrics.errors == 0
+
+
+def test_frames_leave_memory_without_the_garbage_collector(site: Site) -> None:
+    async def main(reader: Reader) -> None:
+        await site.read(reader, "small")  # what is kept from the first fetch on
+        before, _ = tracemalloc.get_traced_memory()
+        for name in ("large", "text", "other"):
+            assert await site.read(reader, name) == site.files[name]
+        await trio.testing.wait_all_tasks_blocked()
+        after, _ = tracemalloc.get_traced_memory()
+        assert after - before < MIB
+
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        site.run(main)
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_what_was_used_is_counted_once(site: Site) -> None:
