@@ -93,7 +93,8 @@ def interleave(
 ) -> dict[str, str]:
     """Call every step once, then every step again: what else the machine does hits all alike.
 
-    Each step first waits a while for the machine to be idle. A step that raises ``BenchmarkError`` is left out from then on; returns why, by its name.
+    Each step first waits a while for the machine to be idle. A step that raises
+    ``BenchmarkError`` is left out from then on; returns why, by its name.
     """
     failed: dict[str, str] = {}
     for repetition in range(repetitions):

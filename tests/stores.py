@@ -19,6 +19,7 @@ from envstore.store.snapshots import Snapshot
 from envstore.store.source import DirectorySource, Source
 from envstore.store.statcache import StatCache
 from envstore.store.verify import Report, verify
+from tests.faulty import FaultyStore
 
 
 class Store:
@@ -89,6 +90,27 @@ class Store:
     def verify_targets(self, targets: list[tuple[str, bytes]]) -> Report:
         """Verify every byte of the given snapshots."""
         return verify(self.repository, targets, read_data=True)
+
+    def assert_sound(self) -> None:
+        """Check that every byte of every ref, and the index, is as it should be."""
+        assert self.verify().problems == []
+
+    @property
+    def faults(self) -> FaultyStore:
+        """The faulty store that was asked for with ``wrap=FaultyStore``."""
+        objects = self.repository.objects
+        assert isinstance(objects, FaultyStore)
+        return objects
+
+    def in_this_thread(self, work: Callable[[], object]) -> None:
+        """Do ``work`` with a stat cache of this thread's own: SQLite insists on that."""
+        old = self.stat_cache
+        self.stat_cache = StatCache(self.root / "stat.sqlite")
+        try:
+            work()
+        finally:
+            self.stat_cache.close()
+            self.stat_cache = old
 
     def object_keys(self, prefix: str = "") -> list[str]:
         """Return every object key."""

@@ -5,6 +5,7 @@ What takes long to import is imported where a Ctrl-C is already caught.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -37,10 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _failed(error: BaseException, arguments: list[str], settings: Settings) -> int:
     from envstore.cli import failures
 
-    if isinstance(error, OSError) and (full := _stdout_failure()) is not None:
+    if isinstance(error, OSError):
+        # Without a buffer (PYTHONUNBUFFERED) it does not fail again; nothing else that fails
+        # for want of space comes here without the name of a file.
+        unbuffered = error.errno in (errno.EPIPE, errno.ENOSPC) and error.filename is None
+        full = _stdout_failure() or (error if unbuffered else None)
         if isinstance(full, BrokenPipeError):
             return failures.BROKEN_PIPE
-        error = EnvstoreError(f"cannot write to standard output: {full.strerror}")
+        if full is not None:
+            error = EnvstoreError(f"cannot write to standard output: {full.strerror}")
     # A usage error may come before the parser has met --json.
     head = arguments[: arguments.index("--")] if "--" in arguments else arguments
     settings.json = settings.json or "--json" in head

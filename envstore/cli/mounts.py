@@ -13,12 +13,12 @@ import click
 from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
-from envstore.cli.params import ref_argument
+from envstore.cli.params import PathType, ref_argument
 
 if TYPE_CHECKING:
     from envstore.fuse.records import MountRecord
 
-_DIRECTORY = click.Path(path_type=Path, file_okay=False, resolve_path=False)
+_DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
 
 
 @click.command(
@@ -82,7 +82,7 @@ def _serve(
 def _print_mounted(settings: Settings, record: MountRecord, started: float) -> None:
     seconds = time.monotonic() - started
     if settings.json:
-        where = {"mountpoint": output.printable(record.mountpoint)}
+        where = {"mountpoint": record.mountpoint}
         output.result(
             {
                 "ref": record.name,
@@ -141,10 +141,7 @@ def mounts(settings: Settings) -> None:
 
     found = active_mounts()
     if settings.json:
-        listed = [
-            {**asdict(record), "mountpoint": output.printable(record.mountpoint), "alive": alive}
-            for record, alive in found
-        ]
+        listed = [{**asdict(record), "alive": alive} for record, alive in found]
         output.result({"mounts": listed})
         return
     if not found:

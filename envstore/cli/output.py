@@ -30,6 +30,13 @@ def printable(name: str | bytes) -> str:
     return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
+def exact(name: bytes) -> str:
+    """Return a file name for JSON, whatever the locale: bytes that are not UTF-8 become lone
+    surrogates (PEP 383), which ``os.fsencode`` turns back.
+    """
+    return name.decode("utf-8", "surrogateescape")
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 

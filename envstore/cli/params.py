@@ -52,6 +52,21 @@ def _names(settings: Settings, incomplete: str) -> list[str]:
     return offered[:_OFFERED]
 
 
+class PathType(click.Path):
+    """A path that is not empty: an unset variable in a script must not mean this directory."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        """Refuse an empty path, then do as ``click.Path``."""
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 REF = RefType()
 
 

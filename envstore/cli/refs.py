@@ -154,15 +154,15 @@ def _moment(nanoseconds: int) -> str:
 
 def _entry_fields(entry: Entry) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "path": output.printable(entry.path),
+        "path": output.exact(entry.path),
         "kind": _KINDS[entry.kind],
         "size": entry.size,
         "executable": entry.executable,
     }
     if entry.target:
-        found["target"] = output.printable(entry.target)
+        found["target"] = output.exact(entry.target)
     if entry.link:
-        found["hard_link_to"] = output.printable(entry.link)
+        found["hard_link_to"] = output.exact(entry.link)
     if entry.mode is not None:
         found["mode"] = f"{entry.mode:04o}"
     if entry.mtime_ns is not None:
@@ -348,7 +348,7 @@ def _change_line(change: Change) -> str:
 
 def _change_fields(change: Change) -> dict[str, Any]:
     return {
-        "path": output.printable(change.path),
+        "path": output.exact(change.path),
         "status": change.status,
         "old_size": change.old.size if change.old else None,
         "new_size": change.new.size if change.new else None,

@@ -11,7 +11,7 @@ import click
 from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
-from envstore.cli.params import REF, ref_argument
+from envstore.cli.params import REF, PathType, ref_argument
 from envstore.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _PHASES = {
     """,
 )
 @ref_argument()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PathType(path_type=Path))
 @click.option(
     "--kind",
     type=click.Choice(["env", "model", "dir"]),
@@ -155,7 +155,7 @@ def _push_fields(done: PushResult) -> dict[str, Any]:
     """,
 )
 @ref_argument()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("directory", metavar="DIR", type=PathType(path_type=Path, file_okay=False))
 @click.pass_obj
 def pull(settings: Settings, ref: str, directory: Path) -> None:
     """Write the whole tree of REF to a new directory.
@@ -180,7 +180,7 @@ def pull(settings: Settings, ref: str, directory: Path) -> None:
             {
                 "ref": ref,
                 "digest": snapshot.hex(),
-                "path": output.printable(os.path.abspath(directory)),
+                "path": os.path.abspath(directory),
                 "files": done.files,
                 "logical_bytes": done.logical_bytes,
                 "fetched_bytes": done.fetched_bytes,

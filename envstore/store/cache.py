@@ -61,6 +61,10 @@ def default_cache() -> BlobCache:
     return BlobCache(default_directory(), parse_size(size) if size else DEFAULT_CAPACITY)
 
 
+class CacheFullError(NoSpaceError):
+    """The cap leaves no room just now, although the disk may: the data is sound, but not kept."""
+
+
 class BlobCache:
     """Blobs by digest; every method may be called from any thread of any process.
 
@@ -122,7 +126,8 @@ class BlobCache:
         """Keep ``data``, whose digest the caller has checked to be ``name``.
 
         Evicts what was used longest ago when the cap would be passed. Raises ``NoSpaceError``
-        when the disk is full even then, or when the blob alone exceeds the cap.
+        when the disk is full even then; ``CacheFullError`` when the blob alone exceeds the cap,
+        or others that are being written take all of it.
         """
         path = self.path(name)
         if os.path.exists(path):
@@ -186,7 +191,7 @@ class BlobCache:
         """Account for ``size`` bytes and return a temporary file of that size, locked as ours."""
         need = _rounded(size)
         if need > self.capacity:
-            raise NoSpaceError(
+            raise CacheFullError(
                 f"the cache {self.root} is capped at {self.capacity} bytes, one blob needs {need}",
                 hint="raise ENVSTORE_CACHE_SIZE",
             )
@@ -195,7 +200,7 @@ class BlobCache:
             if self._total(lock) + need > self.capacity:
                 self._evict(lock, min(int(self.capacity * _LOW_WATER), self.capacity - need))
                 if self._total(lock) + need > self.capacity:
-                    raise NoSpaceError(
+                    raise CacheFullError(
                         f"the cache {self.root} is full of blobs that are being written",
                         hint="raise ENVSTORE_CACHE_SIZE",
                     )

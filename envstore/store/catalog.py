@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from envstore.errors import ConflictError, CorruptError, EnvstoreError, NotFoundError
+from envstore.errors import ConflictError, EnvstoreError, NotFoundError
+from envstore.store.digest import parse_hex
 from envstore.store.manifest import Entry
 from envstore.store.refs import Ref, RefName, list_refs, move_ref, read_ref, try_read
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.snapshots import Snapshot
 from envstore.store.source import Kind
-from envstore.store.verify import Problem
+from envstore.store.verify import DAMAGE, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,11 @@ def _describe(repository: Repository, name: RefName) -> Listed | None:
         ref = read_ref(repository.objects, name)
     except NotFoundError:
         return None  # removed since it was listed
-    except CorruptError as error:
+    except DAMAGE as error:
         return Listed(name, error=error)
     try:
         return Listed(name, ref, repository.snapshot(ref.snapshot))
-    except (CorruptError, NotFoundError) as error:
+    except DAMAGE as error:
         return Listed(name, ref, error=error)
 
 
@@ -116,7 +117,7 @@ def current(repository: Repository, names: Sequence[RefName]) -> list[tuple[RefN
     for name in dict.fromkeys(names):
         try:
             found.append((name, read_ref(repository.objects, name)))
-        except CorruptError:
+        except DAMAGE:
             found.append((name, None))
     return found
 
@@ -128,7 +129,10 @@ def remove_refs(repository: Repository, names: Iterable[RefName]) -> None:
 
 
 def all_targets(repository: Repository) -> tuple[list[tuple[str, bytes]], list[Problem]]:
-    """Return what ``verify`` takes for every ref of the store, and the refs that are damaged."""
+    """Return what ``verify`` takes for the whole store, and the refs that are damaged.
+
+    That is every ref, and under its digest every snapshot that no ref names any more.
+    """
     targets: list[tuple[str, bytes]] = []
     broken: list[Problem] = []
     for name in sorted(list_refs(repository.objects)):
@@ -136,6 +140,12 @@ def all_targets(repository: Repository) -> tuple[list[tuple[str, bytes]], list[P
             targets.append((str(name), read_ref(repository.objects, name).snapshot))
         except NotFoundError:
             continue  # removed since it was listed
-        except CorruptError as error:
+        except DAMAGE as error:
             broken.append(Problem(name.key, error.message, (str(name),)))
+    named = {snapshot for _, snapshot in targets}
+    listed = (
+        parse_hex(info.key.rpartition("/")[2]) for info in repository.objects.list("snapshots/")
+    )
+    others = sorted(name for name in listed if name is not None and name not in named)
+    targets += [(f"@{name.hex()[:12]}", name) for name in others]
     return targets, broken

@@ -6,12 +6,13 @@ stores), so gaps up to ``MAX_GAP`` are read and thrown away rather than asked ar
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from envstore.errors import EnvstoreError
-from envstore.store.cache import BlobCache
+from envstore.store.cache import BlobCache, CacheFullError
 from envstore.store.frames import decode_frame
 from envstore.store.locations import FrameRef
 from envstore.store.objects.base import ObjectStore
@@ -131,5 +132,7 @@ class FrameFetcher:
     def _accept(self, frame: FrameRef, stored: memoryview) -> bytes:
         raw = decode_frame(stored, frame.codec, frame.raw, frame.digest)
         if self._cache is not None:
-            self._cache.put(frame.digest, raw)
+            # A cap that is too small for what is on its way makes reading slow, not impossible.
+            with contextlib.suppress(CacheFullError):
+                self._cache.put(frame.digest, raw)
         return raw

@@ -59,13 +59,22 @@ class KnownChunks:
     def learn_snapshots(self, names: Iterable[bytes]) -> None:
         """Learn every chunk of the given snapshots, four round trips each.
 
-        A damaged one is left out with a warning: it must not keep its ref from being replaced.
+        Of a damaged one nothing is reused, with a warning: all that its packs held is stored
+        again, so that pushing a tree mends what refers to it.
         """
         for name in dict.fromkeys(names):
             try:
                 _learn_snapshot(self._repository, self.index, name)
             except (CorruptError, NotFoundError) as error:
                 self._warn(name, error)
+                self.index.forget_packs(self._packs_of(name))
+
+    def _packs_of(self, name: bytes) -> set[bytes]:
+        try:
+            _, locations = self._repository.located(self._repository.snapshot(name).manifest)
+        except (CorruptError, NotFoundError):
+            return set()  # nothing tells which they were
+        return {frame.pack for frame in locations.frames}
 
     def _warn(self, name: bytes, error: EnvstoreError) -> None:
         line = f"snapshot {name.hex()[:12]} is damaged and not built on: {error.message}"
@@ -134,6 +143,9 @@ class KnownChunks:
         lost = {name for name, end in needed.items() if (sizes[name] or 0) < end}
         if lost:
             self.index.forget_packs(lost)
+            # A later push may have stored the same chunks elsewhere.
+            for name in self._loaded:
+                self._learn_segment(name)
             names = ", ".join(sorted(name.hex()[:12] for name in lost))
             self.warnings.append(f"packs that are missing or cut short are stored again: {names}")
         return not lost

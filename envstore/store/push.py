@@ -156,7 +156,7 @@ def push(
         while not known.forget_lost(tree.chunks()):
             _store_files(source, tree, known, writer, progress)
         new_bytes = writer.new_bytes
-        root = _store_manifest(source, tree, index, writer, repository, progress)
+        root = _store_manifest(source, tree, known, writer, repository, progress)
     finally:
         writer.close()
     unchanged = before is not None and (before.manifest, before.kind) == (root.digest, source.kind)
@@ -293,12 +293,13 @@ def _entries(source: Source, tree: _Tree) -> list[Entry]:
 def _store_manifest(
     source: Source,
     tree: _Tree,
-    index: DedupIndex,
+    known: KnownChunks,
     writer: PackWriter,
     repository: Repository,
     progress: Progress,
 ) -> Root:
     """Store parts, root and locations, after everything they lead to."""
+    index = known.index
     progress("store", 0, 0)
     writer.end_frame()
     entries = _entries(source, tree)
@@ -307,6 +308,8 @@ def _store_manifest(
     for info, data in build_parts(entries):
         parts.append(info)
         chunks.append(Chunk(info.digest, data))
+    # Other packs than the files' may hold parts. Those of files were found there a moment ago.
+    known.forget_lost(info.digest for info in parts)
     places = places_to_reuse(index, chunks, max_ranges=MAX_PART_RANGES, min_window=0)
     for chunk, place in zip(chunks, places, strict=True):
         if place is None:

@@ -13,6 +13,7 @@ from envstore.store.objects.base import ObjectStore
 
 FORMAT = 1
 KINDS = ("env", "model", "checkpoint", "dir")
+_KIND = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
 
@@ -87,11 +88,15 @@ def parse_snapshot(data: bytes, name: bytes) -> Snapshot:
         raise UnsupportedFormatError(f"{what} is of a newer format", hint="upgrade envstore")
     attributes = canonical.field(value, "attributes", dict, what)
     lock = value.get("lock")
+    kind = canonical.field(value, "kind", str, what)
+    numbers = [canonical.field(value, name, int, what) for name in ("files", "logical_bytes")]
+    if not _KIND.fullmatch(kind) or not all(0 <= number < 1 << 64 for number in numbers):
+        raise CorruptError(f"{what} holds a kind or numbers that cannot be")
     return Snapshot(
-        kind=canonical.field(value, "kind", str, what),
+        kind=kind,
         manifest=_digest(value.get("manifest"), what),
-        files=canonical.field(value, "files", int, what),
-        logical_bytes=canonical.field(value, "logical_bytes", int, what),
+        files=numbers[0],
+        logical_bytes=numbers[1],
         created=canonical.field(value, "created", str, what),
         parents=tuple(_digest(p, what) for p in canonical.field(value, "parents", list, what)),
         lock=None if lock is None else _digest(lock, what),

@@ -24,7 +24,8 @@ from envstore.store.samples import open_sample, sample_key
 from envstore.store.snapshots import Snapshot
 
 _TAIL = 256 << 10
-_DAMAGE = (CorruptError, NotFoundError, UnsupportedFormatError)
+DAMAGE = (CorruptError, NotFoundError, UnsupportedFormatError)
+"""What is wrong with one object, and does not keep the others from being looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def _check_metadata(
         root, locations = repository.located(snapshot.manifest)
         entries = read_entries(repository.parts(root, locations))
         _expect(plans, user, root, locations, entries, snapshot)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         return what, error.message
     return None
 
@@ -142,7 +143,7 @@ def _check_index(repository: Repository, plans: dict[bytes, _Plan]) -> list[Prob
                 if name is None:
                     raise CorruptError(f"{info.key} is not a digest")
                 read(name)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 found.append(Problem(info.key, error.message, ()))
 
     def segment(name: bytes) -> None:
@@ -211,7 +212,7 @@ def _check_pack(
             return _check_table(pack, plan) + _check_frames(pack, data), len(data)
         frames, read = _read_tail(repository, name, size)
         return _check_table(Pack(name, size, frames), plan), read
-    except _DAMAGE as error:
+    except DAMAGE as error:
         return [error.message, *(_salvage(data, plan) if data else [])], len(data)
 
 

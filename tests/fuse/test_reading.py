@@ -384,15 +384,15 @@ def test_a_damaged_cache_is_mended(site: Site, damage: str) -> None:
     assert site.metrics.damaged > 0
 
 
-def test_a_cache_too_small_for_a_frame_fails_reads_and_nothing_else(site: Site) -> None:
+def test_a_cache_too_small_for_a_frame_makes_reading_slow_and_not_impossible(site: Site) -> None:
     site.again(capacity=256 << 10)
 
     async def main(reader: Reader) -> None:
-        await site.fails(reader, "large")
-        await site.fails(reader, "text")
-        assert await site.read(reader, "empty") == b""
+        for name in ("large", "text", "empty"):
+            assert await site.read(reader, name) == site.files[name]
 
     site.run(main)
+    assert site.cache.usage().bytes <= 256 << 10
 
 
 def test_a_cache_smaller_than_the_file_still_serves_it(site: Site) -> None:

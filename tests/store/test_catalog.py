@@ -66,7 +66,10 @@ def test_a_ref_removed_meanwhile_is_not_listed(tmp_path: Path) -> None:
             _push(store, tmp_path / "t", name)
         faulty.drop("get_versioned", key="refs/default/a/latest")
         assert [item.name.name for item in catalog.describe_refs(store.repository)] == ["b"]
-        assert [name for name, _ in catalog.all_targets(store.repository)[0]] == ["b:latest"]
+        targets, _ = catalog.all_targets(store.repository)
+        # What no ref names is looked at all the same, under its digest.
+        assert targets[0][0] == "b:latest"
+        assert [name[0] for name, _ in targets[1:]] == ["@"]
 
 
 def test_damage_is_told_of_in_its_own_row(tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_damage_is_told_of_in_its_own_row(tmp_path: Path) -> None:
         assert rows["lost"].snapshot is None
         assert lost.hex() in str(rows["lost"].error)
         targets, broken = catalog.all_targets(store.repository)
-        assert [name for name, _ in targets] == ["good:latest", "lost:latest"]
+        assert [name for name, _ in targets][:2] == ["good:latest", "lost:latest"]
         assert [problem.object for problem in broken] == ["refs/default/bad/latest"]
 
 

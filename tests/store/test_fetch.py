@@ -297,15 +297,33 @@ def test_locations_that_lie(
     assert stored.cache.usage().blobs == 0
 
 
-def test_a_full_cache_is_told_of_the_frames_it_concerns(stored: _Stored, tmp_path: Path) -> None:
-    small = BlobCache(tmp_path / "small", 24_576)
+@pytest.mark.parametrize("capacity", [0, 4096, 24_576])
+def test_a_cap_too_small_makes_reading_slow_and_not_impossible(
+    stored: _Stored, tmp_path: Path, capacity: int
+) -> None:
+    small = BlobCache(tmp_path / "small", capacity)
     fetcher = FrameFetcher(stored.objects, small)
-    # All frames fit one by one; only one that is larger than the whole cap cannot be kept.
     assert fetcher.fetch(stored.frames) == stored.raw
-    tiny = FrameFetcher(stored.objects, BlobCache(tmp_path / "tiny", 4096))
-    for result in tiny.fetch(stored.frames):
-        assert isinstance(result, NoSpaceError)
-        assert "ENVSTORE_CACHE_SIZE" in str(result)
+    assert fetcher.load(stored.frames[0]) == stored.raw[0]
+    assert small.usage().bytes <= capacity
+
+
+def test_a_full_disk_is_told_of_the_frames_it_concerns(
+    stored: _Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = stored.cache.put
+
+    def refuse(name: bytes, data: bytes) -> None:
+        if name == stored.frames[3].digest:
+            raise NoSpaceError("No space left on device")
+        put(name, data)
+
+    monkeypatch.setattr(stored.cache, "put", refuse)
+    results = stored.fetcher.fetch(stored.frames)
+    error = results.pop(3)
+    assert isinstance(error, NoSpaceError)
+    assert f"pack {stored.pack.digest.hex()}" in error.message
+    assert results == stored.raw[:3] + stored.raw[4:]
 
 
 def test_many_threads_share_one_fetcher(stored: _Stored) -> None:
