@@ -27,6 +27,7 @@ from benchmarks.results import OURS, Metric, Result
 READY = Metric("until it is there", "s")
 COLD = Metric("cold import", "s")
 WARM = Metric("warm import", "s")
+WARM_DISK = Metric("local disk in turns with it", "s")
 FETCHED = Metric("fetched, with the mount", "B")
 REQUESTS = Metric("requests, with the mount", "requests")
 REQUESTS_ALONE = Metric("requests of the import alone", "requests")
@@ -153,7 +154,7 @@ def _warm(way: Mounter, python: Path, local: LocalDisk, result: Result) -> None:
     for _ in range(_WARM_RUNS):
         result.add(WARM, way.name, _import(python))
         if way is not local:
-            result.add(WARM, local.name, _import(disk))
+            result.add(WARM_DISK, way.name, _import(disk))
 
 
 def _import(python: Path) -> float:

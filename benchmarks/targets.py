@@ -102,8 +102,7 @@ def _mount(result: Result) -> list[Target]:
 def _read(result: Result) -> list[Target]:
     fetched, requests = result.median(read.FETCHED), result.median(read.REQUESTS)
     size, opened = result.facts[read.OPENED_COMPRESSED], result.facts[read.OPENED]
-    local = next((tool for tool in result.tools() if tool.startswith("local disk")), "")
-    warm, disk = result.median(read.WARM), result.median(read.WARM, local)
+    warm, disk = result.median(read.WARM), result.median(read.WARM_DISK)
     found = []
     if fetched is not None and requests is not None:
         found += [
@@ -124,7 +123,7 @@ def _read(result: Result) -> list[Target]:
         found.append(
             Target(
                 f"warm import of {read.MODULES}",
-                f"<= 1.15x {local}",
+                "<= 1.15x local disk",
                 f"{warm:.3f} s against {disk:.3f} s: {warm / disk:.2f}x",
                 warm <= 1.15 * disk,
             )

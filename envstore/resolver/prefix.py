@@ -67,6 +67,9 @@ class PrefixSource:
         path = entry.path
         if b"/tests/" in path or b"/test/" in path:
             return 3, path
+        if path.endswith((b".pth", b"pyvenv.cfg")) or b"/_distutils_hack/" in path:
+            # What every start reads, before the first import: one frame, at the front.
+            return 0, b"\0" + path
         if path.endswith(b".pyc"):
             return 0, path
         name = path[path.rfind(b"/") + 1 :]

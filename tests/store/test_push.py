@@ -1,3 +1,5 @@
+"""What a push reads, sends and notices when a tree is, or is not, as it was the last time."""
+
 from __future__ import annotations
 
 import os
@@ -8,10 +10,7 @@ import pytest
 
 from envstore.store.push import PushOptions
 from envstore.store.refs import RefName, move_ref, read_ref
-from envstore.store.source import (
-    DirectorySource,
-    is_settled,
-)
+from envstore.store.source import DirectorySource, is_settled
 from tests import trees
 from tests.sources import BlindSource, ListedSource, WatchedSource
 from tests.stores import Store

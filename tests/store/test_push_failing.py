@@ -113,7 +113,7 @@ def test_the_ref_that_moved_meanwhile_is_a_conflict(store: Store, tree: Path) ->
 
     # SQLite objects stay in the thread that made them.
     with Store(store.root) as winner:
-        thread = threading.Thread(target=store.in_this_thread, args=(lose))
+        thread = threading.Thread(target=store.in_this_thread, args=(lose,))
         thread.start()
         gate.wait_entered()
         result = winner.push(ListedSource({b"winner": b"1"}))

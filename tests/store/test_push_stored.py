@@ -149,7 +149,7 @@ def test_memory_is_not_filled_by_a_slow_store(
     source = ListedSource({b"%03d" % i: trees.noise(i, 4 << 20) for i in range(60)})
     done: list[PushResult] = []
     thread = threading.Thread(
-        target=store.in_this_thread, args=(lambda: done.append(store.push(source)))
+        target=store.in_this_thread, args=(lambda: done.append(store.push(source)),)
     )
     thread.start()
     try:
