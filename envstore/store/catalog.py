@@ -117,6 +117,8 @@ def current(repository: Repository, names: Sequence[RefName]) -> list[tuple[RefN
     for name in dict.fromkeys(names):
         try:
             found.append((name, read_ref(repository.objects, name)))
+        except NotFoundError:
+            raise
         except DAMAGE:
             found.append((name, None))
     return found
