@@ -34,6 +34,7 @@ _DIE_WITH_PARENT = (
 )
 _ATTEMPTS = 3
 _START_SECONDS = 60.0
+_COUNTING_SECONDS = 0.1
 _SAMPLE = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -106,7 +107,20 @@ class S3Server:
         return bucket
 
     def served(self, bucket: str) -> Served:
-        """Return the server's own count for ``bucket``: independent of what clients claim."""
+        """Return the server's own count for ``bucket``: independent of what clients claim.
+
+        A request is counted a moment after its answer has left, so counts are taken until two
+        in a row agree.
+        """
+        last = self._count(bucket)
+        while True:
+            time.sleep(_COUNTING_SECONDS)
+            now = self._count(bucket)
+            if now == last:
+                return now
+            last = now
+
+    def _count(self, bucket: str) -> Served:
         connection = http.client.HTTPConnection(self.metrics, timeout=10)
         try:
             connection.request("GET", "/metrics")
