@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -25,28 +25,15 @@ _DEMANDED, _AHEAD = 4, 1
 _log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Frames that one request brings, the flights that end with each, and where it stands.
-
-    ``urgent`` are the numbers of the frames that somebody waits for.
-    """
-
-    frames: tuple[FrameRef, ...]
-    flights: list[list[_Flight]]
-    urgent: set[int] = field(default_factory=set)
-    demanded: bool = False
-    started: bool = False
-
-
 class _Flight:
     """One frame on its way, and everybody who waits for it."""
 
-    __slots__ = ("_done", "_result", "group", "number")
+    __slots__ = ("_done", "_result", "frame", "group", "urgent")
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, frame: FrameRef) -> None:
+        self.frame = frame
         self.group: _Group
+        self.urgent = False
         self._done = trio.Event()
         self._result: bytes | EnvstoreError = b""
 
@@ -59,23 +46,37 @@ class _Flight:
         return self._result
 
 
+@dataclass(slots=True, eq=False)
+class _Group:
+    """The flights that one request brings, in the order of the pack, and where it stands.
+
+    Of what has landed ``None`` is left.
+    """
+
+    frames: tuple[FrameRef, ...]
+    flights: list[_Flight | None] = field(default_factory=list)
+    demanded: bool = False
+    started: bool = False
+
+
 class FrameLoader:
-    """Fetches frames by their number in a snapshot's locations. Belongs to one trio run."""
+    """Fetches the frames of one store, for the readers of any number of its snapshots.
+
+    Belongs to one trio run.
+    """
 
     def __init__(
         self,
-        frames: Sequence[FrameRef],
         fetcher: FrameFetcher,
         cache: BlobCache,
         metrics: Metrics,
         complaints: Complaints,
     ) -> None:
-        self._frames = frames
         self._fetcher = fetcher
         self._cache = cache
         self._metrics = metrics
         self._complaints = complaints
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[bytes, _Flight] = {}
         self._nursery: trio.Nursery
         # What somebody waits for never queues behind what somebody may want later.
         self._demanded = trio.CapacityLimiter(_DEMANDED)
@@ -91,52 +92,65 @@ class FrameLoader:
             await trio.sleep(inf)
 
     async def load(
-        self, needed: Iterable[int], ahead: Iterable[int] = ()
-    ) -> dict[int, bytes | EnvstoreError]:
-        """Return the ``needed`` frames' raw bytes, or for each the error that befell it.
+        self, needed: Iterable[FrameRef], ahead: Iterable[FrameRef] = ()
+    ) -> dict[bytes, bytes | EnvstoreError]:
+        """Return by digest the ``needed`` frames' raw bytes, or for each the error that befell it.
 
         ``ahead`` are frames worth having soon; those next to needed ones come with them, the
-        others on their own, and nobody waits for them. Frames on their way already are not asked
-        for again; a failure is not remembered.
+        others on their own, and nobody waits for them. Frames on their way already, for whatever
+        snapshot, are not asked for again; a failure is not remembered.
         """
-        needed = dict.fromkeys(needed)
-        self._take_off(needed, ahead)
-        waiting = [self._flights[number] for number in needed]
-        for flight in waiting:
-            flight.group.urgent.add(flight.number)
+        wanted = {frame.digest: frame for frame in needed}
+        found: dict[bytes, bytes | EnvstoreError] = {}
+        self._take_off(wanted.values(), ahead)
+        elsewhere = []
+        for flight in self._join(wanted):
+            result = found[flight.frame.digest] = await flight.wait()
+            if isinstance(result, EnvstoreError):
+                own = wanted[flight.frame.digest]
+                if own != flight.frame:
+                    elsewhere.append(own)
+        if elsewhere:
+            # Another snapshot's locations led there; ours may know a better place.
+            found |= await self.load(elsewhere)
+        return found
+
+    def _join(self, wanted: Iterable[bytes]) -> list[_Flight]:
+        """Return the flights of frames, whose requests now are urgent."""
+        flights = [self._flights[name] for name in wanted]
+        for flight in flights:
+            flight.urgent = True
             if not flight.group.demanded:
                 # Perhaps it is queued to be fetched ahead: that turn may come late.
                 flight.group.demanded = True
                 self._nursery.start_soon(self._fetch, flight.group, self._demanded)
-        return {flight.number: await flight.wait() for flight in waiting}
+        return flights
 
-    def prefetch(self, ahead: Iterable[int]) -> None:
+    def prefetch(self, ahead: Iterable[FrameRef]) -> None:
         """Begin to fetch frames that nobody waits for."""
         self._take_off((), ahead)
 
-    def _take_off(self, needed: Iterable[int], ahead: Iterable[int]) -> None:
+    def _take_off(self, needed: Iterable[FrameRef], ahead: Iterable[FrameRef]) -> None:
         """Make flights for frames that have none, and queue those that nobody waits for."""
-        numbers = [number for number in needed if number not in self._flights]
-        missing = set(numbers)
-        for number in ahead:
-            name = self._frames[number].digest
-            if not (number in missing or number in self._flights or self._cache.contains(name)):
-                numbers.append(number)
-                self._metrics.ahead += 1
-        # Nothing forbids that two numbers stand for the same place.
-        places: dict[tuple[bytes, int], list[_Flight]] = {}
-        for number in dict.fromkeys(numbers):
-            flight = self._flights[number] = _Flight(number)
-            frame = self._frames[number]
-            places.setdefault((frame.pack, frame.offset), []).append(flight)
-        frames = [self._frames[number] for number in numbers]
+        missing = {frame.digest: frame for frame in needed if frame.digest not in self._flights}
+        extra = {
+            frame.digest: frame
+            for frame in ahead
+            if not (
+                frame.digest in missing
+                or frame.digest in self._flights
+                or self._cache.contains(frame.digest)
+            )
+        }
+        self._metrics.ahead += len(extra)
+        frames = (*missing.values(), *extra.values())
         for found in self._fetcher.plan(frames, max_request=MAX_REQUEST):
-            group = _Group(found, [places[frame.pack, frame.offset] for frame in found])
-            numbers = [flight.number for flights in group.flights for flight in flights]
-            for flights in group.flights:
-                for flight in flights:
-                    flight.group = group
-            if missing.isdisjoint(numbers):
+            group = _Group(found)
+            for frame in found:
+                flight = self._flights[frame.digest] = _Flight(frame)
+                flight.group = group
+                group.flights.append(flight)
+            if missing.keys().isdisjoint(frame.digest for frame in found):
                 self._nursery.start_soon(self._fetch, group, self._ahead)
 
     async def _fetch(self, group: _Group, turn: trio.CapacityLimiter) -> None:
@@ -169,25 +183,23 @@ class FrameLoader:
 
     def _order(self, group: _Group) -> list[int]:
         """Return the positions of a group's frames, those that somebody waits for first."""
-        waited = [
-            any(flight.number in group.urgent for flight in flights) for flights in group.flights
-        ]
-        return sorted(range(len(waited)), key=lambda position: not waited[position])
+        urgent = [flight is not None and flight.urgent for flight in group.flights]
+        return sorted(range(len(urgent)), key=lambda position: not urgent[position])
 
     def _land(self, group: _Group, position: int, result: bytes | EnvstoreError) -> None:
-        """Give a result to the flights of one frame, unless they have landed already."""
-        flights = group.flights[position]
+        """Give a result to the flight of one frame, unless it has landed already."""
+        flight = group.flights[position]
+        if flight is None:
+            return
         # Of what nobody waits for nothing may stay in memory, not even until the group is done.
-        group.flights[position] = []
-        for flight in flights:
-            del self._flights[flight.number], flight.group
-            flight.land(result)
-            if flight.number not in group.urgent and isinstance(result, EnvstoreError):
-                self._complaints.say(f"readahead: {result}")
+        group.flights[position] = None
+        del self._flights[flight.frame.digest], flight.group
+        flight.land(result)
+        if not flight.urgent and isinstance(result, EnvstoreError):
+            self._complaints.say(f"readahead: {result}")
 
-    async def recheck(self, number: int) -> bytes | None:
+    async def recheck(self, frame: FrameRef) -> bytes | None:
         """Return a frame's bytes if the cached blob is sound; else see that there is none."""
-        frame = self._frames[number]
 
         def check() -> bytes | None:
             if not self._cache.contains(frame.digest):

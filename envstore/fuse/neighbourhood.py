@@ -12,7 +12,6 @@ few requests and cost many bytes.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 from envstore.fuse.tree import Tree
@@ -34,7 +33,7 @@ _Unit = tuple[int, bool]
 class Neighbourhood:
     """Plans for one tree; remembers the packages that were missed in."""
 
-    def __init__(self, tree: Tree, ref_frames: array[int], frames: Sequence[FrameRef]) -> None:
+    def __init__(self, tree: Tree, ref_frames: Sequence[int], frames: Sequence[FrameRef]) -> None:
         self._tree = tree
         self._ref_frames = ref_frames
         self._frames = frames

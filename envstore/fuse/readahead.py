@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envstore.fuse.tree import Tree
@@ -32,7 +32,7 @@ class _Stream:
 class Readahead:
     """Follows the reads of many files; remembers the ones read last."""
 
-    def __init__(self, tree: Tree, ref_frames: array[int], limit: int = MAX_WINDOW) -> None:
+    def __init__(self, tree: Tree, ref_frames: Sequence[int], limit: int = MAX_WINDOW) -> None:
         """Plan for ``tree``, never more than ``limit`` raw bytes ahead in one file."""
         self._tree = tree
         self._ref_frames = ref_frames

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -24,7 +24,7 @@ from envstore.fuse.readahead import Readahead
 from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache
 from envstore.store.digest import digest
-from envstore.store.locations import NOWHERE, Locations
+from envstore.store.locations import NOWHERE, FrameRef, Locations
 
 _INLINE = 1 << 20
 """Unproven bytes that may be hashed between two requests: a fraction of a millisecond."""
@@ -58,7 +58,11 @@ class _Run:
 
 
 class Reader:
-    """Reads files of one snapshot; see ``Content``. Belongs to one trio run."""
+    """Reads files of one snapshot; see ``Content``. Belongs to one trio run.
+
+    Readers of several snapshots of a store share one ``FrameLoader``. ``watch``, if there is one,
+    is told the node, offset and size of every read.
+    """
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Reader:
         cache: BlobCache,
         metrics: Metrics,
         complaints: Complaints,
+        watch: Callable[[int, int, int], None] | None = None,
     ) -> None:
         self._tree = tree
         self._locations = locations
@@ -75,6 +80,7 @@ class Reader:
         self._cache = cache
         self._metrics = metrics
         self._complaints = complaints
+        self._watch = watch
         self._proven = bytearray(tree.refs)
         self._readahead = Readahead(tree, locations.ref_frames)
         self._neighbourhood = Neighbourhood(tree, locations.ref_frames, locations.frames)
@@ -94,7 +100,11 @@ class Reader:
                     return None
                 found.append(data)
             self._metrics.inline += len(runs)
-            self._loader.prefetch(self._expect(node, offset, runs, missed=False))
+            if self._watch is not None:
+                self._watch(node, offset, size)
+            ahead = self._expect(node, offset, runs, missed=False)
+            if ahead:
+                self._loader.prefetch(self._frames(ahead))
             return self._joined(found)
         except Exception as error:
             raise self._failed(node, error) from error
@@ -106,6 +116,8 @@ class Reader:
         which object and why: anything else raised here would end the whole mount.
         """
         try:
+            if self._watch is not None:
+                self._watch(node, offset, size)
             runs = self._runs(node, offset, size)
             found = await trio.to_thread.run_sync(self._wait, runs, limiter=self._threads)
             missing = await self._still_missing(runs, found)
@@ -114,9 +126,10 @@ class Reader:
             ahead = self._expect(node, offset, runs, missed=bool(missing))
             if missing:
                 ahead += self._neighbourhood.plan(node, runs[missing[-1]].frame)
-            loaded = await self._loader.load((runs[at].frame for at in missing), ahead)
-            for at in missing:
-                found[at] = self._accept(runs[at], loaded[runs[at].frame])
+            needed = self._frames(runs[at].frame for at in missing)
+            loaded = await self._loader.load(needed, self._frames(ahead))
+            for at, frame in zip(missing, needed, strict=True):
+                found[at] = self._accept(runs[at], loaded[frame.digest])
             return self._joined(found)
         except Exception as error:
             raise self._failed(node, error) from error
@@ -158,6 +171,10 @@ class Reader:
     def _expect(self, node: int, offset: int, runs: list[_Run], *, missed: bool) -> list[int]:
         length = sum(run.length for run in runs)
         return self._readahead.plan(node, offset, length, missed=missed)
+
+    def _frames(self, numbers: Iterable[int]) -> list[FrameRef]:
+        frames = self._locations.frames
+        return [frames[number] for number in numbers]
 
     def _runs(self, node: int, offset: int, size: int) -> list[_Run]:
         """Join the pieces of a range that lie side by side in a frame."""
@@ -220,8 +237,9 @@ class Reader:
         for at, run in enumerate(runs):
             if found[at] is None:
                 raw = None
-                if self._cache.contains(self._locations.frames[run.frame].digest):
-                    raw = await self._loader.recheck(run.frame)
+                frame = self._locations.frames[run.frame]
+                if self._cache.contains(frame.digest):
+                    raw = await self._loader.recheck(frame)
                 if raw is None:
                     missing.append(at)
                 else:

@@ -46,11 +46,11 @@ def serve_session(
     if repository.cache is None:
         raise UsageError("a mount needs a cache")
     metrics, complaints = Metrics(), Complaints(_log)
-    fetcher, cache, frames = repository.fetcher, repository.cache, content.locations.frames
+    fetcher, cache = repository.fetcher, repository.cache
     _hold_little_memory()
 
     async def main() -> None:
-        loader = FrameLoader(frames, fetcher, cache, metrics, complaints)
+        loader = FrameLoader(fetcher, cache, metrics, complaints)
         reader = Reader(content.tree, content.locations, loader, cache, metrics, complaints)
 
         def report() -> dict[str, object]:

@@ -52,10 +52,10 @@ class FrameFetcher:
 
         Groups come in the order in which their first frame was given.
         """
-        rank: dict[tuple[bytes, int], int] = {}
-        unique: dict[tuple[bytes, int], FrameRef] = {}
+        rank: dict[tuple[bytes, int, bytes], int] = {}
+        unique: dict[tuple[bytes, int, bytes], FrameRef] = {}
         for frame in frames:
-            key = frame.pack, frame.offset
+            key = frame.pack, frame.offset, frame.digest
             rank.setdefault(key, len(rank))
             unique[key] = frame
         groups: list[list[FrameRef]] = []
@@ -69,7 +69,9 @@ class FrameFetcher:
                     groups[-1].append(frame)
                     continue
             groups.append([frame])
-        groups.sort(key=lambda group: min(rank[frame.pack, frame.offset] for frame in group))
+        groups.sort(
+            key=lambda group: min(rank[frame.pack, frame.offset, frame.digest] for frame in group)
+        )
         return [tuple(group) for group in groups]
 
     def fetch(self, group: Sequence[FrameRef]) -> list[bytes | EnvstoreError]:

@@ -79,9 +79,7 @@ class Site:
 
         async def loop() -> None:
             complaints = Complaints(logging.getLogger("envstore.fuse"))
-            loader = FrameLoader(
-                self.locations.frames, self.fetcher, self.cache, self.metrics, complaints
-            )
+            loader = FrameLoader(self.fetcher, self.cache, self.metrics, complaints)
             tree = self.content.tree
             reader = Reader(tree, self.locations, loader, self.cache, self.metrics, complaints)
             async with trio.open_nursery() as nursery:
@@ -207,30 +205,28 @@ def test_who_gives_up_waiting_takes_nothing_from_the_others(site: Site) -> None:
 
 
 def test_an_urgent_read_overtakes_what_is_queued_to_be_read_ahead(site: Site) -> None:
-    numbers = range(len(site.locations.frames))
+    frames = site.locations.frames
     gate = site.objects.gate("get_range", key="packs/", times=1)
 
     async def loop() -> None:
         complaints = Complaints(logging.getLogger("envstore.fuse"))
-        loader = FrameLoader(
-            site.locations.frames, site.fetcher, site.cache, site.metrics, complaints
-        )
+        loader = FrameLoader(site.fetcher, site.cache, site.metrics, complaints)
         async with trio.open_nursery() as nursery:
             await nursery.start(loader.run)
             # One request at a time is made ahead: the first holds up all others.
-            loader.prefetch(numbers[:1])
+            loader.prefetch(frames[:1])
             await trio.to_thread.run_sync(gate.wait_entered)
-            for number in numbers[1:]:
-                loader.prefetch([number])
-            found = await loader.load([numbers[-1]])
-            assert len(found[numbers[-1]]) == site.locations.frames[-1].raw  # type: ignore[arg-type]
+            for frame in frames[1:]:
+                loader.prefetch([frame])
+            found = await loader.load([frames[-1]])
+            assert len(found[frames[-1].digest]) == frames[-1].raw  # type: ignore[arg-type]
             gate.open()
-            everything = await loader.load(numbers)
+            everything = await loader.load(frames)
             assert all(isinstance(data, bytes) for data in everything.values())
             nursery.cancel_scope.cancel()
 
     trio.run(loop)
-    assert site.fetcher.fetched.frames <= len(numbers) + 1
+    assert site.fetcher.fetched.frames <= len(frames) + 1
 
 
 def test_a_failure_hurts_one_read_and_is_not_remembered(
