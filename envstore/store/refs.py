@@ -29,6 +29,11 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _REF = re.compile(rf"(?:(?P<namespace>{_PART})/)?(?P<name>{_PART})(?::(?P<tag>{_PART}))?")
 
 
+def is_part(text: str) -> bool:
+    """Return whether ``text`` may be the namespace, name or tag of a ref."""
+    return re.fullmatch(_PART, text) is not None and ".." not in text
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class RefName:
     """A parsed ``[namespace/]name[:tag]``."""
