@@ -242,7 +242,7 @@ class _Writer:
             put(_inode(node, found, 0, _PLAIN, 0, 0))
             return
         bits, count = _chunks(found.size)
-        key = content_key(self._tree, node).hex().encode()
+        key = self._tree.content_key(node).hex().encode()
         put(_inode(node, found, found.size, _CHUNKS, bits, _FILE_XATTRS_COUNT))
         put(_FILE_XATTRS)
         put(b"/%b/%b" % (key[:2], key))
@@ -315,17 +315,6 @@ class _Stream:
             while done < len(view):
                 done += os.pwrite(self._fd, view[done:], start + done)
         self._held.clear()
-
-
-def content_key(tree: Tree, node: int) -> bytes:
-    """Return the name of a file's content among all files."""
-    refs = tree.file_refs(node)
-    if len(refs) == 1 and not tree.is_hole(refs[0]):
-        return tree.chunk_digest(refs[0])
-    hasher = blake3(b"envstore content\0")
-    for ref in refs:
-        hasher.update(tree.chunk_digest(ref) + tree.chunk_size(ref).to_bytes(8, "little"))
-    return hasher.digest()
 
 
 def _is_extended(found: Attributes) -> bool:

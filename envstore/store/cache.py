@@ -1,9 +1,11 @@
 """The node cache: verified blobs on disk under a hard byte cap, shared by all processes.
 
-Every blob is a file named by the BLAKE3 of its content. The accounted total is never below the
-real one: space is reserved (a temporary file of full size, under the lock) before it is used and
-released after it is freed, so a process killed anywhere leaves at worst a total that is too high,
-which the next eviction corrects by counting.
+Every blob is a file named by the BLAKE3 of its content. Beside the blobs lie whole files of
+mounted trees, for the kernel to read by itself; one that has a second name is pinned, which means
+that it counts but is never evicted. The accounted total is never below the real one: space is
+reserved (a temporary file of full size, under the lock) before it is used and released after it is
+freed, so a process killed anywhere leaves at worst a total that is too high, which the next
+eviction corrects by counting.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError, UsageError
@@ -31,11 +34,38 @@ _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CacheUsage:
-    """Bytes accounted for, number of blobs, and the cap in bytes."""
+    """Bytes accounted for, number of blobs, and the cap in bytes; then what whole files there are.
+
+    ``bytes`` is that of blobs and files together, ``pinned`` that of files that stay.
+    """
 
     bytes: int
     blobs: int
     capacity: int
+    files: int = 0
+    pinned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """A whole file that is being written, of ``size`` bytes that are accounted for already.
+
+    Whoever began it must ``finish`` or ``abandon`` it.
+    """
+
+    fd: int
+    path: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What lies in the cache: when it was last used, the bytes it takes, where."""
+
+    used_ns: int
+    size: int
+    path: bytes
+    pinned: bool
 
 
 def parse_size(text: str) -> int:
@@ -76,7 +106,9 @@ class BlobCache:
         """Use ``root``, made if missing. Raises ``AccessDeniedError``, ``NoSpaceError``."""
         self.root = root
         self.capacity = capacity
+        self.files = root / "files"
         self._blobs = os.fsencode(root / "blobs")
+        self._files = os.fsencode(self.files)
         self._partial = os.fsencode(root / "partial")
         self._lock_path = os.fsencode(root / "lock")
         self._touched: dict[bytes, int] = {}
@@ -157,14 +189,45 @@ class BlobCache:
         """Return what is accounted for."""
         with self._errors(), self._locked() as lock:
             blobs = sum(len(files) for _, _, files in os.walk(self._blobs))
-            return CacheUsage(self._total(lock), blobs, self.capacity)
+            files = self._list(self._files)
+            pinned = sum(item.size for item in files if item.pinned)
+            return CacheUsage(self._total(lock), blobs, self.capacity, len(files), pinned)
 
     def clear(self) -> int:
-        """Remove every blob; returns the bytes freed. Running mounts fetch again."""
+        """Remove all that is not pinned; returns the bytes freed. Running mounts fetch again."""
         with self._errors(), self._locked() as lock:
             before = self._total(lock)
             self._evict(lock, 0)
             return before - self._total(lock)
+
+    def begin(self, size: int, *, evict: bool = True) -> Filling:
+        """Return a new file of ``size`` zeros to be filled.
+
+        Without ``evict`` nothing is removed to make room. Raises as ``put`` does.
+        """
+        with self._errors():
+            fd, partial = self._reserve(size, evict=evict)
+            return Filling(fd, partial, size)
+
+    def finish(self, filling: Filling, path: bytes) -> None:
+        """Give a file that was filled its name below ``files``, unless somebody was first."""
+        with self._errors():
+            kept = False
+            try:
+                kept = _link(filling.path, path)
+            finally:
+                self._settle(filling.fd, filling.path, filling.size, kept=kept)
+
+    def abandon(self, filling: Filling) -> None:
+        """Remove a file that was begun, and give its bytes back."""
+        with self._errors():
+            self._settle(filling.fd, filling.path, filling.size, kept=False)
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Hold off everybody who would evict something or begin to write."""
+        with self._errors(), self._locked():
+            yield
 
     def _store(self, path: bytes, data: bytes | memoryview) -> None:
         fd, partial = self._reserve(len(data))
@@ -176,18 +239,22 @@ class BlobCache:
                 at += os.pwrite(fd, view[at:], at)
             kept = _link(partial, path)
         finally:
-            try:
-                # Unlinking and giving back are one step under the lock, or a count between the
-                # two would be lowered twice.
-                with self._locked() as lock:
-                    total = self._total(lock)
-                    os.unlink(partial)
-                    if not kept:
-                        self._set_total(lock, total - _rounded(len(data)))
-            finally:
-                os.close(fd)
+            self._settle(fd, partial, len(data), kept=kept)
 
-    def _reserve(self, size: int) -> tuple[int, bytes]:
+    def _settle(self, fd: int, partial: bytes, size: int, *, kept: bool) -> None:
+        """Remove a temporary name, and give its bytes back if the file has no other."""
+        try:
+            # Unlinking and giving back are one step under the lock, or a count between the
+            # two would be lowered twice.
+            with self._locked() as lock:
+                total = self._total(lock)
+                os.unlink(partial)
+                if not kept:
+                    self._set_total(lock, total - _rounded(size))
+        finally:
+            os.close(fd)
+
+    def _reserve(self, size: int, *, evict: bool = True) -> tuple[int, bytes]:
         """Account for ``size`` bytes and return a temporary file of that size, locked as ours."""
         need = _rounded(size)
         if need > self.capacity:
@@ -198,10 +265,11 @@ class BlobCache:
         partial = b"%b/%b" % (self._partial, secrets.token_hex(16).encode())
         with self._locked() as lock:
             if self._total(lock) + need > self.capacity:
-                self._evict(lock, min(int(self.capacity * _LOW_WATER), self.capacity - need))
+                if evict:
+                    self._evict(lock, min(int(self.capacity * _LOW_WATER), self.capacity - need))
                 if self._total(lock) + need > self.capacity:
                     raise CacheFullError(
-                        f"the cache {self.root} is full of blobs that are being written",
+                        f"the cache {self.root} is full of what is pinned or being written",
                         hint="raise ENVSTORE_CACHE_SIZE",
                     )
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -225,31 +293,35 @@ class BlobCache:
         self._set_total(lock, total - _rounded(size))
 
     def _evict(self, lock: int, goal: int) -> bool:
-        """Remove blobs, oldest use first, until at most ``goal`` bytes are left; count anew.
+        """Remove what is not pinned, oldest use first, until at most ``goal`` bytes are left.
 
-        Returns whether anything was removed.
+        Counts anew. Returns whether anything was removed.
         """
-        found = self._list()
-        total = self._reserved() + sum(size for _, size, _ in found)
+        found = self._list(self._blobs) + self._list(self._files)
+        total = self._reserved() + sum(item.size for item in found)
         removed = False
-        for _, size, path in sorted(found):
+        for item in sorted(found, key=attrgetter("used_ns")):
             if total <= goal:
                 break
-            os.unlink(path)
-            total -= size
+            if item.pinned:
+                continue
+            os.unlink(item.path)
+            total -= item.size
             removed = True
         self._set_total(lock, total)
         return removed
 
-    def _list(self) -> list[tuple[int, int, bytes]]:
-        """Return when each blob was last used, the bytes it takes, and its path."""
+    def _list(self, top: bytes) -> list[_Kept]:
         found = []
-        with os.scandir(self._blobs) as directories:
+        with os.scandir(top) as directories:
             for directory in directories:
                 with os.scandir(directory.path) as listing:
                     for item in listing:
                         st = item.stat(follow_symlinks=False)
-                        found.append((st.st_mtime_ns, _rounded(st.st_size), item.path))
+                        # A blob's second name is that of a writer about to remove it.
+                        pinned = st.st_nlink > 1 and top == self._files
+                        size = _rounded(st.st_size)
+                        found.append(_Kept(st.st_mtime_ns, size, item.path, pinned))
         return found
 
     def _reserved(self) -> int:
@@ -274,6 +346,7 @@ class BlobCache:
     def _make_directories(self) -> None:
         os.makedirs(self._partial, mode=0o700, exist_ok=True)
         os.makedirs(self._blobs, mode=0o700, exist_ok=True)
+        os.makedirs(self._files, mode=0o700, exist_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -294,7 +367,8 @@ class BlobCache:
         if len(data) == U64.size:
             return int(U64.unpack(data)[0])
         # The file is new, or was lost in a crash: what is there has to be counted.
-        total = self._reserved() + sum(size for _, size, _ in self._list())
+        found = self._list(self._blobs) + self._list(self._files)
+        total = self._reserved() + sum(item.size for item in found)
         self._set_total(lock, total)
         return total
 
@@ -319,7 +393,8 @@ class BlobCache:
 
     def _touch(self, name: bytes, fd: int) -> None:
         now = time.time_ns()
-        if now - self._touched.get(name, 0) > _TOUCH_NS:
+        # The distance, for a clock that is set back must not end this for as long.
+        if abs(now - self._touched.get(name, 0)) > _TOUCH_NS:
             if len(self._touched) > 100_000:
                 self._touched.clear()
             self._touched[name] = now
