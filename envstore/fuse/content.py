@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from envstore.fuse.build import build_tree
+from envstore.fuse.image import make_image, open_image
 from envstore.fuse.tree import Tree
-from envstore.store.locations import Locations
+from envstore.store.locations import Located
 from envstore.store.repository import Repository
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A snapshot ready to be served: the name it was asked by, its tree, where chunks lie."""
+    """A snapshot ready to be served: the name it was asked by, its tree, where chunks lie.
+
+    ``fd`` is the descriptor of its tree image. It belongs to whoever asked for the content and
+    may be closed at any time: the tree does not need it.
+    """
 
     name: str
     snapshot: bytes
     manifest: bytes
     tree: Tree
-    locations: Locations
+    locations: Located
+    fd: int
 
 
 def load_content(repository: Repository, snapshot: bytes, name: str = "") -> Content:
@@ -28,5 +33,16 @@ def load_content(repository: Repository, snapshot: bytes, name: str = "") -> Con
     """
     manifest = repository.snapshot(snapshot).manifest
     root, locations = repository.located(manifest)
-    tree = build_tree(root, repository.parts(root, locations))
-    return Content(name or f"@{snapshot.hex()[:12]}", snapshot, manifest, tree, locations)
+    fd = make_image(manifest, root, repository.parts(root, locations), locations)
+    return content_from_image(fd, name, snapshot)
+
+
+def content_from_image(fd: int, name: str, snapshot: bytes) -> Content:
+    """Return the content of ``snapshot`` from the image that ``load_content`` made of it.
+
+    Neither the store nor the cache is asked for anything. Raises ``CorruptError``,
+    ``UnsupportedFormatError`` as ``open_image`` does.
+    """
+    image = open_image(fd)
+    title = name or f"@{snapshot.hex()[:12]}"
+    return Content(title, snapshot, image.manifest, image.tree, image.locations, fd)

@@ -8,12 +8,15 @@ same answers. About 110 bytes a file, whatever the tree's size.
 from __future__ import annotations
 
 import stat
-from array import array
-from bisect import bisect_right
+import sys
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from typing import NamedTuple
 
-from envstore.store.digest import DIGEST_SIZE
+from envstore.fuse.keys import place
+from envstore.store.digest import DIGEST_SIZE, EMPTY
 from envstore.store.entries import HOLE, NORMAL_MTIME_NS
 from envstore.store.source import Kind
 
@@ -55,39 +58,51 @@ class Totals:
     logical: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Columns:
-    """What a tree is made of; ``build`` fills it and nobody changes it afterwards.
+    """What a tree is made of: views of an image (``image.open_image``), all of them read-only.
 
-    Columns by node index (node - 1): ``kinds`` (kind and executable bit), ``names`` with
-    ``name_starts`` (one longer), ``parents`` (directory slot), ``slots`` (number among the
-    entries of its kind), ``inodes`` (node index that stands for this content), and where the
-    tree keeps them ``modes`` and ``mtimes``. By directory slot: ``directories`` (node index)
-    and ``child_starts`` (one longer) into ``children`` (node indexes by name). By file slot:
-    ``file_starts`` (one longer), the first chunk reference. By reference: ``digests``, and
-    ``ends`` (one longer), a running sum of chunk sizes. By link slot: ``targets`` with
-    ``target_starts``. ``links`` counts the names of hard-linked files and ``holes`` the bytes
-    not stored, by node index and file slot, for the few that have them.
+    ``text`` is sliced for bytes: names, link targets and digests lie in it. By node index
+    (node - 1): ``kinds`` (kind and executable bit), ``name_starts`` into ``text`` (one longer),
+    ``parents`` (directory slot), ``slots`` (number among the entries of its kind), ``inodes``
+    (node index that stands for this content) and, unless the tree is normalised, ``modes`` and
+    ``mtimes``. By directory slot: ``directories`` (node index) and ``child_starts`` (one longer)
+    into ``children`` (node indexes by name). By file slot: ``file_starts`` (one longer), the first
+    chunk reference. By reference: ``ends`` (one longer), a running sum of chunk sizes, and from
+    ``digests_at`` in ``text`` the digests. By link slot: ``target_starts`` into ``text`` (one
+    longer).
+
+    For the few that have them, in ascending order: ``linked`` are the inodes of hard-linked files
+    (node indexes) and ``link_counts`` their names; ``holed`` the file slots with holes and
+    ``hole_bytes`` what of them is not stored; ``long`` the file slots whose content is not one
+    stored chunk, and from ``long_keys_at`` in ``text`` their content keys. ``table`` finds a
+    content's first node index by the first 64 bits of its key times ``multiplier``, with linear
+    probing; zero is an empty place.
     """
 
-    kinds: bytes
-    names: bytes
-    name_starts: array[int]
-    parents: array[int]
-    slots: array[int]
-    inodes: array[int]
-    modes: array[int] | None
-    mtimes: array[int] | None
-    directories: array[int]
-    child_starts: array[int]
-    children: array[int]
-    file_starts: array[int]
-    digests: bytes
-    ends: array[int]
-    targets: bytes
-    target_starts: array[int]
-    links: dict[int, int]
-    holes: dict[int, int]
+    text: bytes | mmap
+    kinds: Sequence[int]
+    name_starts: Sequence[int]
+    parents: Sequence[int]
+    slots: Sequence[int]
+    inodes: Sequence[int]
+    modes: Sequence[int]
+    mtimes: Sequence[int]
+    directories: Sequence[int]
+    child_starts: Sequence[int]
+    children: Sequence[int]
+    file_starts: Sequence[int]
+    digests_at: int
+    ends: Sequence[int]
+    target_starts: Sequence[int]
+    linked: Sequence[int]
+    link_counts: Sequence[int]
+    holed: Sequence[int]
+    hole_bytes: Sequence[int]
+    long: Sequence[int]
+    long_keys_at: int
+    table: Sequence[int]
+    multiplier: int
 
 
 class Tree:
@@ -95,8 +110,10 @@ class Tree:
 
     def __init__(self, columns: Columns) -> None:
         self._c = columns
-        entries = len(columns.kinds) - 1
-        self.totals = Totals(entries, columns.ends[-1])
+        self._kept = bool(columns.modes)
+        self._links = bool(columns.linked)
+        self._holes = bool(columns.holed)
+        self.totals = Totals(len(columns.kinds) - 1, columns.ends[-1])
         self.refs = len(columns.ends) - 1
 
     def __len__(self) -> int:
@@ -124,17 +141,16 @@ class Tree:
         inode = c.inodes[index]
         size = stored = 0
         if not flags & _KIND:
-            start, end = c.file_starts[slot : slot + 2]
-            size = stored = c.ends[end] - c.ends[start]
-            if c.holes:
-                stored -= c.holes.get(slot, 0)
+            size = stored = c.ends[c.file_starts[slot + 1]] - c.ends[c.file_starts[slot]]
+            if self._holes:
+                stored -= _value(c.holed, c.hole_bytes, slot, 0)
         elif flags & _KIND == Kind.SYMLINK:
             size = stored = c.target_starts[slot + 1] - c.target_starts[slot]
         mode, mtime_ns = _NORMAL_MODES[flags], NORMAL_MTIME_NS
-        if c.modes is not None and c.mtimes is not None:
+        if self._kept:
             mode = stat.S_IFMT(mode) | stat.S_IMODE(c.modes[index])
             mtime_ns = c.mtimes[index]
-        links = c.links.get(inode, 1) if c.links else 1
+        links = _value(c.linked, c.link_counts, inode, 1) if self._links else 1
         return Attributes(inode + 1, mode, links, size, stored, mtime_ns)
 
     def size(self, node: int) -> int:
@@ -149,8 +165,8 @@ class Tree:
 
     def name(self, node: int) -> bytes:
         """Return the last component of the node's path; empty for the root."""
-        starts = self._c.name_starts
-        return self._c.names[starts[node - 1] : starts[node]]
+        c = self._c
+        return c.text[c.name_starts[node - 1] : c.name_starts[node]]
 
     def path(self, node: int) -> bytes:
         """Return the node's path from the root."""
@@ -175,9 +191,9 @@ class Tree:
 
     def target(self, node: int) -> bytes:
         """Return where a symbolic link points."""
-        slot = self._c.slots[node - 1]
-        starts = self._c.target_starts
-        return self._c.targets[starts[slot] : starts[slot + 1]]
+        c = self._c
+        slot = c.slots[node - 1]
+        return c.text[c.target_starts[slot] : c.target_starts[slot + 1]]
 
     def lookup(self, parent: int, name: bytes) -> int | None:
         """Return the node called ``name`` in directory ``parent``, else ``None``."""
@@ -186,11 +202,11 @@ class Tree:
             return None
         slot = c.slots[parent - 1]
         low, high = c.child_starts[slot], c.child_starts[slot + 1]
-        children, names, starts = c.children, c.names, c.name_starts
+        children, text, starts = c.children, c.text, c.name_starts
         while low < high:
             middle = (low + high) >> 1
             index = children[middle]
-            found = names[starts[index] : starts[index + 1]]
+            found = text[starts[index] : starts[index + 1]]
             if found < name:
                 low = middle + 1
             elif found == name:
@@ -216,7 +232,8 @@ class Tree:
 
     def chunk_digest(self, ref: int) -> bytes:
         """Return the digest of the chunk that reference ``ref`` names."""
-        return self._c.digests[ref * DIGEST_SIZE : (ref + 1) * DIGEST_SIZE]
+        at = self._c.digests_at + ref * DIGEST_SIZE
+        return self._c.text[at : at + DIGEST_SIZE]
 
     def chunk_size(self, ref: int) -> int:
         """Return the raw bytes of the chunk that reference ``ref`` names."""
@@ -224,7 +241,7 @@ class Tree:
 
     def is_hole(self, ref: int) -> bool:
         """Whether reference ``ref`` stands for zeros that are not stored."""
-        return bool(self._c.holes) and self.chunk_digest(ref) == HOLE
+        return self._holes and self.chunk_digest(ref) == HOLE
 
     def pieces(self, node: int, offset: int, size: int) -> list[Piece]:
         """Return the pieces of chunks that make up a range of a file, clipped to its end."""
@@ -244,10 +261,46 @@ class Tree:
             ref += 1
         return found
 
-    def memory(self) -> int:
-        """Return the bytes that the columns take."""
+    def content_key(self, node: int) -> bytes:
+        """Return the name of a file's content, whatever its mode and time: 32 bytes.
+
+        The digest of its chunk if it is one stored chunk, ``EMPTY`` of an empty file, else what
+        ``keys.list_key`` makes of its chunk list. Two files with one key have the same bytes.
+        """
         c = self._c
-        columns = (getattr(c, name) for name in Columns.__slots__)
-        arrays = [column for column in columns if isinstance(column, array)]
-        blobs = len(c.kinds) + len(c.names) + len(c.digests) + len(c.targets)
-        return blobs + sum(len(column) * column.itemsize for column in arrays)
+        slot = c.slots[node - 1]
+        first = c.file_starts[slot]
+        count = c.file_starts[slot + 1] - first
+        if not count:
+            return EMPTY
+        if count > 1 or self._holes:
+            at = bisect_left(c.long, slot)
+            if at < len(c.long) and c.long[at] == slot:
+                at = c.long_keys_at + at * DIGEST_SIZE
+                return c.text[at : at + DIGEST_SIZE]
+        return self.chunk_digest(first)
+
+    def find_content(self, key: bytes) -> int | None:
+        """Return the first file whose content key is ``key``, else ``None``."""
+        c = self._c
+        if len(key) != DIGEST_SIZE:
+            return None
+        mask = len(c.table) - 1
+        word = int.from_bytes(key[:8], sys.byteorder)
+        start = place(word, c.multiplier, mask.bit_length())
+        for at in range(start, start + mask):
+            index = c.table[at & mask]
+            if not index:
+                break
+            if self.content_key(index + 1) == key:
+                return index + 1
+        return None
+
+    def memory(self) -> int:
+        """Return the bytes that the tree's image takes."""
+        return len(self._c.text)
+
+
+def _value(keys: Sequence[int], values: Sequence[int], key: int, default: int) -> int:
+    at = bisect_left(keys, key)
+    return values[at] if at < len(keys) and keys[at] == key else default

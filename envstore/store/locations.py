@@ -9,7 +9,9 @@ trusted for speed only: every frame and every chunk it leads to is checked again
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from envstore.errors import CorruptError
 from envstore.store.binary import U32, Cursor, pack_array, seal, unseal
@@ -37,6 +39,25 @@ class FrameRef:
     raw: int
     codec: int
     digest: bytes
+
+
+class Located(Protocol):
+    """What a reader needs of locations, wherever they are kept."""
+
+    @property
+    def frames(self) -> Sequence[FrameRef]:
+        """The frames, by number."""
+        ...
+
+    @property
+    def ref_frames(self) -> Sequence[int]:
+        """By reference the number of its chunk's frame, ``NOWHERE`` for a hole."""
+        ...
+
+    @property
+    def ref_offsets(self) -> Sequence[int]:
+        """By reference where in the raw frame its chunk starts."""
+        ...
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envstore.errors import CorruptError
-from envstore.fuse.build import NAME_MAX, build_tree
+from envstore.fuse.build import build_tree
+from envstore.fuse.columns import NAME_MAX
 from envstore.fuse.tree import ROOT, Tree
 from envstore.store.digest import EMPTY, digest
 from envstore.store.entries import HOLE, NORMAL_MTIME_NS, Entry, sort_key

@@ -1,0 +1,180 @@
+"""Finds which files of a tree are one, and makes the table that finds files by content."""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from bisect import bisect_left
+from itertools import compress, count, islice, repeat
+from operator import eq, sub
+
+from envstore.errors import CorruptError
+from envstore.fuse.keys import list_key, place
+from envstore.fuse.sections import TreeSections
+from envstore.store.digest import DIGEST_SIZE, EMPTY
+from envstore.store.source import Kind
+
+_KIND = 3
+_IS_FILE = bytes(flags & _KIND == Kind.FILE for flags in range(256))
+_WORDS = DIGEST_SIZE // 8
+
+
+def join_files(tree: TreeSections, linked: dict[int, bytes], holes: dict[int, int]) -> None:
+    """Fill in what ``tree`` does not have yet: inodes, links, holes, content keys and table.
+
+    ``linked`` are the hard links by node index, each with the path of the file's first name;
+    ``holes`` the bytes not stored by file slot. Raises ``CorruptError`` when a link leads nowhere
+    or to another content.
+    """
+    tree.holed = array("I", sorted(holes))
+    tree.hole_bytes = array("Q", map(holes.__getitem__, tree.holed))
+    tree.inodes = array("I", range(len(tree.kinds)))
+    joiner = _Joiner(tree)
+    joiner.name_contents()
+    joiner.join_links(linked)
+    joiner.join_contents()
+
+
+class _Joiner:
+    def __init__(self, tree: TreeSections) -> None:
+        self.tree = tree
+        # The nodes of hard-linked files, which no other file may join.
+        self.grouped: set[int] = set()
+
+    def name_contents(self) -> None:
+        """Name the contents that are neither empty nor one stored chunk."""
+        tree = self.tree
+        starts = tree.file_starts
+        sizes = map(sub, islice(starts, 1, None), starts)
+        slots = {*compress(count(), map((1).__lt__, sizes)), *tree.holed}
+        tree.long = array("I", sorted(slots))
+        tree.long_keys = b"".join(map(self._list_key, tree.long))
+
+    def join_links(self, linked: dict[int, bytes]) -> None:
+        """Give the names of each hard-linked file one inode."""
+        counts: dict[int, int] = {}
+        for index, path in linked.items():
+            first = self._find(path)
+            if (
+                index in (first, 0)
+                or first in linked
+                or self._attributes(first) != self._attributes(index)
+                or not self._is_file(first)
+                or not self._same(first, index)
+            ):
+                raise CorruptError(f"manifest: a hard link and {path!r} differ")
+            self.tree.inodes[index] = first
+            counts[first] = counts.get(first, 1) + 1
+            self.grouped.update((first, index))
+        self.tree.linked = array("I", sorted(counts))
+        self.tree.link_counts = array("I", map(counts.__getitem__, self.tree.linked))
+
+    def join_contents(self) -> None:
+        """Let the first of all files with equal content and attributes stand for the others.
+
+        And put the first file of each content in the table. A dict of a million digests would
+        take more memory than the whole tree. Which file stands for which depends on the manifest
+        alone, but nobody can tell in advance which digests will collide.
+        """
+        tree = self.tree
+        words = self._words()
+        bits = max(4, (2 * len(words)).bit_length())
+        mask = (1 << bits) - 1
+        multiplier = int.from_bytes(os.urandom(8)) | 1
+        table, slots, grouped = array("I", bytes(4 << bits)), tree.slots, self.grouped
+        variants: dict[tuple[int, ...], int] = {}
+        files = compress(count(), tree.kinds.translate(_IS_FILE))
+        for index, word in zip(files, words, strict=True):
+            at = place(word, multiplier, bits)
+            while first := table[at]:
+                if words[slots[first]] == word and self._same(first, index):
+                    break
+                at = (at + 1) & mask
+            else:
+                table[at] = index
+                continue
+            if index in grouped:
+                continue
+            attributes = self._attributes(index)
+            if first not in grouped and self._attributes(first) == attributes:
+                tree.inodes[index] = first
+            else:
+                tree.inodes[index] = variants.setdefault((first, *attributes), index)
+        tree.table, tree.multiplier = table, array("Q", [multiplier])
+
+    def _words(self) -> array[int]:
+        """Return the first eight bytes of every file's content key."""
+        tree = self.tree
+        starts = tree.file_starts
+        files = len(starts) - 1
+        digests = memoryview(tree.digests).cast("Q")[::_WORDS]
+        # Files that start behind the last chunk are empty, as others may be.
+        some = bisect_left(starts, len(digests), 0, files)
+        words = array("Q", map(digests.__getitem__, islice(starts, some)))
+        words.extend(repeat(0, files - some))
+        nothing = int.from_bytes(EMPTY[:8], sys.byteorder)
+        for slot in compress(count(), map(eq, islice(starts, 1, None), starts)):
+            words[slot] = nothing
+        for slot, word in zip(
+            tree.long, memoryview(tree.long_keys).cast("Q")[::_WORDS], strict=True
+        ):
+            words[slot] = word
+        return words
+
+    def _find(self, path: bytes) -> int:
+        """Return the node index at a path."""
+        tree = self.tree
+        text_at = tree.name_starts[0]
+
+        def name(index: int) -> bytes:
+            start, end = tree.name_starts[index : index + 2]
+            return bytes(tree.text[start - text_at : end - text_at])
+
+        index = 0
+        for wanted in path.split(b"/"):
+            low = high = 0
+            if tree.kinds[index] & _KIND == Kind.DIRECTORY:
+                low, high = tree.child_starts[tree.slots[index] : tree.slots[index] + 2]
+            at = bisect_left(tree.children, wanted, low, high, key=name)
+            if at == high or name(tree.children[at]) != wanted:
+                raise CorruptError(f"manifest: a hard link leads to {path!r}, which is not there")
+            index = tree.children[at]
+        return index
+
+    def _is_file(self, index: int) -> bool:
+        return self.tree.kinds[index] & _KIND == Kind.FILE
+
+    def _attributes(self, index: int) -> tuple[int, ...]:
+        """Return what besides the content makes a file another."""
+        tree = self.tree
+        if not tree.modes:
+            return (tree.kinds[index],)
+        return tree.kinds[index], tree.modes[index], tree.mtimes[index]
+
+    def _same(self, one: int, two: int) -> bool:
+        """Whether two files have the same content."""
+        starts, ends = self.tree.file_starts, self.tree.ends
+        a, b = self.tree.slots[one], self.tree.slots[two]
+        # One chunk does not have two sizes, but a manifest may say so.
+        size, other = (ends[starts[slot + 1]] - ends[starts[slot]] for slot in (a, b))
+        return size == other and self._key(a) == self._key(b)
+
+    def _key(self, slot: int) -> bytes:
+        """Return the content key of a file by its slot."""
+        tree = self.tree
+        first = tree.file_starts[slot]
+        at = bisect_left(tree.long, slot)
+        if at < len(tree.long) and tree.long[at] == slot:
+            return tree.long_keys[at * DIGEST_SIZE : (at + 1) * DIGEST_SIZE]
+        if first == tree.file_starts[slot + 1]:
+            return EMPTY
+        return bytes(tree.digests[first * DIGEST_SIZE : (first + 1) * DIGEST_SIZE])
+
+    def _list_key(self, slot: int) -> bytes:
+        first, last = self.tree.file_starts[slot : slot + 2]
+        digests, ends = self.tree.digests, self.tree.ends
+        return list_key(
+            (bytes(digests[ref * DIGEST_SIZE : (ref + 1) * DIGEST_SIZE]), ends[ref + 1] - ends[ref])
+            for ref in range(first, last)
+        )
