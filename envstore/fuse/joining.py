@@ -10,14 +10,14 @@ from itertools import compress, count, islice, repeat
 from operator import eq, sub
 
 from envstore.errors import CorruptError
-from envstore.fuse.keys import list_key, place
+from envstore.fuse.keys import list_key
 from envstore.fuse.sections import TreeSections
 from envstore.store.digest import DIGEST_SIZE, EMPTY
 from envstore.store.source import Kind
 
 _KIND = 3
 _IS_FILE = bytes(flags & _KIND == Kind.FILE for flags in range(256))
-_WORDS = DIGEST_SIZE // 8
+_WORDS, _ALL = DIGEST_SIZE // 8, (1 << 64) - 1
 
 
 def join_files(tree: TreeSections, linked: dict[int, bytes], holes: dict[int, int]) -> None:
@@ -80,13 +80,13 @@ class _Joiner:
         tree = self.tree
         words = self._words()
         bits = max(4, (2 * len(words)).bit_length())
-        mask = (1 << bits) - 1
+        mask, shift = (1 << bits) - 1, 64 - bits
         multiplier = int.from_bytes(os.urandom(8)) | 1
         table, slots, grouped = array("I", bytes(4 << bits)), tree.slots, self.grouped
         variants: dict[tuple[int, ...], int] = {}
         files = compress(count(), tree.kinds.translate(_IS_FILE))
         for index, word in zip(files, words, strict=True):
-            at = place(word, multiplier, bits)
+            at = (word * multiplier & _ALL) >> shift  # keys.place, called a million times
             while first := table[at]:
                 if words[slots[first]] == word and self._same(first, index):
                     break
@@ -154,22 +154,22 @@ class _Joiner:
 
     def _same(self, one: int, two: int) -> bool:
         """Whether two files have the same content."""
-        starts, ends = self.tree.file_starts, self.tree.ends
+        starts, ends, digests = self.tree.file_starts, self.tree.ends, self.tree.digests
         a, b = self.tree.slots[one], self.tree.slots[two]
-        # One chunk does not have two sizes, but a manifest may say so.
-        size, other = (ends[starts[slot + 1]] - ends[starts[slot]] for slot in (a, b))
-        return size == other and self._key(a) == self._key(b)
+        first, other = starts[a], starts[b]
+        count = starts[a + 1] - first
+        # Chunks of one digest have one size, but a manifest may say otherwise.
+        size = ends[first + count] - ends[first]
+        if starts[b + 1] - other != count or ends[other + count] - ends[other] != size:
+            return False
+        if count > 1:
+            return self._long_key(a) == self._long_key(b)
+        at, its = first * DIGEST_SIZE, other * DIGEST_SIZE
+        return not count or digests[at : at + DIGEST_SIZE] == digests[its : its + DIGEST_SIZE]
 
-    def _key(self, slot: int) -> bytes:
-        """Return the content key of a file by its slot."""
-        tree = self.tree
-        first = tree.file_starts[slot]
-        at = bisect_left(tree.long, slot)
-        if at < len(tree.long) and tree.long[at] == slot:
-            return tree.long_keys[at * DIGEST_SIZE : (at + 1) * DIGEST_SIZE]
-        if first == tree.file_starts[slot + 1]:
-            return EMPTY
-        return bytes(tree.digests[first * DIGEST_SIZE : (first + 1) * DIGEST_SIZE])
+    def _long_key(self, slot: int) -> bytes:
+        at = bisect_left(self.tree.long, slot) * DIGEST_SIZE
+        return self.tree.long_keys[at : at + DIGEST_SIZE]
 
     def _list_key(self, slot: int) -> bytes:
         first, last = self.tree.file_starts[slot : slot + 2]

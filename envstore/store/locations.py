@@ -134,8 +134,11 @@ def open_locations(data: bytes, manifest: bytes, *, parts: int, refs: int) -> Lo
         cursor.array(ref_count, 4),
     )
     cursor.finish()
-    if any(number >= frame_count for number in found.part_frames):
+    if max(found.part_frames, default=-1) >= frame_count:
         raise CorruptError(f"{what}: a part in no frame")
-    if any(number >= frame_count and number != NOWHERE for number in found.ref_frames):
-        raise CorruptError(f"{what}: a chunk in no frame")
+    # Most manifests have no holes.
+    if max(found.ref_frames, default=-1) >= frame_count:
+        located = filter(NOWHERE.__ne__, found.ref_frames)
+        if max(located, default=-1) >= frame_count:
+            raise CorruptError(f"{what}: a chunk in no frame")
     return found

@@ -10,7 +10,8 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
+from operator import add, gt
 
 from envstore.errors import CorruptError, UnsupportedFormatError
 from envstore.store.binary import U32, Cursor, pack_array, unpack_array
@@ -23,6 +24,8 @@ _MIN_ENTRIES, _MAX_ENTRIES, _CUT_MASK = 128, 4096, 0x1FF
 _MAX_TEXT = 1 << 20
 
 _EXECUTABLE, _CONTINUED = 4, 8
+_KINDS = bytes(flags & 3 for flags in range(256))
+_IS_DIRECTORY = bytes(flags & 3 == Kind.DIRECTORY for flags in range(256))
 
 
 class _Column:
@@ -221,16 +224,20 @@ def _decode_links(data: bytes) -> dict[int, bytes]:
 def _check_part(part: Part) -> None:
     """Refuse what would lead a reader astray: escapes, gaps, sums that do not add up."""
     count = len(part.kinds)
-    files = sum(1 for kind in part.kinds if kind & 3 == Kind.FILE)
-    links = sum(1 for kind in part.kinds if kind & 3 == Kind.SYMLINK)
-    if len(part.names) != count or len(part.depths) != count or any(k > 15 for k in part.kinds):
+    what = part.kinds.translate(_KINDS)
+    files, links = what.count(Kind.FILE), what.count(Kind.SYMLINK)
+    if len(part.names) != count or len(part.depths) != count or max(part.kinds, default=0) > 15:
         raise CorruptError("manifest part: columns of different length")
-    if any(k & 3 == 3 or (k & _CONTINUED and (i or k & 3)) for i, k in enumerate(part.kinds)):
+    if (
+        files + links + what.count(Kind.DIRECTORY) != count
+        or (part.continued and what[0] != Kind.FILE)
+        or max(part.kinds[1:], default=0) >= _CONTINUED
+    ):
         raise CorruptError("manifest part: unknown entry kind")
     above = part.base.split(b"/") if part.base else []
     if (
         not {b"", b".", b".."}.isdisjoint((*part.names, *above))
-        or any(b"/" in name for name in part.names)
+        or b"/" in b"".join(part.names)
         or b"\0" in part.base
     ):
         raise CorruptError("manifest part: a name that would escape its directory")
@@ -248,11 +255,9 @@ def _check_part(part: Part) -> None:
     depth = part.base.count(b"/") + 1 if part.base else 0
     if count and part.depths[0] != depth:
         raise CorruptError("manifest part: the first entry is not below the part's base")
-    previous = depth
-    for i, depth in enumerate(part.depths):
-        if depth > previous:
-            raise CorruptError("manifest part: an entry without its directory")
-        previous = depth + (part.kinds[i] & 3 == Kind.DIRECTORY)
+    deepest = map(add, part.depths, what.translate(_IS_DIRECTORY))
+    if any(map(gt, islice(part.depths, 1, None), deepest)):
+        raise CorruptError("manifest part: an entry without its directory")
 
 
 def read_entries(parts: Iterable[Part]) -> Iterator[Entry]:
