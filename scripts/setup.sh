@@ -62,8 +62,8 @@ if [ -e "$stamp" ] && [ -z "${PYTHON:-}" ] && .venv/bin/python -I -c '' 2>/dev/n
     command -v fusermount3 >/dev/null; then
     exit 0
 fi
-# fuse3 mounts; the rest compiles pyfuse3 (gcc by itself only recommends the C library's headers).
-scripts/system-packages.sh fuse3 ca-certificates gcc libc6-dev libfuse3-dev pkg-config
+# fuse3 mounts; the tests have erofs-utils check our images; the rest compiles pyfuse3 (gcc by itself only recommends the C library's headers).
+scripts/system-packages.sh fuse3 erofs-utils ca-certificates gcc libc6-dev libfuse3-dev pkg-config
 make_venv
 rm -f .venv/.setup-* .venv/.bench-*
 install_locked

@@ -80,11 +80,10 @@ def ensure_image(tree: Tree, manifest: bytes, directory: Path) -> Path:
     take more than ``IMAGES_KEPT`` bytes; mounts that use one go on. Raises
     ``NotRepresentableError``, and ``EnvstoreError`` if it cannot be written.
     """
-    path = directory / f"{manifest.hex()}.{FORMAT}"
-    if is_sound(path):
-        with suppress(OSError):
-            os.utime(path)
-        return path
+    found = find_image(manifest, directory)
+    if found is not None:
+        return found
+    path = _path(manifest, directory)
     partial = directory / f".{secrets.token_hex(8)}.partial"
     try:
         directory.mkdir(parents=True, mode=0o700, exist_ok=True)
@@ -104,13 +103,19 @@ def ensure_image(tree: Tree, manifest: bytes, directory: Path) -> Path:
     return path
 
 
-def is_sound(path: Path) -> bool:
-    """Whether ``path`` is an image that is as it was written."""
+def find_image(manifest: bytes, directory: Path) -> Path | None:
+    """Return the image of ``manifest`` if it is there and as it was written; that is a use."""
+    path = _path(manifest, directory)
     try:
         with path.open("rb") as image:
-            return _read_seal(image) == _digest(image)
-    except OSError:
-        return False
+            if _read_seal(image) != _digest(image):
+                return None
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise EnvstoreError(f"cannot read the image {path}: {error.strerror}") from error
+    return path
 
 
 def write_image(tree: Tree, manifest: bytes, out: BinaryIO) -> None:
@@ -176,6 +181,8 @@ class _Layout:
                 head += _FILE_XATTRS_SIZE + 4 * _chunks(found.size)[1]
             return head, 0, 0
         size = found.size
+        if kind == stat.S_IFLNK and size >= _BLOCK:
+            raise NotRepresentableError(f"a link target of {size} bytes is too long for Linux")
         if kind == stat.S_IFDIR:
             size = self.sizes[node] = self._directory_size(node)
         inline = _inline(head, size)
@@ -394,10 +401,14 @@ def _digest(image: BinaryIO) -> bytes | None:
 
 def _read_seal(image: BinaryIO) -> bytes:
     size = os.fstat(image.fileno()).st_size
-    data = os.pread(image.fileno(), _SEAL.size, size // _BLOCK * _BLOCK)
+    data = os.pread(image.fileno(), _BLOCK, size // _BLOCK * _BLOCK)
     if len(data) != _SEAL.size or not data.startswith(_SEAL_MAGIC):
         return b""
     return bytes(_SEAL.unpack(data)[1])
+
+
+def _path(manifest: bytes, directory: Path) -> Path:
+    return directory / f"{manifest.hex()}.{FORMAT}"
 
 
 def _prune(directory: Path, newest: Path) -> None:

@@ -13,6 +13,7 @@ import ctypes
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from envstore.errors import CorruptError, EnvstoreError
@@ -126,16 +127,19 @@ class LocalFiles:
         for file in files:
             self._cache.abandon(file.filling)
 
-    def pin(self, keys: Sequence[bytes], directory: Path) -> list[bytes]:
-        """Keep files from being evicted by a second name below ``directory``, on the same disk.
+    def pin(self, files: Iterable[tuple[bytes, int]], directory: Path) -> list[bytes]:
+        """Keep files, given by key and size, from being evicted.
 
-        Returns the keys of which there is no file.
+        They get a second name below ``directory``, on the same disk. A file that is not as long
+        as it should be is removed. Returns the keys of which there is no file.
         """
         top = os.fsencode(directory)
         missing = []
         with self._cache.undisturbed():
-            for key in keys:
+            for key, size in files:
                 path, pin = self.path(key), _place(top, key)
+                _remove_unless(path, size)
+                _remove_unless(pin, size)
                 if not _link(path, pin) and not _link(pin, path):
                     missing.append(key)
         return missing
@@ -154,6 +158,12 @@ class LocalFiles:
 def _place(top: bytes, key: bytes) -> bytes:
     name = key.hex().encode()
     return b"%b/%b/%b" % (top, name[:2], name)
+
+
+def _remove_unless(path: bytes, size: int) -> None:
+    with suppress(FileNotFoundError):
+        if os.stat(path).st_size != size:
+            os.unlink(path)
 
 
 def _link(existing: bytes, new: bytes) -> bool:

@@ -1,0 +1,320 @@
+"""Hydration: brings a whole snapshot onto this machine, to stay, so that it mounts without a store.
+
+Files are made a batch at a time, in the order in which their frames lie in the store, each frame
+being fetched once, in large requests. What a killed run has made is found by the next.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from envstore.errors import CorruptError, EnvstoreError, NoSpaceError, UsageError
+from envstore.fuse.content import content_from_image
+from envstore.fuse.erofs import ensure_image
+from envstore.fuse.hydrated import Hydrated, Record, cache_errors, claim, save, save_record
+from envstore.fuse.image import make_image
+from envstore.fuse.local import LocalFiles, NewFile
+from envstore.fuse.pace import Pace
+from envstore.fuse.tree import ROOT, Tree
+from envstore.store.cache import BlobCache, CacheFullError
+from envstore.store.digest import digest
+from envstore.store.fetch import FrameFetcher
+from envstore.store.locations import NOWHERE, FrameRef, Located, Locations
+from envstore.store.manifest import Root
+from envstore.store.repository import Repository
+from envstore.store.source import Kind
+
+_PARALLEL = 4
+_MAX_REQUEST = 8 << 20
+_BATCH_FILES, _BATCH_BYTES = 256, 64 << 20
+_ATTEMPTS = 3
+
+_NICE = 10
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
+_BEST_EFFORT_LAST = 2 << 13 | 7  # not idle, which on a busy disk may mean never
+
+Progress = Callable[[int, int], None]
+"""Told how many of how many missing bytes are written."""
+
+
+@dataclass(frozen=True, slots=True)
+class HydrateResult:
+    """What a hydration did: distinct contents that were missing and their bytes; the traffic."""
+
+    hydrated: Hydrated
+    missing_files: int
+    missing_bytes: int
+    fetched_bytes: int
+    requests: int
+
+
+def hydrate(
+    repository: Repository,
+    snapshot: bytes,
+    *,
+    ref: str = "",
+    rate: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> HydrateResult:
+    """Make ``snapshot`` whole in the cache of ``repository``, and keep it there.
+
+    ``rate`` bounds what is fetched in bytes a second. Whatever ends this early, what was made is
+    sound, and the next run goes on from there.
+
+    Raises ``UsageError`` (no cache), ``NoSpaceError`` (the cap or the disk is too small),
+    ``ConflictError`` (another process is at it), ``CorruptError``, ``UnavailableError``.
+    """
+    cache = repository.cache
+    if cache is None:
+        raise UsageError("hydrating needs a cache")
+    traffic = repository.objects.traffic
+    requests, received = traffic.requests, traffic.bytes_in
+    with claim(cache, snapshot) as directory, cache_errors(cache):
+        description = repository.snapshot(snapshot)
+        manifest = description.manifest
+        root, locations = repository.located(manifest)
+        fd = make_image(manifest, root, repository.parts(root, locations), locations)
+        content = content_from_image(fd, ref, snapshot)
+        os.close(fd)
+        save(directory / "snapshot", description.encode())
+        save(directory / "manifest", root.seal())
+        save(directory / "locations", locations.seal())
+        save(directory / "parts", b"".join(_parts(repository, root, locations)))
+        ensure_image(content.tree, manifest, directory / "image")
+        nodes = _contents(content.tree)
+        work = _Work(repository, cache, content.tree, content.locations, directory / "pins", rate)
+        missing = work.run(nodes, progress)
+        size = sum(content.tree.size(node) for node in nodes)
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        record = Record(snapshot.hex(), manifest.hex(), content.name, len(nodes), size, at)
+        save_record(directory, record)
+    return HydrateResult(
+        Hydrated(record, directory, cache.files),
+        len(missing),
+        sum(content.tree.size(node) for node in missing),
+        traffic.bytes_in - received,
+        traffic.requests - requests,
+    )
+
+
+def step_back() -> None:
+    """Let this process, and what it starts, wait for others that want the processor or disk."""
+    with suppress(OSError):
+        os.nice(_NICE)
+    number = _IOPRIO_SET.get(platform.machine())
+    if number is not None:
+        ctypes.CDLL(None).syscall(number, 1, 0, _BEST_EFFORT_LAST)
+
+
+def _contents(tree: Tree) -> list[int]:
+    """Return one file of each content that is not empty."""
+    return [
+        node
+        for node in range(ROOT, len(tree) + 1)
+        if tree.kind(node) is Kind.FILE
+        and tree.size(node)
+        and tree.find_content(tree.content_key(node)) == node
+    ]
+
+
+def _parts(repository: Repository, root: Root, locations: Locations) -> Iterator[bytes]:
+    """Yield a manifest's parts as they are stored, fetched a moment ago."""
+    number, raw = -1, b""
+    for i, info in enumerate(root.parts):
+        if locations.part_frames[i] != number:
+            number = locations.part_frames[i]
+            raw = repository.fetcher.load(locations.frames[number])
+        start = locations.part_offsets[i]
+        data = raw[start : start + info.size]
+        if digest(data) != info.digest:
+            raise CorruptError(f"manifest part {info.digest.hex()} does not match its digest")
+        yield data
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Files that are made together, and by frame the chunks of theirs that it holds."""
+
+    nodes: list[int] = field(default_factory=list)
+    frames: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    stored: int = 0
+
+
+class _Work:
+    """Makes the missing files of one snapshot."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        cache: BlobCache,
+        tree: Tree,
+        locations: Located,
+        pins: Path,
+        rate: int | None,
+    ) -> None:
+        self._cache = cache
+        self._local = LocalFiles(cache)
+        # What becomes a file is not kept as blobs too.
+        self._fetcher = FrameFetcher(repository.objects, None)
+        self._tree = tree
+        self._locations = locations
+        self._pins = pins
+        self._stop = threading.Event()
+        self._pace = Pace(rate, sleep=self._stop.wait) if rate else None
+        self._last: dict[int, int] = {}
+
+    def run(self, nodes: Sequence[int], progress: Progress) -> list[int]:
+        """Make and pin the files of ``nodes``; returns those that were missing at first."""
+        first = missing = self._pin(nodes)
+        total = sum(map(self._tree.size, missing))
+        self._check_space(missing)
+        done = 0
+        progress(done, total)
+        # A file may be evicted in the moment between getting its name and its pin.
+        for _ in range(_ATTEMPTS):
+            with ThreadPoolExecutor(_PARALLEL) as pool:
+                try:
+                    for number, batch in enumerate(self._batches(missing)):
+                        for written in self._fill(pool, number, batch):
+                            done += written
+                            progress(min(done, total), total)
+                finally:
+                    self._stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+            missing = self._pin(missing)
+            if not missing:
+                return first
+            self._stop.clear()
+        raise NoSpaceError(
+            f"the cache {self._cache.root} is too full to keep all files",
+            hint="raise ENVSTORE_CACHE_SIZE",
+        )
+
+    def _pin(self, nodes: Sequence[int]) -> list[int]:
+        """Pin what is there of ``nodes``; returns the others."""
+        missing = []
+        for start in range(0, len(nodes), _BATCH_FILES):
+            some = nodes[start : start + _BATCH_FILES]
+            wanted = [(self._tree.content_key(node), self._tree.size(node)) for node in some]
+            absent = set(self._local.pin(wanted, self._pins))
+            missing += [node for node, (key, _) in zip(some, wanted, strict=True) if key in absent]
+        return missing
+
+    def _check_space(self, missing: Iterable[int]) -> None:
+        need = sum(-(-self._tree.size(node) // 4096) * 4096 for node in missing)
+        usage = self._cache.usage()
+        if need + usage.pinned > usage.capacity:
+            raise NoSpaceError(
+                f"the cache {self._cache.root} is capped at {usage.capacity} bytes; this takes "
+                f"{need}, and {usage.pinned} are hydrated already",
+                hint="raise ENVSTORE_CACHE_SIZE, or envstore hydrate --drop what is not needed",
+            )
+
+    def _batches(self, missing: Sequence[int]) -> list[_Batch]:
+        tree, frames = self._tree, self._locations.ref_frames
+
+        def place(node: int) -> int:
+            return min((frames[ref] for ref in tree.file_refs(node)), default=NOWHERE)
+
+        batches = [_Batch()]
+        for node in sorted(missing, key=place):
+            batch = batches[-1]
+            if len(batch.nodes) >= _BATCH_FILES or batch.stored >= _BATCH_BYTES:
+                batch = _Batch()
+                batches.append(batch)
+            batch.nodes.append(node)
+            for ref in tree.file_refs(node):
+                if tree.is_hole(ref):
+                    continue
+                if not 0 <= frames[ref] < len(self._locations.frames):
+                    raise CorruptError(f"chunk {tree.chunk_digest(ref).hex()} is located nowhere")
+                batch.frames[frames[ref]].append((node, ref))
+                batch.stored += tree.chunk_size(ref)
+        self._last = {
+            frame: number for number, batch in enumerate(batches) for frame in batch.frames
+        }
+        return batches
+
+    def _fill(self, pool: ThreadPoolExecutor, number: int, batch: _Batch) -> Iterator[int]:
+        """Make the files of one batch and pin them; yields the bytes written meanwhile."""
+        files: dict[int, NewFile] = {}
+        running: list[Future[int]] = []
+        try:
+            for node in batch.nodes:
+                files[node] = self._local.begin(self._tree, node)
+            here: list[int] = []
+            elsewhere: list[int] = []
+            for at in batch.frames:
+                frame = self._locations.frames[at]
+                (here if self._cache.contains(frame.digest) else elsewhere).append(at)
+            running += [pool.submit(self._from_cache, batch, files, at) for at in here]
+            places: dict[tuple[bytes, int], list[int]] = defaultdict(list)
+            for at in elsewhere:
+                frame = self._locations.frames[at]
+                places[frame.pack, frame.offset].append(at)
+            wanted = [self._locations.frames[at] for at in elsewhere]
+            for group in self._fetcher.plan(wanted, max_request=_MAX_REQUEST):
+                numbers = [places[frame.pack, frame.offset] for frame in group]
+                running.append(pool.submit(self._from_store, number, batch, files, group, numbers))
+            for done in as_completed(running):
+                yield done.result()
+        except BaseException:
+            # Nobody may write any more to what is closed here.
+            self._stop.set()
+            for future in running:
+                future.cancel()
+            wait(running)
+            self._local.abandon(files.values())
+            raise
+        self._local.keep(list(files.values()))
+        self._pin(batch.nodes)
+
+    def _from_cache(self, batch: _Batch, files: dict[int, NewFile], number: int) -> int:
+        frame = self._locations.frames[number]
+        raw = self._cache.read(frame.digest, 0, frame.raw)
+        if raw is None or digest(raw) != frame.digest:
+            return self._from_store(-1, batch, files, (frame,), [[number]])
+        return self._write(batch, files, number, raw)
+
+    def _from_store(
+        self,
+        turn: int,
+        batch: _Batch,
+        files: dict[int, NewFile],
+        group: Sequence[FrameRef],
+        numbers: Sequence[Sequence[int]],
+    ) -> int:
+        """Fetch some frames; ``numbers`` are those by which each is known."""
+        if self._pace is not None:
+            self._pace.wait(group[-1].offset + group[-1].stored - group[0].offset)
+        if self._stop.is_set():
+            return 0
+        written = 0
+        for frame, known, raw in zip(group, numbers, self._fetcher.fetch(group), strict=True):
+            if isinstance(raw, EnvstoreError):
+                raise raw
+            if any(self._last[number] > turn for number in known):
+                # A later batch has chunks in it too.
+                with suppress(CacheFullError):
+                    self._cache.put(frame.digest, raw)
+            written += sum(self._write(batch, files, number, raw) for number in known)
+        return written
+
+    def _write(self, batch: _Batch, files: dict[int, NewFile], number: int, raw: bytes) -> int:
+        written = 0
+        view = memoryview(raw)
+        for node, ref in batch.frames[number]:
+            start, size = self._locations.ref_offsets[ref], self._tree.chunk_size(ref)
+            files[node].write(ref, view[start : start + size])
+            written += size
+        return written
