@@ -2,9 +2,9 @@
 
 An image is a sealed memory file: nobody can change or cut it, and whoever holds its descriptor
 serves the snapshot from it at once, without store and without building anything. Its numbers are
-in the byte order of this machine, as it never leaves it. Layout: magic, manifest digest, size of
-the whole, a table of ``(offset, size)`` in bytes for every section of ``sections.TYPES``, then
-the sections, each at a multiple of eight.
+in the byte order of this machine, as it never leaves it. Layout: magic, manifest digest, the
+size in bytes of every section of ``sections.TYPES``, then the sections one after another, each
+padded to a multiple of eight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from envstore.errors import CorruptError, UnsupportedFormatError
@@ -28,9 +28,8 @@ from envstore.store.manifest import Part, Root
 
 MAGIC = b"ESTREE01"
 
-_HEADER = struct.Struct("=8s32sQ")
-_ROW = struct.Struct("=QQ")
-_TEXT_AT = _HEADER.size + len(TYPES) * _ROW.size
+_HEADER = struct.Struct(f"=8s32s{len(TYPES)}Q")
+_TEXT_AT = _HEADER.size
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -55,21 +54,25 @@ def make_image(manifest: bytes, root: Root, parts: Iterable[Part], locations: Lo
     sections |= _locate(locations)
     fd = os.memfd_create(f"envstore-{manifest.hex()[:12]}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        rows = []
+        sizes = []
         at = _TEXT_AT
         for name in TYPES:
             # What has been written must not be in memory twice.
             with memoryview(sections.pop(name)) as data:
-                rows.append(_ROW.pack(at, data.nbytes))
+                sizes.append(data.nbytes)
                 _write(fd, data.cast("B"), at)
-                at += -(-data.nbytes // 8) * 8
-        _write(fd, memoryview(_HEADER.pack(MAGIC, manifest, at) + b"".join(rows)), 0)
+                at += _padded(data.nbytes)
+        _write(fd, memoryview(_HEADER.pack(MAGIC, manifest, *sizes)), 0)
         os.ftruncate(fd, at)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8
 
 
 def _locate(locations: Located) -> dict[str, Buffer]:
@@ -111,7 +114,7 @@ def open_image(fd: int) -> Image:
         raise CorruptError(f"a tree image of {size} bytes is too short")
     # Older kernels refuse a shared mapping of a file that is sealed against writing.
     memory = mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-    magic, manifest, expected = _HEADER.unpack_from(memory)
+    magic, manifest, *sizes = _HEADER.unpack_from(memory)
     if magic != MAGIC:
         if magic[:6] == MAGIC[:6]:
             raise UnsupportedFormatError(
@@ -119,49 +122,63 @@ def open_image(fd: int) -> Image:
                 hint="mount again",
             )
         raise CorruptError("a tree image does not start with its magic number")
-    if size != expected:
-        raise CorruptError(f"a tree image has {size} bytes, not {expected}")
-    starts, views = _views(memory, size)
+    starts, views = _views(memory, sizes)
     _check_lengths({name: len(view) for name, view in views.items()})
-    return Image(_tree(memory, starts, views), _locations(memory, starts, views), manifest)
+    _check_ends(starts, views)
+    tree = _tree(memory, starts, views)
+    return Image(tree, _locations(memory, starts, views), manifest)
 
 
-def _views(memory: mmap.mmap, size: int) -> tuple[dict[str, int], dict[str, memoryview[int]]]:
+def _views(
+    memory: mmap.mmap, sizes: Sequence[int]
+) -> tuple[dict[str, int], dict[str, memoryview[int]]]:
     """Return where every section starts, and its items."""
     starts, views = {}, {}
     whole = memoryview(memory)
-    free = _TEXT_AT
-    for number, (name, code) in enumerate(TYPES.items()):
-        start, length = _ROW.unpack_from(memory, _HEADER.size + number * _ROW.size)
-        if start % 8 or start < free or length > size - start or length % array(code).itemsize:
-            raise CorruptError(f"a tree image: section {name!r} is out of bounds")
-        free = start + length
-        starts[name], views[name] = start, whole[start:free].cast(code)
+    at = _TEXT_AT
+    for (name, code), size in zip(TYPES.items(), sizes, strict=True):
+        if size > len(whole) - at or size % struct.calcsize(f"={code}"):
+            raise CorruptError(f"a tree image: {name} of {size} bytes is out of bounds")
+        starts[name], views[name] = at, whole[at : at + size].cast(code)
+        at += _padded(size)
+    if at != len(whole):
+        raise CorruptError(f"a tree image has {len(whole)} bytes, not {at}")
     return starts, views
 
 
 def _check_lengths(found: dict[str, int]) -> None:
     """See that columns of the same things are equally long."""
     nodes, refs = found["kinds"], found["ref_frames"]
-    frames, digest = found["frame_codecs"], DIGEST_SIZE
+    frames, table = found["frame_codecs"], found["table"]
     kept = nodes if found["modes"] else 0
     expected = {
         "name_starts": nodes + 1, "parents": nodes, "slots": nodes, "inodes": nodes,
-        "children": nodes - 1, "modes": kept, "mtimes": kept,
+        "modes": kept, "mtimes": kept, "children": nodes - 1,
         "child_starts": found["directories"] + 1,
-        "digests": digest * refs, "ends": refs + 1, "ref_offsets": refs,
+        "file_starts": found["file_starts"] or 1, "target_starts": found["target_starts"] or 1,
+        "digests": DIGEST_SIZE * refs, "ends": refs + 1, "ref_offsets": refs,
         "link_counts": found["linked"], "hole_bytes": found["holed"],
-        "long_keys": digest * found["long"],
-        "table": 1 << found["table"].bit_length() - 1 if found["table"] else 1, "multiplier": 1,
+        "long_keys": DIGEST_SIZE * found["long"],
+        "table": 1 << max(0, table.bit_length() - 1), "multiplier": 1,
         "frame_packs": frames, "frame_offsets": frames, "frame_stored": frames,
-        "frame_raw": frames, "frame_digests": digest * frames,
-        "packs": found["packs"] // digest * digest,
-        "file_starts": max(found["file_starts"], 1),
-        "target_starts": max(found["target_starts"], 1),
+        "frame_raw": frames, "frame_digests": DIGEST_SIZE * frames,
+        "packs": found["packs"] // DIGEST_SIZE * DIGEST_SIZE,
     }  # fmt: skip
     for name, length in expected.items():
         if found[name] != length:
             raise CorruptError(f"a tree image: {name} has {found[name]} items, not {length}")
+
+
+def _check_ends(starts: dict[str, int], views: dict[str, memoryview[int]]) -> None:
+    """See that running sums end where the columns end that they lead into."""
+    text_end = starts["text"] + len(views["text"])
+    for name, last in (
+        ("target_starts", text_end),
+        ("child_starts", len(views["children"])),
+        ("file_starts", len(views["ref_frames"])),
+    ):
+        if views[name][-1] != last:
+            raise CorruptError(f"a tree image: {name} ends at {views[name][-1]}, not {last}")
 
 
 def _tree(memory: mmap.mmap, starts: dict[str, int], views: dict[str, memoryview[int]]) -> Tree:
