@@ -245,6 +245,8 @@ def _check_part(part: Part) -> None:
         raise CorruptError("manifest part: a symbolic link to nothing")
     if len(part.sizes) != files or len(part.counts) != files or len(part.targets) != links:
         raise CorruptError("manifest part: file or link columns of different length")
+    if any(number >= count or what[number] != Kind.FILE for number in part.links):
+        raise CorruptError("manifest part: a hard link that is no file")
     refs = sum(part.counts)
     if len(part.ref_sizes) != refs or len(part.ref_digests) != refs * DIGEST_SIZE:
         raise CorruptError("manifest part: chunk columns of different length")

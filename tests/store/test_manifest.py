@@ -350,6 +350,9 @@ _HOSTILE: dict[str, dict[int, bytes | None]] = {
     "two targets": {_TARGET: b"a\0b"},
     "fewer modes": {_MODE: _u16(1, 2, 3)},
     "modes without times": {_MTIME: None},
+    "hard link beyond the entries": {_LINK: struct.pack("<II", 5, 8) + b"dir/file"},
+    "directory as a hard link": {_LINK: struct.pack("<II", 0, 8) + b"dir/file"},
+    "symbolic link as a hard link": {_LINK: struct.pack("<II", 2, 8) + b"dir/file"},
     "link list cut off": {_LINK: struct.pack("<II", 3, 9) + b"dir/file"},
 }
 
