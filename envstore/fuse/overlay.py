@@ -43,6 +43,8 @@ _LOOP_GET_FREE, _LOOP_CONFIGURE = 0x4C82, 0x4C0A
 _LOOP_FLAGS = 1 | 4  # read-only, and gone with its last user
 _LOOP_CONFIG = struct.Struct("<II52xI244x")
 _ATTEMPTS = 64
+_STRING_MAX = 255
+"""Bytes of a value that fsconfig(2) takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,20 +206,20 @@ def _make_overlay(image: Path, layers: list[Path], source: str) -> int:
     finally:
         os.close(fd)
     with _Context(FILESYSTEM) as context:
-        context.set("source", source)
+        context.set("source", source.encode(errors="replace")[:_STRING_MAX])
         context.flag("ro")
-        context.set("metacopy", "on")
-        context.set("redirect_dir", "on")
-        context.set("lowerdir+", names)
+        context.set("metacopy", b"on")
+        context.set("redirect_dir", b"on")
+        context.place("lowerdir+", names)
         for layer in layers:
-            context.set("datadir+", layer.absolute())
+            context.place("datadir+", layer)
         return context.mount()
 
 
 def _make_erofs(image: Path, note: Callable[[str], object] = lambda how: None) -> int:
     """Return a mount of ``image`` that has no place yet; ``note`` is told how it was done."""
     try:
-        fd = _open_erofs(os.fspath(image))
+        fd = _open_erofs(image)
         note("files")
         return fd
     except _CallError as error:
@@ -225,16 +227,16 @@ def _make_erofs(image: Path, note: Callable[[str], object] = lambda how: None) -
             raise
     device, path = _attach_loop(image)
     try:
-        fd = _open_erofs(path)
+        fd = _open_erofs(Path(path))
         note("loop devices")
         return fd
     finally:
         os.close(device)
 
 
-def _open_erofs(source: str) -> int:
+def _open_erofs(source: Path) -> int:
     with _Context("erofs") as context:
-        context.set("source", source)
+        context.place("source", source)
         context.flag("ro")
         return context.mount()
 
@@ -264,6 +266,7 @@ class _Context:
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
+        self._opened: list[int] = []
         try:
             self._fd = _system(_FSOPEN, kind.encode(), _CLOEXEC)
         except OSError as error:
@@ -275,10 +278,25 @@ class _Context:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._fd)
+        for fd in (self._fd, *self._opened):
+            os.close(fd)
 
-    def set(self, key: str, value: str | Path) -> None:
-        self._configure(_SET_STRING, key, os.fsencode(value))
+    def set(self, key: str, value: bytes) -> None:
+        self._configure(_SET_STRING, key, value)
+
+    def place(self, key: str, path: Path) -> None:
+        """Set a path, of any length."""
+        name = os.fsencode(path.absolute())
+        if len(name) <= _STRING_MAX:
+            self.set(key, name)
+            return
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            raise _CallError(f"{self._kind}: {key}: {error.strerror}", error.errno or 0) from error
+        # It is looked up when the mount is made.
+        self._opened.append(fd)
+        self.set(key, b"/proc/self/fd/%d" % fd)
 
     def flag(self, key: str) -> None:
         self._configure(_SET_FLAG, key, None)
