@@ -1,4 +1,7 @@
-"""The command: ``python -m benchmarks [push|store|mount|read|targets ...]``."""
+"""The command: ``python -m benchmarks [push|store|mount|read|targets ...]``.
+
+``cold-start`` and ``warm`` are commands of their own, with their own options.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks import mount, push, read, report, store, targets
+from benchmarks import cold_start, mount, push, read, report, store, targets, warm
 from benchmarks.context import Context
 from benchmarks.measure import BenchmarkError, machine
 from benchmarks.node import prepared
@@ -23,13 +26,14 @@ from examples.prefix import BuildError
 from examples.seaweed import ServerError
 
 SCENARIOS = ("push", "store", "mount", "read")
+APART = {"cold-start": cold_start.main, "warm": warm.main}
 _BUSY_LOAD = 0.5
 """Load for each processor, before we start, above which times say little."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status."""
-    options = parse(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     # Both end it through every `finally`, even where a shell has it ignore Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -39,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"  … {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
     try:
-        return measure(console, options, say)
+        if words and words[0] in APART:
+            return APART[words[0]](words[1:], console, say)
+        return measure(console, parse(words), say)
     except KeyboardInterrupt:
         console.print("interrupted; nothing is left mounted or running")
         return 130
@@ -58,7 +64,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "scenarios",
         nargs="*",
         metavar="SCENARIO",
-        help=f"{', '.join(SCENARIOS)}, or targets for all that the targets need [all]",
+        help=f"{', '.join(SCENARIOS)}, or targets for all that the targets need [all]; "
+        f"{' and '.join(APART)} are commands of their own: see their --help",
     )
     parser.add_argument("--tree", type=Path, help="the environment to store [one is built]")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="[%(default)s]")

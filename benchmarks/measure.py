@@ -34,13 +34,16 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     output: Path | None = None,
+    sync: bool = True,
 ) -> Timing:
     """Run one command, or several as a pipeline, and return what it took.
 
     ``output`` receives the last one's standard output. What the disk still has to write for
-    somebody else is written first. Raises ``BenchmarkError`` with the last line of a failure.
+    somebody else is written first, unless ``sync`` is false. Raises ``BenchmarkError`` with the
+    last lines of a failure.
     """
-    os.sync()
+    if sync:
+        os.sync()
     log = os.memfd_create("stderr")
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if output else subprocess.DEVNULL
     started = time.perf_counter()

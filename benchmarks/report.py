@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,12 @@ from benchmarks.measure import machine, middle
 from benchmarks.results import OURS, Metric, Result
 from benchmarks.targets import MB, Target
 
+
+def _beside(name: str) -> str:
+    """Return the path of a program that is installed beside the running interpreter."""
+    return str(Path(sys.executable).with_name(name))
+
+
 _VERSIONS = {
     "restic": ("restic", "version"),
     "borg": ("borg", "--version"),
@@ -25,6 +32,11 @@ _VERSIONS = {
     "zstd": ("zstd", "--version"),
     "squashfuse": ("squashfuse", "--help"),
     "mksquashfs": ("mksquashfs", "-version"),
+    "juicefs": (_beside("juicefs"), "version"),
+    "rclone": (_beside("rclone"), "version"),
+    "uv": (_beside("uv"), "--version"),
+    "weed": (_beside("weed"), "version"),
+    "curl": ("curl", "--version"),
 }
 
 

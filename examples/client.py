@@ -115,12 +115,12 @@ class Envstore:
             raise CommandError(f"{name} printed no JSON object: {printed[:200]!r}") from error
 
     @contextmanager
-    def mounted(self, ref: str, path: Path) -> Iterator[Mount]:
+    def mounted(self, ref: str, path: Path, *options: str) -> Iterator[Mount]:
         """Mount ``ref`` on ``path``, which is made, and take the mount away again."""
         path.mkdir(parents=True, exist_ok=True)
         try:
             started = time.monotonic()
-            said = self.call("mount", ref, path)
+            said = self.call("mount", *options, ref, path)
             seconds = time.monotonic() - started
             yield Mount(path, seconds, int(said["pid"]), str(said["stats"]))
         finally:

@@ -142,10 +142,10 @@ def find_weed() -> str | None:
 
 
 @contextmanager
-def running_s3(directory: Path) -> Iterator[S3Server]:
+def running_s3(directory: Path, public: str | None = None) -> Iterator[S3Server]:
     """Start a server with its data in ``directory``, yield it once it answers, kill it after.
 
-    Raises ``ServerError``.
+    Whatever lies in the bucket ``public`` may be read without a signature. Raises ``ServerError``.
     """
     weed = find_weed()
     if weed is None:
@@ -155,7 +155,7 @@ def running_s3(directory: Path) -> Iterator[S3Server]:
     directory.mkdir(parents=True, exist_ok=True)
     for _ in range(_ATTEMPTS):
         ports = _free_ports("s3", "master", "volume", "filer", "metrics", "admin")
-        process = _launch(weed, directory, ports)
+        process = _launch(weed, directory, ports, public)
         try:
             if not _answers(process, ports["s3"]):
                 # Somebody took one of the ports after it had been found free.
@@ -177,14 +177,19 @@ def running_s3(directory: Path) -> Iterator[S3Server]:
     raise ServerError(f"SeaweedFS did not start: {' '.join(said)}")
 
 
-def _launch(weed: str, directory: Path, ports: Mapping[str, int]) -> subprocess.Popen[bytes]:
+def _launch(
+    weed: str, directory: Path, ports: Mapping[str, int], public: str | None
+) -> subprocess.Popen[bytes]:
     identity = {
         "name": "demo",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
+    identities: list[dict[str, object]] = [identity]
+    if public is not None:
+        identities.append({"name": "anonymous", "actions": [f"Read:{public}"]})
     config = directory / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
+    config.write_text(json.dumps({"identities": identities}))
     options = {
         "dir": directory,
         "ip": "127.0.0.1",
