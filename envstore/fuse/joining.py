@@ -41,6 +41,8 @@ class _Joiner:
         self.tree = tree
         # The nodes of hard-linked files, which no other file may join.
         self.grouped: set[int] = set()
+        # Directories by path: many links lead to few of them.
+        self._found: dict[bytes, int] = {b"": 0}
 
     def name_contents(self) -> None:
         """Name the contents that are neither empty nor one stored chunk."""
@@ -124,23 +126,29 @@ class _Joiner:
 
     def _find(self, path: bytes) -> int:
         """Return the node index at a path."""
+        above, _, name = path.rpartition(b"/")
+        parent = self._found.get(above)
+        if parent is None:
+            parent = 0
+            for step in above.split(b"/"):
+                parent = self._child(parent, step, path)
+            self._found[above] = parent
+        return self._child(parent, name, path)
+
+    def _child(self, parent: int, name: bytes, path: bytes) -> int:
+        """Return the entry of a directory that is called so, on the way to ``path``."""
         tree = self.tree
-        text_at = tree.name_starts[0]
+        if tree.kinds[parent] & _KIND == Kind.DIRECTORY:
+            slot = tree.slots[parent]
+            end = tree.child_starts[slot + 1]
+            at = bisect_left(tree.children, name, tree.child_starts[slot], end, key=self._name)
+            if at < end and self._name(tree.children[at]) == name:
+                return tree.children[at]
+        raise CorruptError(f"manifest: a hard link leads to {path!r}, which is not there")
 
-        def name(index: int) -> bytes:
-            start, end = tree.name_starts[index : index + 2]
-            return bytes(tree.text[start - text_at : end - text_at])
-
-        index = 0
-        for wanted in path.split(b"/"):
-            low = high = 0
-            if tree.kinds[index] & _KIND == Kind.DIRECTORY:
-                low, high = tree.child_starts[tree.slots[index] : tree.slots[index] + 2]
-            at = bisect_left(tree.children, wanted, low, high, key=name)
-            if at == high or name(tree.children[at]) != wanted:
-                raise CorruptError(f"manifest: a hard link leads to {path!r}, which is not there")
-            index = tree.children[at]
-        return index
+    def _name(self, index: int) -> bytes:
+        starts, text = self.tree.name_starts, self.tree.text
+        return bytes(text[starts[index] - starts[0] : starts[index + 1] - starts[0]])
 
     def _is_file(self, index: int) -> bool:
         return self.tree.kinds[index] & _KIND == Kind.FILE
