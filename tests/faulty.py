@@ -37,6 +37,7 @@ OPERATIONS = (
 )
 # A test that waits for an event which never comes should fail by its own name.
 _PATIENCE = 60.0
+_PIECE = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +231,12 @@ class FaultyStore:
         if len(data) != length:
             raise CorruptError(f"{key} is too short")  # as every backend does
         return data
+
+    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
+        """The faults of ``get_range`` apply, and it counts as one."""
+        data = self.get_range(key, start, length)
+        for at in range(0, length, _PIECE):
+            yield data[at : at + _PIECE]
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         version = ""

@@ -1,62 +1,46 @@
-"""Brings frames from the store into the cache: each once, whoever and however many wait for it."""
+"""Brings frames from the store into the cache: each once, whoever and however many wait for it.
+
+What is waited for is tried again, with growing pauses, for as long as the loader is patient: a
+store that is away for a minute makes reads slow and nothing else. Requests that are waited for,
+those that are guesses, and those of ``stream`` each have turns of their own, so that nothing
+queues behind what is less urgent; who pauses, or is not answered, holds no turn.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import random
+import time
+from collections.abc import Iterable, Iterator
 from math import inf
 
 import trio
 
-from envstore.errors import EnvstoreError
+from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnavailableError
 from envstore.fuse.complaints import Complaints
+from envstore.fuse.flights import Flight, Group, Turn
+from envstore.fuse.lookahead import Lookahead
 from envstore.fuse.metrics import Metrics
+from envstore.fuse.pace import Pace
 from envstore.store.cache import BlobCache
 from envstore.store.digest import digest
 from envstore.store.fetch import FrameFetcher
 from envstore.store.locations import FrameRef
 
-MAX_REQUEST = 16 << 20
-"""Stored bytes asked for at once: whoever waits for one frame of a request waits for all of it."""
+PATIENCE = 300.0
+"""Seconds that a read waits for a store that cannot be reached."""
 
-_DEMANDED, _AHEAD = 4, 1
+MAX_REQUEST = 16 << 20
+STREAM_REQUEST, STREAM_WINDOW = 8 << 20, 64 << 20
+"""Stored bytes of one request of a stream, and among how many it looks for neighbours."""
+
+_DEMANDED, _AHEAD, _STREAMS = 4, 1, 4
+_UNANSWERED = 16
+"""Threads beside those for requests that are not answered and have lost their turn."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 4.0
 
 _log = logging.getLogger(__name__)
-
-
-class _Flight:
-    """One frame on its way, and everybody who waits for it."""
-
-    __slots__ = ("_done", "_result", "frame", "group", "urgent")
-
-    def __init__(self, frame: FrameRef) -> None:
-        self.frame = frame
-        self.group: _Group
-        self.urgent = False
-        self._done = trio.Event()
-        self._result: bytes | EnvstoreError = b""
-
-    def land(self, result: bytes | EnvstoreError) -> None:
-        self._result = result
-        self._done.set()
-
-    async def wait(self) -> bytes | EnvstoreError:
-        await self._done.wait()
-        return self._result
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """The flights that one request brings, in the order of the pack, and where it stands.
-
-    Of what has landed ``None`` is left.
-    """
-
-    frames: tuple[FrameRef, ...]
-    flights: list[_Flight | None] = field(default_factory=list)
-    demanded: bool = False
-    started: bool = False
 
 
 class FrameLoader:
@@ -71,17 +55,27 @@ class FrameLoader:
         cache: BlobCache,
         metrics: Metrics,
         complaints: Complaints,
+        *,
+        patience: float = PATIENCE,
     ) -> None:
+        """Keep trying for ``patience`` seconds what somebody waits for."""
         self._fetcher = fetcher
         self._cache = cache
         self._metrics = metrics
         self._complaints = complaints
-        self._flights: dict[bytes, _Flight] = {}
+        self._patience = patience
+        self._flights: dict[bytes, Flight] = {}
+        self._unused: dict[bytes, int] = {}
         self._nursery: trio.Nursery
         # What somebody waits for never queues behind what somebody may want later.
         self._demanded = trio.CapacityLimiter(_DEMANDED)
         self._ahead = trio.CapacityLimiter(_AHEAD)
-        self._threads = trio.CapacityLimiter(_DEMANDED + _AHEAD)
+        self._streams = trio.CapacityLimiter(_STREAMS)
+        self._threads = {
+            self._demanded: trio.CapacityLimiter(_DEMANDED + _UNANSWERED),
+            self._ahead: trio.CapacityLimiter(_AHEAD),
+            self._streams: trio.CapacityLimiter(_STREAMS),
+        }
         self._checks = trio.CapacityLimiter(1)
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -101,115 +95,253 @@ class FrameLoader:
         snapshot, are not asked for again; a failure is not remembered.
         """
         wanted = {frame.digest: frame for frame in needed}
+        deadline = trio.current_time() + self._patience
         found: dict[bytes, bytes | EnvstoreError] = {}
-        self._take_off(wanted.values(), ahead)
         elsewhere = []
-        for flight in self._join(wanted):
-            result = found[flight.frame.digest] = await flight.wait()
-            if isinstance(result, EnvstoreError):
-                own = wanted[flight.frame.digest]
-                if own != flight.frame:
-                    elsewhere.append(own)
+        self._take_off(wanted.values(), ahead)
+        for flight in self._join(wanted, deadline):
+            own = wanted[flight.frame.digest]
+            found[own.digest] = result = await flight.wait(deadline)
+            if own != flight.frame and isinstance(result, (CorruptError, NotFoundError)):
+                elsewhere.append(own)
         if elsewhere:
             # Another snapshot's locations led there; ours may know a better place.
             found |= await self.load(elsewhere)
         return found
 
-    def _join(self, wanted: Iterable[bytes]) -> list[_Flight]:
+    def prefetch(self, ahead: Iterable[FrameRef]) -> None:
+        """Begin to fetch frames that nobody waits for."""
+        self._take_off((), ahead)
+
+    async def stream(
+        self,
+        frames: Iterable[FrameRef],
+        *,
+        concurrency: int = 3,
+        request: int = STREAM_REQUEST,
+        window: int = STREAM_WINDOW,
+        rate: float | None = None,
+    ) -> None:
+        """Fetch what is not cached of ``frames``, in the order given, and return when it is done.
+
+        ``concurrency`` requests at a time, of up to ``request`` stored bytes: each brings the
+        first frame that is missing, and with it those of the next ``window`` bytes of ``frames``
+        that lie beside it. ``rate`` limits the bytes received in a second. Who needs a frame of
+        a request on its way gets it as soon as that frame has come, and what is needed and not
+        on its way does not wait for any of this. Ends early, with a complaint, when the store
+        has not been reached for as long as the loader is patient.
+
+        When it is cancelled, what is on its way still comes. Raises nothing.
+        """
+        pace = None if rate is None else Pace(rate)
+        queue = Lookahead(self._missing(frames), window)
+        reached = trio.current_time()
+
+        async def work() -> None:
+            nonlocal reached
+            tries = 0
+            while group := self._next_group(queue, request):
+                group.pace = pace
+                self._nursery.start_soon(self._fetch, group, self._streams)
+                await group.done.wait()
+                if not group.lost:
+                    reached, tries = trio.current_time(), 0
+                    continue
+                if trio.current_time() - reached > self._patience:
+                    self._complaints.say("gave up fetching ahead: the store cannot be reached")
+                    queue.clear()
+                    return
+                queue.put_back(group.lost)
+                tries += 1
+                await trio.sleep(_pause(tries))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(concurrency):
+                nursery.start_soon(work)
+
+    def used(self, name: bytes) -> None:
+        """Note that a reader was given bytes of the cached frame called ``name``."""
+        if self._unused:
+            stored = self._unused.pop(name, None)
+            if stored is not None:
+                self._metrics.prefetched_used += 1
+                self._metrics.prefetched_used_bytes += stored
+
+    def _missing(self, frames: Iterable[FrameRef]) -> Iterator[FrameRef]:
+        """Pass on the frames that are neither cached nor on their way, when it comes to them."""
+        for frame in frames:
+            if not (frame.digest in self._flights or self._cache.contains(frame.digest)):
+                yield frame
+
+    def _next_group(self, queue: Lookahead, request: int) -> Group | None:
+        """Let the frames that come next take off, up to one request."""
+        ahead: dict[bytes, FrameRef] = {}
+        while not ahead and (shown := queue.ahead()):
+            ahead = {frame.digest: frame for frame in self._missing(shown)}
+            queue.keep(ahead.values())
+        if not ahead:
+            return None
+        first = self._fetcher.plan(ahead.values(), max_request=request)[0]
+        taken = {frame.digest for frame in first}
+        queue.keep([frame for frame in ahead.values() if frame.digest not in taken])
+        return self._grouped(first, frozenset())
+
+    def _join(self, wanted: Iterable[bytes], deadline: float) -> list[Flight]:
         """Return the flights of frames, whose requests now are urgent."""
         flights = [self._flights[name] for name in wanted]
         for flight in flights:
             flight.urgent = True
+            flight.deadline = max(flight.deadline, deadline)
             if not flight.group.demanded:
                 # Perhaps it is queued to be fetched ahead: that turn may come late.
                 flight.group.demanded = True
                 self._nursery.start_soon(self._fetch, flight.group, self._demanded)
         return flights
 
-    def prefetch(self, ahead: Iterable[FrameRef]) -> None:
-        """Begin to fetch frames that nobody waits for."""
-        self._take_off((), ahead)
-
     def _take_off(self, needed: Iterable[FrameRef], ahead: Iterable[FrameRef]) -> None:
         """Make flights for frames that have none, and queue those that nobody waits for."""
         missing = {frame.digest: frame for frame in needed if frame.digest not in self._flights}
         extra = {
-            frame.digest: frame
-            for frame in ahead
-            if not (
-                frame.digest in missing
-                or frame.digest in self._flights
-                or self._cache.contains(frame.digest)
-            )
+            frame.digest: frame for frame in self._missing(ahead) if frame.digest not in missing
         }
         self._metrics.ahead += len(extra)
-        frames = (*missing.values(), *extra.values())
-        for found in self._fetcher.plan(frames, max_request=MAX_REQUEST):
-            group = _Group(found)
-            for frame in found:
-                flight = self._flights[frame.digest] = _Flight(frame)
-                flight.group = group
-                group.flights.append(flight)
+        for found in self._fetcher.plan(
+            (*missing.values(), *extra.values()), max_request=MAX_REQUEST
+        ):
+            group = self._grouped(found, missing.keys())
             if missing.keys().isdisjoint(frame.digest for frame in found):
                 self._nursery.start_soon(self._fetch, group, self._ahead)
 
-    async def _fetch(self, group: _Group, turn: trio.CapacityLimiter) -> None:
-        """Fetch a group unless it is being fetched already."""
-        async with turn:
-            if group.started:
-                return
-            group.started = True
-            token = trio.lowlevel.current_trio_token()
+    def _grouped(self, frames: tuple[FrameRef, ...], needed: Iterable[bytes]) -> Group:
+        group = Group(
+            frames, [Flight(frame, guessed=frame.digest not in needed) for frame in frames]
+        )
+        for flight in group.flights:
+            if flight is not None:
+                self._flights[flight.frame.digest] = flight
+        return group
 
-            def deliver(position: int, result: bytes | EnvstoreError) -> None:
-                token.run_sync_soon(self._land, group, position, result)
+    async def _fetch(self, group: Group, turn: trio.CapacityLimiter, pause: float = 0) -> None:
+        """Fetch a group after a pause, unless it is being fetched already."""
+        try:
+            await trio.sleep(pause)
+            async with Turn(turn, group) as held:
+                if group.started:
+                    return
+                group.started = True
+                await self._request(group, held)
+            self._settle(group)
+        except BaseException:
+            # Also when cancelled: nobody may be left waiting.
+            for position in range(len(group.flights)):
+                self._land(group, position, _failed(group))
+            raise
 
+    async def _request(self, group: Group, turn: Turn) -> None:
+        """Ask the store for a group once, and land what comes."""
+        token = trio.lowlevel.current_trio_token()
+
+        def deliver(position: int, result: bytes | EnvstoreError) -> None:
+            token.run_sync_soon(self._deliver, group, position, result)
+
+        def fetch() -> None:
+            self._fetcher.stream(group.frames, deliver, urgent=group.urgent, arrived=group.arrived)
+
+        group.heard = time.monotonic()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(turn.give_back_after_silence)
             try:
                 await trio.to_thread.run_sync(
-                    self._fetcher.fetch_each,
-                    group.frames,
-                    self._order(group),
-                    deliver,
-                    abandon_on_cancel=True,
-                    limiter=self._threads,
+                    fetch, abandon_on_cancel=True, limiter=self._threads[turn.limiter]
                 )
             except Exception:  # noqa: BLE001 - a bug must cost these reads, not the whole mount
                 _log.exception("fetching from pack %s failed", group.frames[0].pack.hex())
-            finally:
-                # Also when cancelled: nobody may be left waiting.
-                failure = EnvstoreError(f"fetching from pack {group.frames[0].pack.hex()} failed")
-                for position in range(len(group.flights)):
-                    self._land(group, position, failure)
+            nursery.cancel_scope.cancel()
+        if self._fetcher.refused is not None:
+            self._complaints.say(f"not kept: {self._fetcher.refused}")
+            self._fetcher.refused = None
 
-    def _order(self, group: _Group) -> list[int]:
-        """Return the positions of a group's frames, those that somebody waits for first."""
-        urgent = [flight is not None and flight.urgent for flight in group.flights]
-        return sorted(range(len(urgent)), key=lambda position: not urgent[position])
+    def _deliver(self, group: Group, position: int, result: bytes | EnvstoreError) -> None:
+        """Land a frame that came; of one that did not, remember why."""
+        flight = group.flights[position]
+        if isinstance(result, bytes):
+            self._land(group, position, result)
+        elif flight is not None:
+            flight.failure = result
+            flight.tries += 1
+            self._metrics.corrupt += isinstance(result, CorruptError)
 
-    def _land(self, group: _Group, position: int, result: bytes | EnvstoreError) -> None:
+    def _settle(self, group: Group) -> None:
+        """Try again what did not come, where that makes sense; land the rest as it is."""
+        now = trio.current_time()
+        again: list[Flight] = []
+        for position, flight in enumerate(group.flights):
+            if flight is None:
+                continue
+            if flight.may_land(now):
+                again.append(flight)
+                continue
+            failure = flight.failure or _failed(group)
+            if not flight.urgent:
+                self._complaints.say(f"readahead: {failure}")
+                if isinstance(failure, UnavailableError):
+                    group.lost.append(flight.frame)
+            self._land(group, position, failure)
+        if again:
+            self._complaints.say(f"trying again: {again[0].failure}")
+        for found in self._fetcher.plan(
+            (flight.frame for flight in again), max_request=MAX_REQUEST
+        ):
+            flights = [self._flights[frame.digest] for frame in found]
+            pause = _pause(min(flight.tries for flight in flights))
+            retry = Group(found, list(flights), demanded=True)
+            self._metrics.retries += 1
+            self._nursery.start_soon(self._fetch, retry, self._demanded, pause)
+        group.done.set()
+
+    def _land(self, group: Group, position: int, result: bytes | EnvstoreError) -> None:
         """Give a result to the flight of one frame, unless it has landed already."""
         flight = group.flights[position]
         if flight is None:
             return
         # Of what nobody waits for nothing may stay in memory, not even until the group is done.
         group.flights[position] = None
-        del self._flights[flight.frame.digest], flight.group
+        name, stored = flight.frame.digest, flight.frame.stored
+        del self._flights[name], flight.group
         flight.land(result)
-        if not flight.urgent and isinstance(result, EnvstoreError):
-            self._complaints.say(f"readahead: {result}")
+        if flight.guessed and isinstance(result, bytes):
+            self._metrics.prefetched += 1
+            self._metrics.prefetched_bytes += stored
+            self._unused[name] = stored
+            if flight.urgent:
+                self.used(name)
 
     async def recheck(self, frame: FrameRef) -> bytes | None:
         """Return a frame's bytes if the cached blob is sound; else see that there is none."""
 
         def check() -> bytes | None:
-            if not self._cache.contains(frame.digest):
+            try:
+                if not self._cache.contains(frame.digest):
+                    return None
+                data = self._cache.read(frame.digest, 0, frame.raw)
+                if data is not None and digest(data) == frame.digest:
+                    return data
+                self._cache.drop(frame.digest)
+            except EnvstoreError as error:
+                _log.warning("cannot check blob %s: %s", frame.digest.hex(), error)
                 return None
-            data = self._cache.read(frame.digest, 0, frame.raw)
-            if data is not None and digest(data) == frame.digest:
-                return data
-            self._cache.drop(frame.digest)
             self._metrics.damaged += 1
             _log.warning("dropped damaged blob %s from the cache", frame.digest.hex())
             return None
 
         return await trio.to_thread.run_sync(check, limiter=self._checks)
+
+
+def _pause(tries: int) -> float:
+    """Return how long to wait before another try: longer each time, and never the same."""
+    longest: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**tries)
+    return longest * random.uniform(0.5, 1)  # noqa: S311
+
+
+def _failed(group: Group) -> EnvstoreError:
+    return EnvstoreError(f"fetching from pack {group.frames[0].pack.hex()} failed")

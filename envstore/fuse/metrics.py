@@ -17,7 +17,10 @@ class Metrics:
     ``requests`` counts the kernel's requests by kind. Of the runs of bytes that reads were made
     of, ``inline`` came from the cache without waiting, ``waited`` from the cache after waiting
     for the disk, ``missed`` from the store. ``ahead`` counts frames asked for before anybody
-    read them, ``damaged`` cached blobs found wrong, ``errors`` reads that failed.
+    read them, ``damaged`` cached blobs found wrong, ``corrupt`` frames that came wrong from the
+    store, ``retries`` requests that were sent again, ``errors`` reads that failed. Of the frames
+    and stored bytes that came before anybody waited for them, ``prefetched``, reads have used
+    ``prefetched_used`` so far.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -26,7 +29,13 @@ class Metrics:
     waited: int = 0
     missed: int = 0
     ahead: int = 0
+    prefetched: int = 0
+    prefetched_bytes: int = 0
+    prefetched_used: int = 0
+    prefetched_used_bytes: int = 0
     damaged: int = 0
+    corrupt: int = 0
+    retries: int = 0
     errors: int = 0
 
     def report(

@@ -24,7 +24,7 @@ from envstore.fuse.readahead import Readahead
 from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache
 from envstore.store.digest import digest
-from envstore.store.locations import NOWHERE, FrameRef, Locations
+from envstore.store.locations import NOWHERE, FrameRef, Located
 
 _INLINE = 1 << 20
 """Unproven bytes that may be hashed between two requests: a fraction of a millisecond."""
@@ -67,7 +67,7 @@ class Reader:
     def __init__(
         self,
         tree: Tree,
-        locations: Locations,
+        locations: Located,
         loader: FrameLoader,
         cache: BlobCache,
         metrics: Metrics,
@@ -100,6 +100,7 @@ class Reader:
                     return None
                 found.append(data)
             self._metrics.inline += len(runs)
+            self._count_use(runs)
             if self._watch is not None:
                 self._watch(node, offset, size)
             ahead = self._expect(node, offset, runs, missed=False)
@@ -123,6 +124,7 @@ class Reader:
             missing = await self._still_missing(runs, found)
             self._metrics.waited += len(runs) - len(missing)
             self._metrics.missed += len(missing)
+            self._count_use(runs)
             ahead = self._expect(node, offset, runs, missed=bool(missing))
             if missing:
                 ahead += self._neighbourhood.plan(node, runs[missing[-1]].frame)
@@ -171,6 +173,12 @@ class Reader:
     def _expect(self, node: int, offset: int, runs: list[_Run], *, missed: bool) -> list[int]:
         length = sum(run.length for run in runs)
         return self._readahead.plan(node, offset, length, missed=missed)
+
+    def _count_use(self, runs: list[_Run]) -> None:
+        frames = self._locations.frames
+        for run in runs:
+            if run.frame != NOWHERE:
+                self._loader.used(frames[run.frame].digest)
 
     def _frames(self, numbers: Iterable[int]) -> list[FrameRef]:
         frames = self._locations.frames
@@ -226,7 +234,12 @@ class Reader:
     def _from_cache(self, run: _Run, *, nowait: bool) -> bytes | memoryview | None:
         """Return a run's bytes, ``None`` if they are not cached or not what they should be."""
         name = self._locations.frames[run.frame].digest
-        data = self._cache.read(name, run.start, run.end - run.start, nowait=nowait)
+        try:
+            data = self._cache.read(name, run.start, run.end - run.start, nowait=nowait)
+        except EnvstoreError as error:
+            # A cache that cannot be read makes reading slow, not impossible.
+            self._complaints.say(str(error))
+            return None
         if data is None or self._wrong(run, data) is not None:
             return None
         return run.cut(data)

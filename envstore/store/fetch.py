@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from envstore.errors import EnvstoreError
@@ -40,6 +40,8 @@ class FrameFetcher:
         self._cache = cache
         self._lock = threading.Lock()
         self.fetched = Fetched()
+        self.refused: EnvstoreError | None = None
+        """Why the cache last refused a frame of ``stream``, other than for its cap."""
 
     def plan(
         self,
@@ -81,44 +83,90 @@ class FrameFetcher:
         (``CorruptError``, ``NoSpaceError`` of the cache); a failed request gives all of them the
         same error. Bytes returned were verified and are in the cache.
         """
-        results: list[bytes | EnvstoreError] = [b""] * len(group)
-        self.fetch_each(group, range(len(group)), results.__setitem__)
-        return results
-
-    def fetch_each(
-        self,
-        group: Sequence[FrameRef],
-        order: Iterable[int],
-        deliver: Callable[[int, bytes | EnvstoreError], None],
-    ) -> None:
-        """Fetch like ``fetch``, but hand each frame on as soon as it is verified and cached.
-
-        ``order`` are the positions in ``group``, the most urgent first. Whatever ``deliver`` does
-        not keep is freed before the next frame is unpacked.
-        """
         start = group[0].offset
         length = group[-1].offset + group[-1].stored - start
         try:
             data = memoryview(self._objects.get_range(pack_key(group[0].pack), start, length))
         except EnvstoreError as error:
-            for position in order:
-                deliver(position, error)
-            return
+            return [error] * len(group)
         with self._lock:
             self.fetched.requests += 1
             self.fetched.frames += len(group)
             self.fetched.bytes += length
-        for position in order:
-            frame = group[position]
+        results: list[bytes | EnvstoreError] = []
+        for frame in group:
             at = frame.offset - start
-            result: bytes | EnvstoreError
             try:
-                result = self._accept(frame, data[at : at + frame.stored])
+                results.append(self._accept(frame, data[at : at + frame.stored]))
             except EnvstoreError as error:
-                error.message = f"{error.message} (pack {frame.pack.hex()}, byte {frame.offset})"
-                result = error
-            deliver(position, result)
-            del result
+                results.append(_placed(error, frame))
+        return results
+
+    def stream(
+        self,
+        group: Sequence[FrameRef],
+        deliver: Callable[[int, bytes | EnvstoreError], None],
+        *,
+        urgent: Callable[[int], bool],
+        arrived: Callable[[int], None],
+    ) -> None:
+        """Fetch one planned group, and hand each frame on as soon as its last byte is there.
+
+        One request in one attempt: when it fails, every frame that had not come whole gets the
+        error. While a frame is missing that is ``urgent``, which is asked again with every piece,
+        others that came before it are not yet unpacked. ``arrived`` is told the size of each
+        piece, and may hold the transfer up. What the cache does not take is delivered all the
+        same; see ``refused``.
+        """
+        first, last = group[0], group[-1]
+        length = last.offset + last.stored - first.offset
+        assembly = _Assembly(group)
+        todo = dict.fromkeys(range(len(group)))
+        ready: dict[int, bytes] = {}
+        for piece in self._answer(pack_key(first.pack), first.offset, length):
+            if isinstance(piece, EnvstoreError):
+                for at in todo:
+                    stored = ready.pop(at, None)
+                    deliver(at, piece if stored is None else self._unpacked(group[at], stored))
+                return
+            arrived(len(piece))
+            ready |= assembly.add(piece)
+            hurry = [at for at in todo if urgent(at)]
+            now = hurry if any(at not in ready for at in hurry) else [*hurry, *todo]
+            for at in dict.fromkeys(now):
+                if at in ready:
+                    del todo[at]
+                    deliver(at, self._unpacked(group[at], ready.pop(at)))
+
+    def _answer(self, key: str, start: int, length: int) -> Iterator[bytes | EnvstoreError]:
+        """Yield a range as it arrives, counted, and the error with which it broke off, if any."""
+        begun = False
+        try:
+            for piece in self._objects.iter_range(key, start, length):
+                with self._lock:
+                    self.fetched.requests += not begun
+                    self.fetched.bytes += len(piece)
+                begun = True
+                yield piece
+        except EnvstoreError as error:
+            yield error
+
+    def _unpacked(self, frame: FrameRef, stored: bytes) -> bytes | EnvstoreError:
+        """Return a frame's raw bytes, kept in the cache if that takes them, or what is wrong."""
+        try:
+            raw = decode_frame(stored, frame.codec, frame.raw, frame.digest)
+        except EnvstoreError as error:
+            return _placed(error, frame)
+        with self._lock:
+            self.fetched.frames += 1
+        if self._cache is not None:
+            try:
+                self._cache.put(frame.digest, raw)
+            except CacheFullError:
+                pass
+            except EnvstoreError as error:
+                self.refused = error
+        return raw
 
     def load(self, frame: FrameRef) -> bytes:
         """Return one frame's raw bytes from the cache or the store. Raises ``EnvstoreError``."""
@@ -138,3 +186,38 @@ class FrameFetcher:
             with contextlib.suppress(CacheFullError):
                 self._cache.put(frame.digest, raw)
         return raw
+
+
+class _Assembly:
+    """Cuts the frames of a group out of an answer that comes in pieces."""
+
+    def __init__(self, group: Sequence[FrameRef]) -> None:
+        self._group = group
+        self._next = 0
+        self._buffer = bytearray()
+        self._base = group[0].offset
+
+    def add(self, piece: bytes) -> dict[int, bytes]:
+        """Return the stored bytes of the frames that this piece completes, by position."""
+        buffer = self._buffer
+        buffer += piece
+        whole: dict[int, bytes] = {}
+        used = 0
+        while self._next < len(self._group):
+            frame = self._group[self._next]
+            at = frame.offset - self._base
+            if at + frame.stored > len(buffer):
+                used = min(at, len(buffer))
+                break
+            whole[self._next] = bytes(buffer[at : at + frame.stored])
+            self._next += 1
+            used = at + frame.stored
+        del buffer[:used]
+        self._base += used
+        return whole
+
+
+def _placed(error: EnvstoreError, frame: FrameRef) -> EnvstoreError:
+    """Say of an error in which pack it was met, and where."""
+    error.message = f"{error.message} (pack {frame.pack.hex()}, byte {frame.offset})"
+    return error

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import gc
-import logging
 import tracemalloc
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from array import array
+from collections.abc import Callable, Iterator
 
 import pytest
 import trio
@@ -17,93 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from envstore.errors import CorruptError, EnvstoreError, NoSpaceError, UnavailableError
-from envstore.fuse.complaints import Complaints
 from envstore.fuse.content import Content, load_content
 from envstore.fuse.loader import FrameLoader
-from envstore.fuse.metrics import Metrics
 from envstore.fuse.reader import Reader
-from envstore.store.cache import BlobCache
-from envstore.store.fetch import FrameFetcher
 from envstore.store.locations import Locations
-from tests.faulty import FaultyStore
-from tests.stores import Store
-from tests.trees import noise, prose
-
-MIB = 1 << 20
-
-
-class Site:
-    """A pushed tree, its content, and readers of it over a store that can be made to fail."""
-
-    def __init__(self, base: Path) -> None:
-        self.tree = base / "tree"
-        self.tree.mkdir()
-        self.files = {
-            "large": noise("large", 5 * MIB + 77),
-            "text": prose("text", 3 * MIB),
-            "small": b"a few bytes",
-            "twin": b"a few bytes",
-            "empty": b"",
-            "other": noise("other", 900_000),
-        }
-        for name, data in self.files.items():
-            (self.tree / name).write_bytes(data)
-        with open(self.tree / "sparse", "wb") as sparse:
-            sparse.truncate(9 * MIB)
-            sparse.seek(4 * MIB + 5)
-            sparse.write(b"an island")
-        self.files["sparse"] = (self.tree / "sparse").read_bytes()
-        self.store = Store(base / "store")
-        self.store.push(self.tree)
-        repository = self.store.repository
-        self.content = load_content(repository, repository.resolve("tree"))
-        self.base = base
-        self.again()
-
-    def again(self, locations: Locations | None = None, capacity: int = 1 << 30) -> None:
-        """Begin anew with an empty cache, no faults and perhaps other locations."""
-        self.objects = FaultyStore(self.store.repository.objects)
-        self.cache = BlobCache(self.base / f"cache {id(self.objects)}", capacity)
-        self.fetcher = FrameFetcher(self.objects, self.cache)
-        self.metrics = Metrics()
-        self.locations = locations or self.content.locations
-        self.objects.clear()
-
-    def node(self, name: str) -> int:
-        node = self.content.tree.lookup(1, name.encode())
-        assert node is not None
-        return node
-
-    def run(self, main: Callable[[Reader], Awaitable[None]]) -> None:
-        """Run ``main`` with a new reader in an event loop of its own."""
-
-        async def loop() -> None:
-            complaints = Complaints(logging.getLogger("envstore.fuse"))
-            loader = FrameLoader(self.fetcher, self.cache, self.metrics, complaints)
-            tree = self.content.tree
-            reader = Reader(tree, self.locations, loader, self.cache, self.metrics, complaints)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(loader.run)
-                await main(reader)
-                nursery.cancel_scope.cancel()
-
-        trio.run(loop)
-
-    async def read(
-        self, reader: Reader, name: str, offset: int = 0, size: int | None = None
-    ) -> bytes:
-        """Read as the kernel's requests are answered."""
-        size = len(self.files[name]) if size is None else size
-        data = reader.read_now(self.node(name), offset, size)
-        return await reader.read(self.node(name), offset, size) if data is None else data
-
-    async def fails(self, reader: Reader, name: str) -> None:
-        with pytest.raises(OSError, match="Input/output error") as caught:
-            await self.read(reader, name)
-        assert caught.value.errno == errno.EIO
-
-    def fetches(self) -> int:
-        return self.objects.count("get_range", "packs/")
+from tests.site import MIB, Site
 
 
 @pytest.fixture(scope="module")
@@ -205,27 +120,22 @@ def test_who_gives_up_waiting_takes_nothing_from_the_others(site: Site) -> None:
 
 
 def test_an_urgent_read_overtakes_what_is_queued_to_be_read_ahead(site: Site) -> None:
-    frames = site.locations.frames
+    frames = list(site.locations.frames)
     gate = site.objects.gate("get_range", key="packs/", times=1)
 
-    async def loop() -> None:
-        complaints = Complaints(logging.getLogger("envstore.fuse"))
-        loader = FrameLoader(site.fetcher, site.cache, site.metrics, complaints)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(loader.run)
-            # One request at a time is made ahead: the first holds up all others.
-            loader.prefetch(frames[:1])
-            await trio.to_thread.run_sync(gate.wait_entered)
-            for frame in frames[1:]:
-                loader.prefetch([frame])
-            found = await loader.load([frames[-1]])
-            assert len(found[frames[-1].digest]) == frames[-1].raw  # type: ignore[arg-type]
-            gate.open()
-            everything = await loader.load(frames)
-            assert all(isinstance(data, bytes) for data in everything.values())
-            nursery.cancel_scope.cancel()
+    async def main(loader: FrameLoader) -> None:
+        # One request at a time is made ahead: the first holds up all others.
+        loader.prefetch(frames[:1])
+        await trio.to_thread.run_sync(gate.wait_entered)
+        for frame in frames[1:]:
+            loader.prefetch([frame])
+        found = await loader.load([frames[-1]])
+        assert len(found[frames[-1].digest]) == frames[-1].raw  # type: ignore[arg-type]
+        gate.open()
+        everything = await loader.load(frames)
+        assert all(isinstance(data, bytes) for data in everything.values())
 
-    trio.run(loop)
+    site.load(main)
     assert site.fetcher.fetched.frames <= len(frames) + 1
 
 
@@ -314,7 +224,11 @@ def test_one_damaged_frame_spares_its_neighbours(site: Site) -> None:
 def _changed(site: Site, change: Callable[[Locations], None]) -> Locations:
     """Return a copy of the locations with a change to it."""
     ours = site.content.locations
-    copy = replace(ours, ref_frames=ours.ref_frames[:], ref_offsets=ours.ref_offsets[:])
+    copy = Locations(
+        list(ours.frames),
+        ref_frames=array("I", ours.ref_frames),
+        ref_offsets=array("I", ours.ref_offsets),
+    )
     change(copy)
     return copy
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from envstore.store.digest import digest
 from envstore.store.fetch import MAX_GAP, MAX_REQUEST, FrameFetcher
 from envstore.store.frames import encode_frame
 from envstore.store.locations import FrameRef
-from envstore.store.objects import open_objects
+from envstore.store.objects import ObjectStore, open_objects
 from envstore.store.packs import PackBuilder, pack_key
 from tests.faulty import FaultyStore
 from tests.trees import noise, prose
@@ -175,15 +176,86 @@ def test_gaps_are_read_and_thrown_away(stored: _Stored) -> None:
     assert stored.objects.count() == 1
 
 
-def test_each_frame_is_delivered_once_and_in_the_order_asked(stored: _Stored) -> None:
+class _Slow:
+    """A store whose answers come byte by byte, and may break off."""
+
+    def __init__(self, inner: ObjectStore, step: int, end: int | None = None) -> None:
+        self.inner, self.step, self.end = inner, step, end
+        self.given = 0
+
+    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
+        data = self.inner.get_range(key, start, length)
+        for at in range(0, length, self.step):
+            if self.end is not None and at >= self.end:
+                raise UnavailableError("broke off")
+            self.given += self.step
+            yield data[at : at + self.step]
+
+
+def _streamed(
+    stored: _Stored, objects: object, urgent: set[int]
+) -> list[tuple[int, bytes | EnvstoreError]]:
     seen: list[tuple[int, bytes | EnvstoreError]] = []
-    stored.fetcher.fetch_each(
-        stored.frames, [4, 0, 2], lambda position, result: seen.append((position, result))
+    FrameFetcher(objects, stored.cache).stream(  # type: ignore[arg-type]
+        stored.frames,
+        lambda position, result: seen.append((position, result)),
+        urgent=lambda position: position in urgent and position not in dict(seen),
+        arrived=lambda size: None,
     )
-    assert seen == [(4, stored.raw[4]), (0, stored.raw[0]), (2, stored.raw[2])]
+    return seen
 
 
-def test_an_error_of_the_receiver_is_not_taken_for_one_of_the_frame(stored: _Stored) -> None:
+@pytest.mark.parametrize("step", [1, 100, 100_000])
+def test_each_frame_is_delivered_once_it_has_come(stored: _Stored, step: int) -> None:
+    slow = _Slow(stored.objects, step)
+    ends = [frame.offset + frame.stored - stored.frames[0].offset for frame in stored.frames]
+    given: list[int] = []
+    seen: list[bytes | EnvstoreError] = []
+
+    def deliver(position: int, result: bytes | EnvstoreError) -> None:
+        given.append(slow.given)
+        seen.append(result)
+
+    FrameFetcher(slow, stored.cache).stream(  # type: ignore[arg-type]
+        stored.frames, deliver, urgent=lambda position: False, arrived=lambda size: None
+    )
+    assert seen == stored.raw
+    assert all(end <= had < end + step for end, had in zip(ends, given, strict=True))
+
+
+def test_urgent_frames_are_unpacked_before_others(stored: _Stored) -> None:
+    seen = _streamed(stored, _Slow(stored.objects, 50), {3, 1})
+    assert [position for position, _ in seen] == [1, 3, 0, 2, 4, 5]
+    assert [dict(seen)[position] for position in range(6)] == stored.raw
+
+
+def test_what_came_before_an_answer_broke_off_is_delivered(stored: _Stored) -> None:
+    end = stored.frames[3].offset - stored.frames[0].offset + 1
+    seen = dict(_streamed(stored, _Slow(stored.objects, 50, end), {5}))
+    assert [seen[position] for position in range(3)] == stored.raw[:3]
+    for position in (4, 5):
+        assert isinstance(seen[position], UnavailableError)
+
+
+def test_a_cache_that_takes_nothing_does_not_keep_frames_from_a_mount(
+    stored: _Stored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: bytes, data: bytes) -> None:
+        raise NoSpaceError("No space left on device")
+
+    monkeypatch.setattr(stored.cache, "put", refuse)
+    seen: list[bytes | EnvstoreError] = []
+    stored.fetcher.stream(
+        stored.frames,
+        lambda position, result: seen.append(result),
+        urgent=lambda position: False,
+        arrived=lambda size: None,
+    )
+    assert seen == stored.raw
+    assert isinstance(stored.fetcher.refused, NoSpaceError)
+
+
+def test_an_error_of_the_receiver_is_not_taken_for_one_of_the_store(stored: _Stored) -> None:
     seen = []
 
     def deliver(position: int, result: bytes | EnvstoreError) -> None:
@@ -191,8 +263,10 @@ def test_an_error_of_the_receiver_is_not_taken_for_one_of_the_frame(stored: _Sto
         raise NoSpaceError("the receiver's own disk")
 
     with pytest.raises(NoSpaceError, match=r"the receiver's own disk$"):
-        stored.fetcher.fetch_each(stored.frames, [1, 2], deliver)
-    assert seen == [1]
+        stored.fetcher.stream(
+            stored.frames, deliver, urgent=lambda position: False, arrived=lambda size: None
+        )
+    assert seen == [0]
 
 
 def test_cached_frames_are_loaded_without_a_request(stored: _Stored) -> None:

@@ -105,6 +105,32 @@ def test_a_negative_range_is_a_mistake_of_the_caller(objects: ObjectStore) -> No
             objects.get_range("x", start, length)
 
 
+@pytest.mark.parametrize(("start", "length"), [(0, 0), (0, 1), (7, 2_999_000), (3_000_000, 1)])
+def test_a_range_comes_in_pieces(objects: ObjectStore, start: int, length: int) -> None:
+    data = os.urandom(3_000_001)
+    objects.put("packs/x", data)
+    before = objects.traffic.bytes_in
+    assert b"".join(objects.iter_range("packs/x", start, length)) == data[start : start + length]
+    assert objects.traffic.bytes_in - before == length
+    if length > 1:
+        pieces = objects.iter_range("packs/x", start, length)
+        first = next(pieces)
+        assert first == data[start : start + len(first)]
+        assert len(first) < length
+        pieces.close()  # type: ignore[attr-defined]
+
+
+def test_pieces_of_what_is_not_there(objects: ObjectStore) -> None:
+    objects.put("packs/x", bytes(1000))
+    for start, length in ((0, 1001), (999, 2), (1000, 1), (5000, 10)):
+        with pytest.raises(CorruptError, match="too short"):
+            list(objects.iter_range("packs/x", start, length))
+    with pytest.raises(NotFoundError):
+        list(objects.iter_range("packs/y", 0, 1))
+    with pytest.raises(ValueError, match="negative"):
+        list(objects.iter_range("packs/x", -1, 1))
+
+
 def test_delete(objects: ObjectStore) -> None:
     objects.put("refs/a", b"1")
     objects.put("refs/b", b"2")

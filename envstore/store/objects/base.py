@@ -60,6 +60,15 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
+        """Yield exactly ``length`` bytes from ``start``, in pieces, as they arrive.
+
+        One request, made at the first step and never repeated: whoever iterates has used what
+        came before. Closing the iterator early gives the connection up. Raises as ``get_range``,
+        at any step.
+        """
+        ...
+
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         """Return the object and its opaque version, for ``put_if``. Raises ``NotFoundError``."""
         ...

@@ -35,6 +35,9 @@ _LOCKS = ".locks"
 # No upload of one object lasts a day; an older temporary file belongs to a process that died.
 _TEMPORARY_SECONDS = 24 * 3600
 
+# Bytes read at a time where they are handed on one by one.
+_PIECE = 1 << 20
+
 _LOCK_FLAGS = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -95,12 +98,28 @@ class FileObjects:
             data = nofollow.read_range(file, start, length)
         self.traffic.add(requests=1, bytes_in=len(data))
         if len(data) != length:
-            raise CorruptError(
-                f"{self._path(key)} is too short: of {length} bytes from {start} on, "
-                f"{len(data)} are there",
-                hint="run `envstore verify`",
-            )
+            raise self._too_short(key, start, length, len(data))
         return data
+
+    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
+        """Yield exactly ``length`` bytes from ``start``; see ``get_range``."""
+        if start < 0 or length < 0:
+            raise ValueError(f"negative range {start}+{length}")
+        *folders, name = check_key(key)
+        with self._errors("read", key):
+            with self._directory(folders) as parent:
+                file = nofollow.open_object(parent, name)
+            with file:
+                self.traffic.add(requests=1)
+                got = 0
+                while got < length:
+                    wanted = min(_PIECE, length - got)
+                    data = nofollow.read_range(file, start + got, wanted)
+                    self.traffic.add(bytes_in=len(data))
+                    got += len(data)
+                    if len(data) != wanted:
+                        raise self._too_short(key, start, length, got)
+                    yield data
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         """Return the object and its version. Raises ``NotFoundError``."""
@@ -285,6 +304,12 @@ class FileObjects:
             )
         reason = os.strerror(code) if code is not None else str(error)
         return UnavailableError(f"cannot {verb} {path}: {reason}", hint="check that disk")
+
+    def _too_short(self, key: str, start: int, length: int, got: int) -> CorruptError:
+        return CorruptError(
+            f"{self._path(key)} is too short: of {length} bytes from {start} on, {got} are there",
+            hint="run `envstore verify`",
+        )
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else str(self._root)

@@ -33,6 +33,8 @@ _MAX_ATTEMPTS = 6
 _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 4.0
 
+_PIECE = 128 << 10  # bytes handed on at a time
+
 _MAX_OBJECT = 5 << 30  # S3's limit for one PUT
 
 
@@ -100,30 +102,60 @@ class S3Objects:
         name = self._name(key)
         if length == 0:
             return b""  # HTTP has no way to ask for an empty range
-        wanted = f"bytes={start}-{start + length - 1}"
 
         def attempt() -> bytes:
-            try:
-                answer = self._client.get_object(
-                    Bucket=self._location.bucket, Key=name, Range=wanted
-                )
-            except aws.ClientError as error:
-                if s3_errors.status_of(error) == 416:
-                    raise self._too_short(key, start, length, 0) from error
-                raise
-            with closing(answer["Body"]) as body:
-                if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
-                    # Reading on could mean a whole pack for every few bytes.
-                    raise CorruptError(
-                        f"cannot read {key}: {self._endpoint} did not honour a Range header",
-                        hint="whatever stands between here and the server must pass it on",
-                    )
+            with closing(self._open_range(key, name, start, length)) as body:
                 data = self._read(body)
             if len(data) != length:
                 raise self._too_short(key, start, length, len(data))
             return data
 
         return self._request(f"read {key}", attempt)
+
+    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
+        """Yield exactly ``length`` bytes from ``start`` as they arrive, in one attempt.
+
+        Raises as ``get_range``. A connection that cannot be made, or on which nothing arrives,
+        is given up after 0.45 of the time-out.
+        """
+        if start < 0 or length < 0:
+            raise ValueError(f"negative range {start}+{length}")
+        name = self._name(key)
+        if length == 0:
+            return
+        try:
+            with closing(self._open_range(key, name, start, length)) as body:
+                got = 0
+                # Until the end is seen, and not only the last byte: then the connection is free
+                # for others, and an answer that broke off is told from an object too short.
+                while piece := body.read(_PIECE):
+                    self.traffic.add(bytes_in=len(piece))
+                    got += len(piece)
+                    if got > length:
+                        break
+                    yield piece
+        except s3_errors.RAISED as error:
+            raise self._failure(error, f"read {key}").error from error
+        if got != length:
+            raise self._too_short(key, start, length, got)
+        self._bucket_seen = True
+
+    def _open_range(self, key: str, name: str, start: int, length: int) -> Any:
+        wanted = f"bytes={start}-{start + length - 1}"
+        try:
+            answer = self._client.get_object(Bucket=self._location.bucket, Key=name, Range=wanted)
+        except aws.ClientError as error:
+            if s3_errors.status_of(error) == 416:
+                raise self._too_short(key, start, length, 0) from error
+            raise
+        if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
+            answer["Body"].close()
+            # Reading on could mean a whole pack for every few bytes.
+            raise CorruptError(
+                f"cannot read {key}: {self._endpoint} did not honour a Range header",
+                hint="whatever stands between here and the server must pass it on",
+            )
+        return answer["Body"]
 
     def put(self, key: str, data: bytes) -> None:
         """Store ``data`` under ``key`` in one PUT of at most 5 GiB."""
@@ -263,9 +295,7 @@ class S3Objects:
             try:
                 result = attempt()
             except s3_errors.RAISED as error:
-                failure = s3_errors.classify(error, self._location, self._endpoint, action)
-                if proves_bucket and isinstance(failure.error, NotFoundError):
-                    self._require_bucket(error)
+                failure = self._failure(error, action, proves_bucket=proves_bucket)
                 pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (attempts - 1)))  # noqa: S311
                 again = failure.passing and (repeatable or not failure.sent)
                 # A long transfer that fails late has a second chance all the same.
@@ -277,6 +307,14 @@ class S3Objects:
             else:
                 self._bucket_seen |= proves_bucket
                 return result
+
+    def _failure(
+        self, error: Exception, action: str, *, proves_bucket: bool = True
+    ) -> s3_errors.Failure:
+        failure = s3_errors.classify(error, self._location, self._endpoint, action)
+        if proves_bucket and isinstance(failure.error, NotFoundError):
+            self._require_bucket(error)
+        return failure
 
     def _require_bucket(self, error: Exception) -> None:
         """Ask for the bucket, unless it is known to exist, before a 404 is taken at its word.
