@@ -112,7 +112,7 @@ class BlobCache:
         self._partial = os.fsencode(root / "partial")
         self._lock_path = os.fsencode(root / "lock")
         self._touched: dict[bytes, int] = {}
-        with self._errors():
+        with self.errors():
             self._make_directories()
 
     def path(self, name: bytes) -> bytes:
@@ -164,7 +164,7 @@ class BlobCache:
         path = self.path(name)
         if os.path.exists(path):
             return
-        with self._errors():
+        with self.errors():
             try:
                 self._store(path, data)
             except FileNotFoundError:
@@ -182,12 +182,12 @@ class BlobCache:
 
     def drop(self, name: bytes) -> None:
         """Forget one blob, if it is there."""
-        with self._errors(), self._locked() as lock:
+        with self.errors(), self._locked() as lock:
             self._remove(lock, self.path(name))
 
     def usage(self) -> CacheUsage:
         """Return what is accounted for."""
-        with self._errors(), self._locked() as lock:
+        with self.errors(), self._locked() as lock:
             blobs = sum(len(files) for _, _, files in os.walk(self._blobs))
             files = self._list(self._files)
             pinned = sum(item.size for item in files if item.pinned)
@@ -195,7 +195,7 @@ class BlobCache:
 
     def clear(self) -> int:
         """Remove all that is not pinned; returns the bytes freed. Running mounts fetch again."""
-        with self._errors(), self._locked() as lock:
+        with self.errors(), self._locked() as lock:
             before = self._total(lock)
             self._evict(lock, 0)
             return before - self._total(lock)
@@ -205,13 +205,13 @@ class BlobCache:
 
         Without ``evict`` nothing is removed to make room. Raises as ``put`` does.
         """
-        with self._errors():
+        with self.errors():
             fd, partial = self._reserve(size, evict=evict)
             return Filling(fd, partial, size)
 
     def finish(self, filling: Filling, path: bytes) -> None:
         """Give a file that was filled its name below ``files``, unless somebody was first."""
-        with self._errors():
+        with self.errors():
             kept = False
             try:
                 kept = _link(filling.path, path)
@@ -220,13 +220,13 @@ class BlobCache:
 
     def abandon(self, filling: Filling) -> None:
         """Remove a file that was begun, and give its bytes back."""
-        with self._errors():
+        with self.errors():
             self._settle(filling.fd, filling.path, filling.size, kept=False)
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Hold off everybody who would evict something or begin to write."""
-        with self._errors(), self._locked():
+        with self.errors(), self._locked():
             yield
 
     def _store(self, path: bytes, data: bytes | memoryview) -> None:
@@ -401,7 +401,8 @@ class BlobCache:
             os.utime(fd, ns=(now, now))
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
+        """Say of what goes wrong on the disk that it is the cache's."""
         try:
             yield
         except OSError as error:
