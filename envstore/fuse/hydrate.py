@@ -21,7 +21,7 @@ from pathlib import Path
 from envstore.errors import CorruptError, EnvstoreError, NoSpaceError, UsageError
 from envstore.fuse.content import content_from_image
 from envstore.fuse.erofs import ensure_image
-from envstore.fuse.hydrated import Hydrated, Record, cache_errors, claim, save, save_record
+from envstore.fuse.hydrated import Hydrated, Record, claim, save, save_record
 from envstore.fuse.image import make_image
 from envstore.fuse.local import LocalFiles, NewFile
 from envstore.fuse.pace import Pace
@@ -79,7 +79,7 @@ def hydrate(
         raise UsageError("hydrating needs a cache")
     traffic = repository.objects.traffic
     requests, received = traffic.requests, traffic.bytes_in
-    with claim(cache, snapshot) as directory, cache_errors(cache):
+    with claim(cache, snapshot) as directory, cache.errors():
         description = repository.snapshot(snapshot)
         manifest = description.manifest
         root, locations = repository.located(manifest)

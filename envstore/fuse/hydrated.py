@@ -7,7 +7,6 @@ keep them from being evicted. What has a record is whole, for that is written la
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -18,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from envstore.errors import ConflictError, CorruptError, EnvstoreError, NoSpaceError, UsageError
+from envstore.errors import ConflictError, CorruptError, UsageError
 from envstore.fuse.content import Content, content_from_image
 from envstore.fuse.erofs import ensure_image, find_image
 from envstore.fuse.image import make_image
@@ -148,7 +147,7 @@ def drop_hydrated(cache: BlobCache, snapshot: bytes) -> bool:
     directory = _top(cache) / snapshot.hex()
     if not directory.exists():
         return False
-    with claim(cache, snapshot), cache_errors(cache):
+    with claim(cache, snapshot), cache.errors():
         # Without its record it is not whole any more, however far the rest of this comes.
         (directory / _RECORD).unlink(missing_ok=True)
         shutil.rmtree(directory)
@@ -162,7 +161,7 @@ def claim(cache: BlobCache, snapshot: bytes) -> Iterator[Path]:
     Raises ``ConflictError`` when another has it.
     """
     directory = _top(cache) / snapshot.hex()
-    with cache_errors(cache):
+    with cache.errors():
         directory.mkdir(parents=True, mode=0o700, exist_ok=True)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -198,15 +197,3 @@ def save(path: Path, data: bytes) -> None:
 
 def _top(cache: BlobCache) -> Path:
     return cache.root / "hydrated"
-
-
-@contextmanager
-def cache_errors(cache: BlobCache) -> Iterator[None]:
-    """Say of what goes wrong that it is the cache's disk."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"the cache {cache.root}: {error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(reason, hint="free space there") from error
-        raise EnvstoreError(reason) from error

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from envstore.errors import CorruptError, EnvstoreError
+from envstore.errors import CorruptError
 from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache, Filling
 from envstore.store.digest import digest
@@ -28,9 +28,10 @@ _FEW = 8
 class NewFile:
     """One file on its way into ``LocalFiles``. Chunks may come in any order, from any thread."""
 
-    def __init__(self, tree: Tree, node: int, filling: Filling) -> None:
+    def __init__(self, cache: BlobCache, tree: Tree, node: int, filling: Filling) -> None:
         self.node = node
         self.key = tree.content_key(node)
+        self._cache = cache
         self._tree = tree
         self._filling = filling
         self._missing = {ref for ref in tree.file_refs(node) if not tree.is_hole(ref)}
@@ -42,15 +43,19 @@ class NewFile:
             at += tree.chunk_size(ref)
 
     def write(self, ref: int, data: bytes | memoryview) -> None:
-        """Write the chunk of one of the file's references. Raises ``CorruptError``."""
+        """Write the chunk of one of the file's references.
+
+        Raises ``CorruptError``, ``NoSpaceError``.
+        """
         if len(data) != self._tree.chunk_size(ref) or digest(data) != self._tree.chunk_digest(ref):
             raise CorruptError(
                 f"chunk {self._tree.chunk_digest(ref).hex()} is not where its locations say"
             )
         view = memoryview(data)
         start, done = self._offsets[ref], 0
-        while done < len(view):
-            done += os.pwrite(self._filling.fd, view[done:], start + done)
+        with self._cache.errors():
+            while done < len(view):
+                done += os.pwrite(self._filling.fd, view[done:], start + done)
         self._missing.discard(ref)
 
     @property
@@ -78,12 +83,9 @@ class LocalFiles:
 
     def contains(self, key: bytes, size: int) -> bool:
         """Whether the file is there, as long as it should be."""
-        try:
+        with self._cache.errors(), suppress(FileNotFoundError):
             return os.stat(self.path(key)).st_size == size
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise EnvstoreError(f"the cache {self._cache.root}: {error.strerror}") from error
+        return False
 
     def begin(self, tree: Tree, node: int, *, evict: bool = True) -> NewFile:
         """Return a new file for the content of ``node``, to be filled.
@@ -93,7 +95,7 @@ class LocalFiles:
         """
         filling = self._cache.begin(tree.size(node), evict=evict)
         try:
-            return NewFile(tree, node, filling)
+            return NewFile(self._cache, tree, node, filling)
         except BaseException:
             self._cache.abandon(filling)
             raise
@@ -106,19 +108,18 @@ class LocalFiles:
         """
         named = 0
         try:
-            for file in files:
-                if not file.complete:
-                    raise CorruptError(f"file {file.key.hex()} is not complete")
-                os.fchmod(file.filling.fd, 0o444)
-            self._write_out(files)
-            now = time.time_ns()
-            for file in files:
-                # Last used now, not when its turn in the batch came.
-                os.utime(file.filling.fd, ns=(now, now))
-                named += 1
-                self._cache.finish(file.filling, self.path(file.key))
-        except OSError as error:
-            raise EnvstoreError(f"the cache {self._cache.root}: {error.strerror}") from error
+            with self._cache.errors():
+                for file in files:
+                    if not file.complete:
+                        raise CorruptError(f"file {file.key.hex()} is not complete")
+                    os.fchmod(file.filling.fd, 0o444)
+                self._write_out(files)
+                now = time.time_ns()
+                for file in files:
+                    # Last used now, not when its turn in the batch came.
+                    os.utime(file.filling.fd, ns=(now, now))
+                    named += 1
+                    self._cache.finish(file.filling, self.path(file.key))
         finally:
             self.abandon(files[named:])
 

@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_no_half_image(tmp_path: Path) -> None:
             ensure_image(tree, MANIFEST, tmp_path)
         assert os.listdir(tmp_path) == []
     finally:
-        subprocess.run(["umount", tmp_path], check=True)
+        subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
 def test_the_checkers_are_here() -> None:
