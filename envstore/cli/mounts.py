@@ -1,4 +1,4 @@
-"""``mount``, ``umount`` and ``mounts``: snapshots as directories."""
+"""``mount``, ``umount``, ``mounts`` and ``remount``: snapshots as directories."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,8 +14,10 @@ from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
 from envstore.cli.params import PathType, ref_argument
+from envstore.errors import EnvstoreError
 
 if TYPE_CHECKING:
+    from envstore.fuse.keeping import MountRequest
     from envstore.fuse.records import MountRecord
 
 _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
@@ -26,6 +28,7 @@ _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
     examples="""
         envstore mount analysis /mnt/analysis                in the background
         envstore mount --allow-other llama:8b /srv/llama     for every user of the machine
+        envstore mount --profile serve llama:8b /srv/llama   fetch ahead what serving reads
         envstore mount --foreground analysis ./env           until Ctrl-C, log on the terminal
     """,
 )
@@ -37,46 +40,104 @@ _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
     is_flag=True,
     help="Let other users in. Needs root, or user_allow_other in /etc/fuse.conf.",
 )
+@click.option(
+    "--profile",
+    metavar="NAME",
+    default="",
+    help="Start profile to fetch ahead; `none` for none. Default: the one that fits.",
+)
+@click.option(
+    "--fast-path",
+    type=click.Choice(("auto", "on", "off")),
+    default="auto",
+    show_default=True,
+    help="Let the kernel serve names and local files by itself. Needs root.",
+)
+@click.option(
+    "--node",
+    type=click.Choice(("auto", "on", "off")),
+    default="auto",
+    show_default=True,
+    help="Use the node server, which shares memory and cache between mounts. Needs root.",
+)
+@click.option(
+    "--timeout",
+    "patience",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    envvar="ENVSTORE_READ_TIMEOUT",
+    default=300.0,
+    show_default=True,
+    help="How long a read waits for a store that does not answer.",
+)
+@click.option(
+    "--metrics",
+    metavar="ADDRESS",
+    default="",
+    help="Serve Prometheus metrics on HOST:PORT or at the path of a socket.",
+)
 @click.pass_obj
 def mount(
-    settings: Settings, ref: str, directory: Path, foreground: bool, allow_other: bool
+    settings: Settings,
+    ref: str,
+    directory: Path,
+    foreground: bool,
+    allow_other: bool,
+    profile: str,
+    fast_path: str,
+    node: str,
+    patience: float,
+    metrics: str,
 ) -> None:
     """Mount REF, read-only, on an empty directory.
 
     Returns when the mount answers. Files are fetched when they are read, verified, and kept in
     the cache. The mount is of the snapshot that REF points at now; it stays the same if REF
-    moves.
+    moves. It outlives the process that serves it: see `envstore mounts`.
     """
     settings.export_cache()
     settings.require_store()
     started = time.monotonic()
+    from envstore.fuse.keeping import MountRequest
+
+    request = MountRequest(
+        settings.url,
+        ref,
+        str(directory),
+        allow_other,
+        profile=profile,
+        fast_path=fast_path,
+        patience=patience,
+        metrics=metrics,
+    )
     if foreground:
-        _serve(settings, ref, directory, allow_other, started)
-        return
-    from envstore.fuse.background import MountRequest, start_background
+        raise SystemExit(_hold(settings, request, started))
+    from envstore.fuse.background import start_mount
 
-    record = start_background(MountRequest(settings.url, ref, str(directory), allow_other))
-    _print_mounted(settings, record, started)
+    _print_mounted(settings, start_mount(request, node), started)
 
 
-def _serve(
-    settings: Settings, ref: str, directory: Path, allow_other: bool, started: float
-) -> None:
-    from envstore.fuse.mount import serve
+def _hold(settings: Settings, request: MountRequest, started: float) -> int:
+    from envstore.fuse.background import hold
+    from envstore.fuse.records import MountRecord
+    from envstore.fuse.sockets import raised
 
     if not settings.verbose:
         import logging
 
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    with settings.open() as repository:
-        serve(
-            repository,
-            repository.resolve(ref),
-            directory,
-            name=ref,
-            allow_other=allow_other,
-            ready=lambda record: _print_mounted(settings, record, started),
-        )
+    failed: list[EnvstoreError] = []
+
+    def say(answer: dict[str, Any]) -> None:
+        if "error" in answer:
+            failed.append(raised(answer["error"]))
+        else:
+            _print_mounted(settings, MountRecord(**answer["mounted"]), started)
+
+    status = hold(request, say)
+    if failed:
+        raise failed[0]
+    return status
 
 
 def _print_mounted(settings: Settings, record: MountRecord, started: float) -> None:
@@ -131,32 +192,65 @@ def umount(settings: Settings, directory: Path, lazy: bool) -> None:
     cls=Command,
     examples="""
         envstore mounts
-        envstore --json mounts      with process, log file and statistics socket
+        envstore --json mounts      with processes, log file and sockets
     """,
 )
 @click.pass_obj
 def mounts(settings: Settings) -> None:
-    """List your mounts and whether their servers live."""
-    from envstore.fuse.mount import active_mounts
+    """List your mounts: state, restarts, what was fetched, and how much the cache held."""
+    from envstore.fuse.overview import overview
 
-    found = active_mounts()
+    found = overview()
     if settings.json:
-        listed = [{**asdict(record), "alive": alive} for record, alive in found]
-        output.result({"mounts": listed})
+        output.result({"mounts": [asdict(one) for one in found]})
         return
     if not found:
         output.note(settings, "nothing is mounted")
         return
     output.table(
-        ("MOUNT POINT", "REF", "DIGEST", "SINCE", "SERVER"),
+        ("MOUNT POINT", "REF", "DIGEST", "SINCE", "STATE", "RESTARTS", "FETCHED", "HITS"),
         [
             (
-                output.printable(record.mountpoint),
-                output.printable(record.name),
-                f"@{record.snapshot[:12]}",
-                output.age(record.started),
-                f"process {record.pid}" if alive else "dead: envstore umount it",
+                output.printable(one.mountpoint),
+                output.printable(one.ref),
+                f"@{one.digest[:12]}",
+                output.age(one.started),
+                one.state if one.state != "dead" else "dead: envstore umount it",
+                str(one.restarts),
+                output.size(one.bytes_fetched),
+                "-" if one.hit_rate is None else f"{one.hit_rate:.0%}",
             )
-            for record, alive in found
+            for one in found
         ],
+    )
+
+
+@click.command(
+    cls=Command,
+    examples="""
+        envstore remount --upgrade /mnt/analysis      after pip install --upgrade envstore
+    """,
+)
+@click.argument("directory", metavar="DIR", type=_DIRECTORY)
+@click.option(
+    "--upgrade", is_flag=True, required=True, help="Replace the code that serves the mount."
+)
+@click.pass_obj
+def remount(settings: Settings, directory: Path, upgrade: bool) -> None:
+    """Have a live mount served by this version of envstore.
+
+    Nothing is unmounted: open files stay open, and whoever reads meanwhile waits for
+    milliseconds.
+    """
+    from envstore.fuse.upgrade import upgrade_mount
+
+    started = time.monotonic()
+    found = upgrade_mount(directory)
+    seconds = time.monotonic() - started
+    where = output.printable(os.path.abspath(directory))
+    if settings.json:
+        output.result({"mountpoint": where, **found, "seconds": round(seconds, 3)})
+        return
+    output.summary(
+        settings, f"{where} is served by version {found['version']}, process {found['server_pid']}"
     )

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FUSEError, InodeT
 
-from envstore.fuse.tree import Attributes, Tree
+from envstore.fuse.forest import Forest
+from envstore.fuse.metrics import Metrics
+from envstore.fuse.tree import Attributes
 from envstore.store.source import Kind
 
 FOREVER = 10 * 365 * 86_400
@@ -26,34 +27,43 @@ FOREVER = 10 * 365 * 86_400
 BLOCK = 4096
 _NAME_MAX = 255
 _ENTRIES = 20_000
+_SLOT_SHIFT = 32
+_NODE = (1 << _SLOT_SHIFT) - 1
 
 
-class Content(Protocol):
-    """Where the bytes of files come from. Both raise ``OSError`` and nothing else."""
+class Files(Protocol):
+    """Where the bytes of files come from. Reading raises ``OSError`` and nothing else."""
 
-    def read_now(self, node: int, offset: int, size: int) -> bytes | None:
+    def read_now(self, slot: int, node: int, offset: int, size: int) -> bytes | None:
         """Return a range of a file, clipped to its end; ``None`` if that takes waiting."""
         ...
 
-    async def read(self, node: int, offset: int, size: int) -> bytes:
+    async def read(self, slot: int, node: int, offset: int, size: int) -> bytes:
         """Return a range of a file, clipped to its end."""
+        ...
+
+    def opened(self, slot: int, node: int) -> None:
+        """Learn that a file was opened."""
+        ...
+
+    async def revive(self, slot: int) -> bool:
+        """Bring back a snapshot that was dropped while the kernel still knew of it."""
         ...
 
 
 class SnapshotOperations(pyfuse3.Operations):
-    """The read-only file system of one ``Tree``."""
+    """The read-only file system of one ``Forest``."""
 
-    def __init__(self, tree: Tree, content: Content, requests: Counter[str]) -> None:
-        """Serve ``tree`` with the bytes of ``content``; ``requests`` counts by name."""
+    def __init__(self, forest: Forest, files: Files, metrics: Metrics) -> None:
+        """Serve ``forest`` with the bytes of ``files``; ``metrics`` counts requests."""
         super().__init__()
-        self._tree = tree
-        self._content = content
-        self._requests = requests
+        self._forest = forest
+        self._files = files
+        self._requests = metrics.requests
         self._uid, self._gid = os.getuid(), os.getgid()
         self._entries: dict[int, EntryAttributes] = {}
-        self._absent = EntryAttributes()
-        self._absent.st_ino = InodeT(0)
-        self._absent.entry_timeout = self._absent.attr_timeout = FOREVER
+        self._absent = _absence(FOREVER)
+        self._absent_now = _absence(0)
         self.on_init: Callable[[], object] = lambda: None
 
     def init(self) -> None:
@@ -65,28 +75,35 @@ class SnapshotOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Find a name; that there is none is an answer the kernel may keep, too."""
         self._requests["lookup"] += 1
-        node = self._tree.lookup(self._checked(parent_inode), name)
-        return self._absent if node is None else self._entry(node)
+        await self._know(parent_inode)
+        node = self._forest.lookup(parent_inode, name)
+        if node is None:
+            return self._absent if self._forest.lasting(parent_inode) else self._absent_now
+        return self._entry(node)
 
     async def getattr(
         self, inode: InodeT, ctx: pyfuse3.RequestContext | None = None
     ) -> EntryAttributes:
         """Return a node's attributes."""
         self._requests["getattr"] += 1
-        return self._entry(self._checked(inode))
+        await self._know(inode)
+        return self._entry(inode)
 
     async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
         """Return where a link points."""
         self._requests["readlink"] += 1
-        return FileNameT(self._tree.target(self._checked(inode, Kind.SYMLINK)))
+        await self._know(inode, Kind.SYMLINK)
+        return FileNameT(self._forest.target(inode))
 
     async def open(self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
-        """Allow reading; the handle is the node, and what the kernel has cached stays."""
+        """Allow reading; the handle is slot and node, and what the kernel has cached stays."""
         self._requests["open"] += 1
-        node = self._checked(inode, Kind.FILE)
+        await self._know(inode, Kind.FILE)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
-        return FileInfo(fh=FileHandleT(node), keep_cache=True)
+        slot, node = self._forest.place(inode)
+        self._files.opened(slot, node)
+        return FileInfo(fh=FileHandleT(slot << _SLOT_SHIFT | node), keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Return a range of a file.
@@ -95,10 +112,16 @@ class SnapshotOperations(pyfuse3.Operations):
         the kernel would answer the reader with EIO.
         """
         self._requests["read"] += 1
-        node = self._checked(fh, Kind.FILE)
+        slot, node = fh >> _SLOT_SHIFT, fh & _NODE
         try:
-            data = self._content.read_now(node, off, size)
-            return data if data is not None else await self._content.read(node, off, size)
+            if self._forest.node(slot, node) is None:
+                raise FUSEError(errno.EINVAL)
+        except KeyError:
+            if not await self._files.revive(slot) or self._forest.node(slot, node) is None:
+                raise FUSEError(errno.ESTALE) from None
+        try:
+            data = self._files.read_now(slot, node, off, size)
+            return data if data is not None else await self._files.read(slot, node, off, size)
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from error
 
@@ -108,16 +131,17 @@ class SnapshotOperations(pyfuse3.Operations):
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
         """Allow listing; the handle is the node."""
         self._requests["opendir"] += 1
-        return FileHandleT(self._checked(inode, Kind.DIRECTORY))
+        await self._know(inode, Kind.DIRECTORY)
+        return FileHandleT(inode)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List a directory from an offset on; offsets count entries."""
         self._requests["readdir"] += 1
-        tree, node = self._tree, self._checked(fh, Kind.DIRECTORY)
-        for position in range(start_id, tree.child_count(node)):
-            child = tree.child(node, position)
-            name = FileNameT(tree.name(child))
-            if not pyfuse3.readdir_reply(token, name, self._entry(child), position + 1):
+        node = InodeT(fh)
+        await self._know(node, Kind.DIRECTORY)
+        for position, (name, child) in enumerate(self._forest.listing(node, start_id), start_id):
+            entry = self._entry(child)
+            if not pyfuse3.readdir_reply(token, FileNameT(name), entry, position + 1):
                 break
 
     async def releasedir(self, fh: FileHandleT) -> None:
@@ -127,13 +151,13 @@ class SnapshotOperations(pyfuse3.Operations):
         """Nothing is remembered of what the kernel knows."""
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """Return the snapshot's size; nothing is free."""
+        """Return the size of all snapshots here; nothing is free."""
         self._requests["statfs"] += 1
-        totals = self._tree.totals
+        totals = [self._forest.tree(slot).totals for slot in self._forest.slots]
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = BLOCK
-        data.f_blocks = -(-totals.logical // BLOCK)
-        data.f_files = totals.entries + 1
+        data.f_blocks = sum(-(-total.logical // BLOCK) for total in totals)
+        data.f_files = sum(total.entries + 1 for total in totals)
         data.f_namemax = _NAME_MAX
         return data
 
@@ -152,13 +176,19 @@ class SnapshotOperations(pyfuse3.Operations):
         self._requests["listxattr"] += 1
         raise FUSEError(errno.ENOSYS)
 
-    def _checked(self, node: int, kind: Kind | None = None) -> int:
-        """Refuse nodes that are not in the tree, or of another kind."""
-        if node not in self._tree:
-            raise FUSEError(errno.ESTALE)
-        if kind is not None and self._tree.kind(node) is not kind:
+    async def _know(self, node: int, kind: Kind | None = None) -> None:
+        """Refuse ids that are not of this file system, or of another kind than asked for."""
+        try:
+            found = self._forest.kind(node)
+        except KeyError:
+            if not await self._files.revive(node >> _SLOT_SHIFT):
+                raise FUSEError(errno.ESTALE) from None
+            try:
+                found = self._forest.kind(node)
+            except KeyError:
+                raise FUSEError(errno.ESTALE) from None
+        if kind is not None and found is not kind:
             raise FUSEError(errno.EINVAL)
-        return node
 
     def _entry(self, node: int) -> EntryAttributes:
         """Return a node's attributes; making them takes longer than all else in most answers."""
@@ -166,7 +196,7 @@ class SnapshotOperations(pyfuse3.Operations):
         if entry is None:
             if len(self._entries) >= _ENTRIES:
                 self._entries.clear()
-            entry = self._entries[node] = self._made(self._tree.attributes(node))
+            entry = self._entries[node] = self._made(self._forest.attributes(node))
         return entry
 
     def _made(self, attributes: Attributes) -> EntryAttributes:
@@ -181,3 +211,11 @@ class SnapshotOperations(pyfuse3.Operations):
         entry.st_mtime_ns = entry.st_atime_ns = entry.st_ctime_ns = attributes.mtime_ns
         entry.entry_timeout = entry.attr_timeout = FOREVER
         return entry
+
+
+def _absence(seconds: int) -> EntryAttributes:
+    """Return that there is no such name, which the kernel may believe for so long."""
+    absent = EntryAttributes()
+    absent.st_ino = InodeT(0)
+    absent.entry_timeout = absent.attr_timeout = seconds
+    return absent

@@ -12,6 +12,8 @@ OLDEST_MINOR = 31
 """Linux 5.4. Older kernels lay out nothing of this differently, but nobody tries them."""
 
 OPCODE_INIT = 26
+NOTIFY_RESEND = 7
+"""Sent where an answer has its error number (Linux 6.9)."""
 
 
 class Flag:

@@ -13,8 +13,9 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError
 from envstore.store.digest import digest
@@ -24,22 +25,34 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 @dataclass(frozen=True, slots=True)
 class MountRecord:
-    """One mount as its server described it.
+    """One mount as its holder described it.
 
     ``name`` is what the user asked for, ``snapshot`` and ``manifest`` are hex digests, ``store``
-    a URL without secrets, ``started`` RFC 3339 UTC. ``log`` and ``stats`` are paths; ``stats`` is
-    a socket that answers each connection with one JSON object.
+    a URL without secrets, ``started`` RFC 3339 UTC. ``log``, ``stats`` and ``control`` are paths;
+    the last two are sockets (see ``stats.read_stats`` and ``Holder``). ``node`` is the control
+    socket of the node server that serves the mount, empty if it has a server of its own.
     """
 
     mountpoint: str
     name: str
     snapshot: str
     manifest: str
-    pid: int
+    holder_pid: int
     store: str
     started: str
     log: str
     stats: str
+    control: str
+    fast_path: bool = False
+    node: str = ""
+
+    def encode(self) -> dict[str, Any]:
+        """Return the record as JSON."""
+        return asdict(self)
+
+    def with_holder(self, pid: int) -> MountRecord:
+        """Return the record of the same mount in other hands."""
+        return replace(self, holder_pid=pid)
 
 
 def state_directory() -> Path:
@@ -59,6 +72,8 @@ class RecordFiles:
         self.record = self.directory / f"{self.id}.json"
         self.log = self.directory / f"{self.id}.log"
         self.stats = self.directory / f"{self.id}.sock"
+        self.control = self.directory / f"{self.id}.control"
+        self._private = self.directory / f"{self.id}.fuse"
         self._lock = self.directory / f"{self.id}.lock"
 
     def prepare(self) -> None:
@@ -127,9 +142,19 @@ class RecordFiles:
             raise _state_error(self.record, error) from error
 
     def clear(self) -> None:
-        """Remove record and socket; the log stays for whoever wants to know what happened."""
-        for path in (self.record, self.stats):
+        """Remove record and sockets; the log stays for whoever wants to know what happened."""
+        for path in (self.record, self.stats, self.control):
             path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._private.rmdir()
+
+    def make_private(self) -> str:
+        """Make and return a directory to mount on what is not meant to be seen."""
+        try:
+            self._private.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise _state_error(self._private, error) from error
+        return str(self._private)
 
 
 def list_records() -> Iterator[tuple[MountRecord, bool]]:

@@ -1,4 +1,8 @@
-"""Runs the event loop behind a live mount. Nothing here knows how the mount was made."""
+"""One server process: prepares, waits for its turn, and answers a live mount until it is gone.
+
+Nothing here knows how the mount was made, and nothing that a server knows is lost with it: the
+holder keeps all that the next one needs.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +12,205 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import pyfuse3
 import trio
 
-from envstore.errors import EnvstoreError, UsageError
+from envstore.errors import EnvstoreError
 from envstore.fuse import stats
-from envstore.fuse.complaints import Complaints
-from envstore.fuse.content import Content
-from envstore.fuse.loader import FrameLoader
-from envstore.fuse.metrics import Metrics
+from envstore.fuse.channel import Channel, Message
+from envstore.fuse.holder import BEAT, write_state
+from envstore.fuse.keeping import Keepsake, Kept
 from envstore.fuse.operations import SnapshotOperations
-from envstore.fuse.reader import Reader
-from envstore.fuse.session import BusyError, Session, close_mount
-from envstore.store.repository import Repository
+from envstore.fuse.session import Session
+from envstore.fuse.sockets import told
+from envstore.fuse.volumes import Volumes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 _log = logging.getLogger(__name__)
 
 
-def serve_session(
-    session: Session,
-    content: Content,
-    repository: Repository,
-    stats_socket: Path,
-    ready: Callable[[], None],
-) -> None:
-    """Answer a live mount until it is gone; ``ready`` is called when it answers.
+def run_server(channel: Channel) -> int:
+    """Do what the holder at the other end of ``channel`` says; returns an exit status.
 
-    What is known here beyond ``content`` makes things faster, never different: a server that
-    takes over in the middle gives the same answers. Call from the main thread.
+    Call from the main thread of a fresh process.
     """
-    if repository.cache is None:
-        raise UsageError("a mount needs a cache")
-    metrics, complaints = Metrics(), Complaints(_log)
-    fetcher, cache = repository.fetcher, repository.cache
-    _hold_little_memory()
+    return _Server(channel).run()
 
-    async def main() -> None:
-        loader = FrameLoader(fetcher, cache, metrics, complaints)
-        reader = Reader(content.tree, content.locations, loader, cache, metrics, complaints)
 
-        def report() -> dict[str, object]:
-            return metrics.report(fetcher, repository.objects, reader.used())
+@dataclass(slots=True, eq=False)
+class _Server:
+    """What the holder has said so far."""
 
+    channel: Channel
+    kept: Kept = field(init=False)
+    volumes: Volumes = field(init=False)
+
+    def run(self) -> int:
+        message = self.channel.receive()
+        if message is None or message.kind != "kept":
+            return 0
+        self.kept = Kept.received(message.body, message.files)
+        self.volumes = Volumes(self.kept.request, self._keep)
+        while (message := self.channel.receive()) is not None:
+            match message.kind:
+                case "keep" | "drop":
+                    self._told(message)
+                case "kept":
+                    self._told_again(message)
+                case "load":
+                    if not self._load():
+                        return 1
+                case "prepare":
+                    self.volumes.prepare()
+                    _hold_little_memory()
+                    self.channel.send("ready")
+                case "go":
+                    return self._serve()
+                case "end":
+                    return 0
+        return 0  # the holder is gone, and somebody else is serving
+
+    def _keep(self, key: str, keepsake: Keepsake) -> None:
+        """Have the holder keep something, and keep it here."""
+        self.channel.send("keep", keepsake.files, key=key, body=keepsake.body)
+        self.kept.keepsakes[key] = keepsake
+
+    def _told(self, message: Message) -> None:
+        key = message.body["key"]
+        if message.kind == "drop":
+            self.kept.keepsakes.pop(key, None)
+            self.volumes.drop(key)
+            return
+        keepsake = Keepsake(message.body["body"], message.files)
+        self.kept.keepsakes[key] = keepsake
+        self.volumes.restore(key, keepsake)
+
+    def _told_again(self, message: Message) -> None:
+        keepsakes = self.kept.keepsakes
+        for fd in (*self.kept.files.values(), self.kept.fuse):
+            if fd >= 0:
+                os.close(fd)
+        self.kept = Kept.received(message.body, message.files)
+        self.kept.keepsakes = keepsakes
+
+    def _load(self) -> bool:
+        """Load what the mount is made for; says how that went."""
+        try:
+            loaded = self.volumes.load()
+        except EnvstoreError as error:
+            self.channel.send("failed", **told(error))
+            return False
+        except Exception as error:  # noqa: BLE001 - the log is the only place for a traceback
+            _log.exception("the server failed")
+            failure = EnvstoreError(f"the mount server failed: {error!r}", hint="see the log")
+            self.channel.send("failed", **told(failure))
+            return False
+        self.channel.send("loaded", **loaded)
+        return True
+
+    def _serve(self) -> int:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _hold_little_memory()
+        trio.run(self._main)
+        return 0
+
+    async def _main(self) -> None:
+        volumes, kept = self.volumes, self.kept
+        getattr(volumes.metrics, "restore", int)(kept.files["counters"])
         async with trio.open_nursery() as nursery:
-            await nursery.start(loader.run)
-            await nursery.start(stats.answer, stats_socket, report)
-            await nursery.start(_unmount_on_signal, session.mountpoint, nursery.cancel_scope)
-            _attach(session, SnapshotOperations(content.tree, reader, metrics.requests))
+            await volumes.start(nursery)
+            listener = _listener(kept.files["stats"])
+            await nursery.start(stats.answer, listener, self._report)
+            nursery.start_soon(self._beat)
+            nursery.start_soon(self._obey)
+            _attach(kept.session(), SnapshotOperations(volumes.forest, volumes, volumes.metrics))
             try:
-                ready()
+                await self._send("serving")
                 await pyfuse3.main()
             finally:
                 pyfuse3.close(unmount=False)
+                self._save()
             nursery.cancel_scope.cancel()
-        _log.info("%s is unmounted: %s", session.mountpoint, json.dumps(report()))
+        _log.info("%s is unmounted: %s", kept.request.mountpoint, json.dumps(self._report()))
 
-    trio.run(main)
+    def _report(self) -> dict[str, object]:
+        return {**self.volumes.report(), "restarts": self.kept.restarts}
+
+    def _save(self) -> None:
+        getattr(self.volumes.metrics, "save", int)(self.kept.files["counters"])
+
+    async def _beat(self) -> None:
+        """Show the holder that the loop turns, and leave the counts where the next server looks."""
+        while True:
+            await self._send("beat")
+            self._save()
+            await trio.sleep(BEAT)
+
+    async def _send(self, kind: str) -> None:
+        try:
+            self.channel.send(kind)
+        except OSError as error:
+            _log.debug("the holder does not hear: %s", error)
+
+    async def _obey(self) -> None:
+        """Do what the holder says while serving; take its place when it is no more."""
+        while True:
+            await trio.lowlevel.wait_readable(self.channel.socket)
+            message = self.channel.receive()
+            if message is None:
+                await trio.to_thread.run_sync(self._replace_holder)
+                continue
+            match message.kind:
+                case "retire":
+                    self._save()
+                    _log.info("making way for the next server")
+                    os._exit(0)
+                case "end":
+                    return
+
+    def _replace_holder(self) -> None:
+        """Start another holder for this mount, with this server as its server."""
+        _log.error("the holder is gone: starting another")
+        ours, theirs = Channel.pair()
+        pidfd = os.pidfd_open(os.getpid())
+        server = {"pid": os.getpid(), "pidfd": pidfd, "channel": theirs.fileno()}
+        state = write_state({"kept": self.kept.save(), "server": server})
+        inherited = (*self.kept.descriptors(), pidfd, theirs.fileno(), state)
+        program = [sys.executable, "-P", background_script(), "--resume", str(state)]
+        try:
+            subprocess.Popen(
+                program, pass_fds=inherited, start_new_session=True, stdin=subprocess.DEVNULL
+            )
+        except OSError as error:
+            _log.error("no other holder can be started: %s", error)
+            ours.close()
+        else:
+            self.channel.close()
+            self.channel = ours
+        finally:
+            theirs.close()
+            os.close(pidfd)
+            os.close(state)
+
+
+def background_script() -> str:
+    """Return the program that is a holder."""
+    from envstore.fuse import background
+
+    return os.path.abspath(background.__file__)
+
+
+def _listener(fd: int) -> trio.SocketListener:
+    """Return a listening socket that others have open, too."""
+    listener = trio.socket.from_stdlib_socket(socket.socket(fileno=os.dup(fd)))
+    return trio.SocketListener(listener)
 
 
 def _attach(session: Session, operations: SnapshotOperations) -> None:
@@ -84,35 +225,6 @@ def _attach(session: Session, operations: SnapshotOperations) -> None:
     os.close(outlet)
     operations.on_init = partial(os.dup2, session.fd, inlet, inheritable=False)
     pyfuse3.init(operations, f"/dev/fd/{inlet}", set(pyfuse3.default_options))
-
-
-async def _unmount_on_signal(
-    mountpoint: str,
-    everything: trio.CancelScope,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """On SIGTERM or SIGINT unmount, which ends the server; on the second one end at once."""
-    asked = False
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-        task_status.started()
-        async for number in received:
-            _log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
-            if asked:
-                everything.cancel()
-                return
-            asked = True
-            # In a thread: the kernel may ask this very server while it unmounts.
-            await trio.to_thread.run_sync(_detach, mountpoint)
-
-
-def _detach(mountpoint: str) -> None:
-    try:
-        close_mount(mountpoint)
-    except BusyError:
-        _log.warning("%s is in use: detached, serving until the last user is gone", mountpoint)
-        close_mount(mountpoint, lazy=True)
-    except EnvstoreError as error:
-        _log.warning("%s", error)
 
 
 def _hold_little_memory() -> None:

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import socket
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from envstore.errors import AccessDeniedError, EnvstoreError, NotFoundError, UnsupportedFormatError
 from envstore.fuse import protocol
+from envstore.fuse.mountinfo import MountInfo, find_mount
 from envstore.fuse.protocol import Flag
 
 DEVICE = "/dev/fuse"
 SUBTYPE = "envstore"
 INSTALL_HINT = "apt-get install fuse3"
 
+READAHEAD_KIB = 1024
+"""What the kernel reads ahead where it lets us say so; requests are at most this large."""
+
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+_MS_BIND = 4096
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 
 # Not among them: AUTO_INVAL_DATA, which would have the kernel doubt contents that cannot change,
@@ -34,6 +41,8 @@ _WANTED = (
 _PAGES = 256
 _BACKGROUND = 64
 _MAX_WRITE = 4096
+
+_log = logging.getLogger(__name__)
 
 
 class BusyError(EnvstoreError):
@@ -190,6 +199,44 @@ def close_mount(mountpoint: str, *, lazy: bool = False) -> None:
             if "busy" in error.message:
                 raise _busy(mountpoint) from error
             raise
+
+
+def is_ours(mounted: MountInfo) -> bool:
+    """Whether a mount is one of envstore's."""
+    if mounted.type == "overlay":
+        return mounted.source.startswith("envstore:")
+    return mounted.type == f"fuse.{SUBTYPE}"
+
+
+def raise_readahead(mountpoint: str) -> None:
+    """Let the kernel read ahead further than its 128 KiB, where it allows it (root)."""
+    mounted = find_mount(mountpoint)
+    if mounted is None or os.geteuid() != 0:
+        return
+    try:
+        Path(f"/sys/class/bdi/{mounted.device}/read_ahead_kb").write_text(str(READAHEAD_KIB))
+    except OSError as error:
+        _log.info("kernel readahead stays as it is: %s", error)
+
+
+def resend(fd: int) -> None:
+    """Have the kernel ask again everything that was asked and not answered (Linux 6.9).
+
+    Call when the server that was asked is gone and before the next one begins.
+    """
+    os.write(fd, protocol.OUT_HEADER.pack(protocol.OUT_HEADER.size, protocol.NOTIFY_RESEND, 0))
+
+
+def bind(source: str, target: str) -> None:
+    """Let the directory ``source`` of a mount appear on ``target``, too. Needs root.
+
+    Raises ``AccessDeniedError``, ``EnvstoreError``.
+    """
+    try:
+        _call("mount", os.fsencode(source), os.fsencode(target), None, _MS_BIND, None)
+    except OSError as error:
+        kind = AccessDeniedError if error.errno in (errno.EPERM, errno.EACCES) else EnvstoreError
+        raise kind(f"cannot mount on {target}: {error.strerror}") from error
 
 
 def _busy(mountpoint: str) -> BusyError:

@@ -1,0 +1,73 @@
+"""Messages with open files between the processes of one mount: JSON over a packet socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+MAX_MESSAGE = 128 << 10
+_MAX_FILES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message: what it is about, further fields, and descriptors that now are the reader's."""
+
+    kind: str
+    body: dict[str, Any]
+    files: tuple[int, ...] = ()
+
+
+class Channel:
+    """One end of a pair. Messages arrive whole and in order; not for use by several threads."""
+
+    def __init__(self, end: socket.socket) -> None:
+        """Take over one end of a connected ``SOCK_SEQPACKET`` pair."""
+        self.socket = end
+
+    @staticmethod
+    def pair() -> tuple[Channel, Channel]:
+        """Return two connected ends."""
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (one, other):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_MESSAGE)
+        return Channel(one), Channel(other)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for poll(2)."""
+        return self.socket.fileno()
+
+    def send(self, kind: str, files: tuple[int, ...] = (), **body: object) -> None:
+        """Send one message; the ``files`` stay open here, too.
+
+        Raises ``OSError`` when nobody is at the other end, or it has stopped reading.
+        """
+        data = json.dumps({"kind": kind, **body}).encode()
+        if files:
+            socket.send_fds(self.socket, [data], list(files))
+        else:
+            self.socket.send(data)
+
+    def receive(self) -> Message | None:
+        """Return the next message, waiting for it as the socket does; ``None`` at the end."""
+        try:
+            data, files, flags, _ = socket.recv_fds(self.socket, MAX_MESSAGE, _MAX_FILES)
+        except ConnectionResetError:
+            return None
+        if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            for fd in files:
+                os.close(fd)
+            return None
+        for fd in files:
+            os.set_inheritable(fd, False)
+        body = json.loads(data)
+        return Message(body.pop("kind"), body, tuple(files))
+
+    def close(self) -> None:
+        """Hang up."""
+        with contextlib.suppress(OSError):
+            self.socket.close()

@@ -1,0 +1,54 @@
+"""Lays the fast path of a mount: names from an image, files from disk, the rest from a server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from envstore.errors import EnvstoreError
+from envstore.fuse.content import Content
+from envstore.fuse.erofs import ensure_image
+from envstore.fuse.forest import OBJECTS
+from envstore.fuse.local import LocalFiles
+from envstore.fuse.overlay import mount_fast
+from envstore.fuse.session import bind, close_mount
+from envstore.store.cache import BlobCache
+
+_log = logging.getLogger(__name__)
+
+
+def prepare_fast_path(content: Content, cache: BlobCache) -> dict[str, Any]:
+    """Return what ``lay_fast_path`` needs of a snapshot, after writing its image if need be.
+
+    Raises ``EnvstoreError`` when the tree cannot be represented, or the image not be written.
+    """
+    image = ensure_image(content.tree, content.manifest, cache.root / "images")
+    return {"image": str(image), "local": str(LocalFiles(cache).directory)}
+
+
+def lay_fast_path(
+    parts: dict[str, Any], server: str, subtree: str, mountpoint: str, source: str
+) -> bool:
+    """Mount a snapshot on ``mountpoint`` over ``parts`` and the server mounted on ``server``.
+
+    Where the kernel cannot, the server's ``subtree`` of the snapshot is shown instead, and
+    ``False`` returned. Call from another process than the server's. Raises ``EnvstoreError``.
+    """
+    objects = Path(server) / os.fsdecode(OBJECTS)
+    try:
+        mount_fast(Path(parts["image"]), Path(parts["local"]), objects, mountpoint, source=source)
+    except EnvstoreError as error:
+        _log.warning("no fast path: %s", error)
+        bind(os.path.join(server, subtree), mountpoint)
+        return False
+    return True
+
+
+def hide(server: str) -> None:
+    """Take the server's own mount out of sight; what was laid over it goes on using it."""
+    close_mount(server, lazy=True)
+    with contextlib.suppress(OSError):
+        os.rmdir(server)

@@ -1,0 +1,235 @@
+"""The name space of one server: one snapshot by itself, or any number of them side by side.
+
+Alone, a snapshot's nodes are the file system's. Several stand below a root of their own, each
+in a slot: the number in the upper half of a node id. Files of equal content and attributes have one
+id whatever snapshot they are met in, so that the kernel caches them once: a keyed hash, which
+nobody without the key can make collide, and which says nothing about where the file is. What the
+kernel was told of is noted beside each snapshot, where the next server finds it again.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from envstore.errors import CorruptError
+from envstore.fuse.tree import ROOT, Attributes, Tree
+from envstore.store.entries import NORMAL_MTIME_NS
+from envstore.store.source import Kind
+
+SECRET_SIZE = 32
+OBJECTS = b"objects"
+"""The directory of all files by content key, for overlayfs to look into."""
+
+_OBJECTS, _SHELVES = 2, 256
+"""Node of the directory of objects, and the first of its 256 directories."""
+_SLOT_SHIFT = 32
+_NODE = (1 << _SLOT_SHIFT) - 1
+_SHARED = 1 << 62
+_ATTRIBUTES = struct.Struct("<IIQq")
+_DIRECTORY = stat.S_IFDIR | 0o755
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One snapshot in a forest.
+
+    ``domain`` keeps apart what must not be shared: files of different stores. ``told`` is
+    zeroed memory that outlives this server, four bytes for each of at least twice as many places
+    as the tree has files (see ``told_size``).
+    """
+
+    name: bytes
+    tree: Tree
+    domain: bytes
+    told: memoryview
+
+
+def told_size(tree: Tree) -> int:
+    """Return how many bytes of ``Plot.told`` a tree needs: a power of two."""
+    return 4 << (2 * len(tree)).bit_length()
+
+
+class Forest:
+    """Node ids and what is behind them. Ids given to its methods must have come from it.
+
+    Every method raises ``KeyError`` for an id whose snapshot is not (any more) here.
+    """
+
+    def __init__(self, secret: bytes, alone: Tree | None = None) -> None:
+        """Begin with no snapshots, or with ``alone``, which will be the only one.
+
+        ``secret`` must be the same in every server of one mount, and be known to no one else.
+        """
+        self._secret = secret
+        self._plots: dict[int, Plot] = {}
+        self._names: dict[bytes, int] = {}
+        self._trees: dict[int, Tree] = {0: alone} if alone is not None else {}
+        self._alone = alone is not None
+
+    def plant(self, slot: int, plot: Plot) -> None:
+        """Let a snapshot appear below the root; ``slot`` is 1 or more."""
+        self._plots[slot] = plot
+        self._trees[slot] = plot.tree
+        self._names[plot.name] = slot
+
+    def fell(self, slot: int) -> None:
+        """Let a snapshot vanish."""
+        plot = self._plots.pop(slot)
+        del self._trees[slot], self._names[plot.name]
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots in use."""
+        return list(self._trees)
+
+    def place(self, node_id: int) -> tuple[int, int]:
+        """Return the slot and the node that an id stands for. Not for the root and its like."""
+        if node_id & _SHARED:
+            return self._find_shared(node_id)
+        slot, node = node_id >> _SLOT_SHIFT, node_id & _NODE
+        if node not in self._trees[slot]:
+            raise KeyError(node_id)
+        return slot, node
+
+    def node(self, slot: int, node: int) -> int | None:
+        """Return ``node`` if the slot has a file of that number."""
+        tree = self._trees[slot]
+        return node if node in tree and tree.kind(node) is Kind.FILE else None
+
+    def tree(self, slot: int) -> Tree:
+        """Return the snapshot in a slot."""
+        return self._trees[slot]
+
+    def kind(self, node_id: int) -> Kind:
+        """Return what is behind an id."""
+        if self._above(node_id):
+            return Kind.DIRECTORY
+        slot, node = self.place(node_id)
+        return self._trees[slot].kind(node)
+
+    def lookup(self, parent: int, name: bytes) -> int | None:
+        """Return the id of ``name`` in a directory, ``None`` if there is none."""
+        if self._above(parent):
+            return self._lookup_above(parent, name)
+        slot, node = self.place(parent)
+        child = self._trees[slot].lookup(node, name)
+        return None if child is None else self._id(slot, child)
+
+    def lasting(self, parent: int) -> bool:
+        """Whether what a directory does not hold now it will never hold."""
+        return not self._above(parent)
+
+    def attributes(self, node_id: int) -> Attributes:
+        """Return everything about a node; ``inode`` is its id."""
+        if self._above(node_id):
+            return Attributes(node_id, _DIRECTORY, 2, 0, 0, NORMAL_MTIME_NS)
+        slot, node = self.place(node_id)
+        return self._trees[slot].attributes(node)._replace(inode=node_id)
+
+    def target(self, node_id: int) -> bytes:
+        """Return where a symbolic link points."""
+        slot, node = self.place(node_id)
+        return self._trees[slot].target(node)
+
+    def listing(self, node_id: int, start: int) -> Iterator[tuple[bytes, int]]:
+        """Yield the names and ids in a directory from a position on."""
+        if not self._above(node_id):
+            slot, node = self.place(node_id)
+            tree = self._trees[slot]
+            for position in range(start, tree.child_count(node)):
+                child = tree.child(node, position)
+                yield tree.name(child), self._id(slot, child)
+        elif node_id == ROOT:
+            # In the order of slots, which only grow: who lists while one goes misses none.
+            above = [(OBJECTS, _OBJECTS)]
+            above += [(self._plots[slot].name, self._root(slot)) for slot in sorted(self._plots)]
+            yield from above[start:]
+        elif node_id == _OBJECTS:
+            for number in range(start, 256):
+                yield b"%02x" % number, _SHELVES + number
+
+    def _above(self, node_id: int) -> bool:
+        """Whether a directory is of no snapshot."""
+        return not (node_id >> _SLOT_SHIFT or self._alone)
+
+    def _lookup_above(self, parent: int, name: bytes) -> int | None:
+        if parent == ROOT:
+            slot = self._names.get(name)
+            return _OBJECTS if name == OBJECTS else None if slot is None else self._root(slot)
+        try:
+            key = bytes.fromhex(name.decode("ascii"))
+        except ValueError:
+            return None
+        if parent == _OBJECTS:
+            return _SHELVES + key[0] if len(name) == 2 else None
+        if len(key) != 32 or key[0] != parent - _SHELVES:
+            return None
+        for slot, plot in self._plots.items():
+            node = plot.tree.find_content(key)
+            if node is not None:
+                return self._id(slot, node)
+        return None
+
+    def _root(self, slot: int) -> int:
+        return slot << _SLOT_SHIFT | ROOT
+
+    def _id(self, slot: int, node: int) -> int:
+        tree = self._trees[slot]
+        node = tree.inode(node)
+        plot = self._plots.get(slot)
+        if plot is None or tree.kind(node) is not Kind.FILE:
+            return slot << _SLOT_SHIFT | node
+        shared = self._shared(plot, node)
+        if shared is None:
+            return slot << _SLOT_SHIFT | node
+        self._tell(plot, shared, node)
+        return shared
+
+    def _shared(self, plot: Plot, node: int) -> int | None:
+        """Return the id of a file that other snapshots may have, too.
+
+        A file with several names has an id of its own: how many they are depends on the snapshot.
+        """
+        found = plot.tree.attributes(node)
+        if found.links != 1:
+            return None
+        attributes = _ATTRIBUTES.pack(found.mode, 0, found.size, found.mtime_ns)
+        content = plot.tree.content_key(node) + attributes + plot.domain
+        hashed = blake3(content, key=self._secret).digest(length=8)
+        return _SHARED | int.from_bytes(hashed, "little") >> 2
+
+    def _tell(self, plot: Plot, shared: int, node: int) -> None:
+        """Note in which node the id is found again; a plot's other equal nodes are not needed."""
+        told = plot.told
+        mask = len(told) - 1
+        at = shared & mask
+        while told[at]:
+            if told[at] == node:
+                return
+            at = (at + 1) & mask
+        told[at] = node
+
+    def _find_shared(self, node_id: int) -> tuple[int, int]:
+        for slot, plot in self._plots.items():
+            told = plot.told
+            mask = len(told) - 1
+            at = node_id & mask
+            while node := told[at]:
+                # Memory of a server that was killed: a number that makes no sense is skipped.
+                if node in plot.tree and self._shared(plot, node) == node_id:
+                    return slot, node
+                at = (at + 1) & mask
+        raise KeyError(node_id)
+
+
+def open_told(memory: memoryview) -> memoryview:
+    """Return memory of ``told_size`` bytes as ``Plot.told``. Raises ``CorruptError``."""
+    size = len(memory)
+    if size < 16 or size & (size - 1):
+        raise CorruptError("the memory of told ids is not of a size it can have")
+    return memory.cast("I")

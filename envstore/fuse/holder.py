@@ -1,0 +1,575 @@
+"""Keeps a mount for as long as it is mounted, whatever happens to the servers that answer it.
+
+The holder has the mount's device open, so that the kernel keeps every request while no server
+lives. It forks each server from itself, always one ahead of need; when the one that serves dies
+or hangs, the kernel is told to send again what it had taken (FUSE_NOTIFY_RESEND, Linux 6.9), and
+the next goes on. The holder runs one loop in one thread and never touches its own mount: what
+would wait for an answer of the server (mounting an overlay, unmounting) is done by a child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NoReturn
+
+import envstore
+from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
+from envstore.fuse import session as sessions
+from envstore.fuse.channel import Channel, Message
+from envstore.fuse.control import Connection, Control
+from envstore.fuse.keeping import Keepsake, Kept
+from envstore.fuse.mountinfo import find_mount
+from envstore.fuse.processes import SIGNALS, ServerProcess, fork, load_server_code, start_server
+from envstore.fuse.protocol import Flag
+from envstore.fuse.records import MountRecord, RecordFiles
+from envstore.fuse.sockets import told
+
+BEAT = 1.0
+"""Seconds between two signs of life of a server."""
+HUNG_AFTER = 15.0
+"""Seconds without a sign of life after which a server is killed."""
+START_WITHIN = 120.0
+"""Seconds that a server may take until it serves."""
+
+_STANDBY_AFTER = 1.0
+_QUICK, _QUICK_DEATHS = 0.25, 3
+_MAX_DELAY = 10.0
+_END_WITHIN = 5.0
+
+_log = logging.getLogger(__name__)
+
+_Say = Callable[[dict[str, Any]], None]
+
+
+class Holder:
+    """The loop of one mount. Call ``run`` from the main thread of a process with no other."""
+
+    def __init__(self, kept: Kept, files: RecordFiles, say: _Say) -> None:
+        """Keep ``kept``. ``say`` is called once: with ``mounted`` (a record) or ``error``."""
+        self._kept = kept
+        self._files = files
+        self._say: _Say | None = say
+        self._record: MountRecord | None = files.load()
+        self._active: ServerProcess | None = None
+        self._standby: ServerProcess | None = None
+        self._standby_at: float | None = None
+        self._restart_at: float | None = None
+        self._quick_deaths = 0
+        self._failure = ""
+        self._helpers: dict[int, tuple[int, Callable[[int], None]]] = {}
+        self._control = Control(kept.files["control"], self._asked)
+        self._upgrading: Connection | None = None
+        self._unmounting = False
+        self._status: int | None = None
+        self._wake = -1
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start the first server of a mount that is still to be made."""
+        self._active = self._start_server()
+        self._active.channel.send("load")
+
+    def run(self) -> int:
+        """Go on until the mount is gone; returns an exit status."""
+        with self._signals():
+            try:
+                while self._status is None:
+                    self._turn()
+            finally:
+                self._end()
+        return self._status
+
+    def _turn(self) -> None:
+        """Wait for something to happen and see to it."""
+        handlers: dict[int, Callable[[], None]] = {self._wake: self._on_signal}
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        if self._kept.fuse >= 0:
+            poller.register(self._kept.fuse, 0)
+            handlers[self._kept.fuse] = self._on_unmounted
+        for server in filter(None, (self._active, self._standby)):
+            # Whatever a server has said comes before that it has died.
+            poller.register(server.channel, select.POLLIN)
+            handlers[server.channel.fileno()] = partial(self._on_message, server)
+            poller.register(server.pidfd, select.POLLIN)
+            handlers[server.pidfd] = partial(self._on_death, server)
+        for pidfd in self._helpers:
+            poller.register(pidfd, select.POLLIN)
+            handlers[pidfd] = partial(self._on_helper, pidfd)
+        self._control.watch(poller, handlers)
+        for fd, _ in poller.poll(self._patience()):
+            if self._status is None:
+                handlers[fd]()
+        self._on_time()
+
+    def _patience(self) -> float:
+        """Return the milliseconds until the clock alone gives something to do."""
+        times = [at for at in (self._standby_at, self._restart_at) if at is not None]
+        if self._active is not None:
+            times.append(self._deadline(self._active))
+        return max(0.0, min(times, default=time.monotonic() + 60) - time.monotonic()) * 1000 + 1
+
+    def _on_time(self) -> None:
+        now = time.monotonic()
+        if self._restart_at is not None and now >= self._restart_at:
+            self._restart_at = None
+            self._take_over()
+        if self._standby_at is not None and now >= self._standby_at:
+            self._standby_at = None
+            self._prepare_standby()
+        if self._active is not None and now >= self._deadline(self._active):
+            _log.error("server %d gives no sign of life: killing it", self._active.pid)
+            self._active.beat = now
+            self._active.kill()
+
+    @staticmethod
+    def _deadline(server: ServerProcess) -> float:
+        return server.beat + (HUNG_AFTER if server.serving else START_WITHIN)
+
+    # --- servers --------------------------------------------------------------------------------
+
+    def _start_server(self) -> ServerProcess:
+        server = start_server()
+        self._kept.send(server.channel)
+        for key, keepsake in self._kept.keepsakes.items():
+            server.channel.send("keep", keepsake.files, key=key, body=keepsake.body)
+        return server
+
+    def _prepare_standby(self) -> None:
+        """Have a server that only waits for its turn."""
+        if self._standby is None and self._kept.fuse >= 0 and not self._unmounting:
+            load_server_code()
+            self._standby = self._start_server()
+            self._standby.channel.send("prepare")
+
+    def _take_over(self) -> None:
+        """Let the next server serve."""
+        server, self._standby = self._standby or self._start_server(), None
+        server.beat = time.monotonic()
+        self._active = server
+        self._kept.restarts += 1
+        self._go(server)
+
+    def _go(self, server: ServerProcess) -> None:
+        try:
+            # The device, too, which a server that was forked ahead of the mount has not seen.
+            self._kept.send(server.channel)
+            server.channel.send("go")
+        except OSError as error:
+            _log.warning("server %d cannot be told to serve: %s", server.pid, error)
+
+    def _on_message(self, server: ServerProcess) -> None:
+        message = server.channel.receive()
+        if message is not None:
+            self._heard(server, message)
+        elif not server.ended():
+            server.kill()  # it hung up: its end will be seen next
+
+    def _heard(self, server: ServerProcess, message: Message) -> None:
+        body = message.body
+        server.beat = time.monotonic()
+        match message.kind:
+            case "keep":
+                self._keep(server, body["key"], Keepsake(body["body"], message.files))
+            case "drop":
+                self._drop(server, body["key"])
+            case "ready":
+                if self._upgrading is not None:
+                    self._retire()
+            case "loaded":
+                self._mount(server, body)
+            case "failed":
+                self._fail(body)
+            case "serving":
+                self._on_serving(server)
+
+    def _keep(self, server: ServerProcess, key: str, keepsake: Keepsake) -> None:
+        self._forget(key)
+        self._kept.keepsakes[key] = keepsake
+        self._forward(server, "keep", keepsake.files, key=key, body=keepsake.body)
+
+    def _drop(self, server: ServerProcess, key: str) -> None:
+        self._forget(key)
+        self._forward(server, "drop", key=key)
+
+    def _forward(
+        self, server: ServerProcess, kind: str, files: tuple[int, ...] = (), **body: object
+    ) -> None:
+        if self._standby is not None and server is not self._standby:
+            try:
+                self._standby.channel.send(kind, files, **body)
+            except OSError:
+                self._standby.kill()  # it would not know what it has to
+
+    def _forget(self, key: str) -> None:
+        before = self._kept.keepsakes.pop(key, None)
+        for fd in before.files if before else ():
+            os.close(fd)
+
+    def _on_serving(self, server: ServerProcess) -> None:
+        server.serving = server.beat
+        if self._standby is None and self._standby_at is None:
+            first = not self._kept.restarts
+            self._standby_at = server.serving + (_STANDBY_AFTER if first else 0.0)
+        if self._upgrading is not None:
+            connection, self._upgrading = self._upgrading, None
+            connection.answer(server_pid=server.pid, version=envstore.__version__)
+        if self._say is not None and self._record is not None:
+            self._finish_mount(self._record)
+
+    def _on_death(self, server: ServerProcess) -> None:
+        while server.speaks():
+            message = server.channel.receive()
+            if message is None:
+                break
+            self._heard(server, message)
+        how = server.reap()
+        if server is self._standby:
+            self._standby = None
+            _log.warning("the standby server %d %s", server.pid, how)
+            self._standby_at = time.monotonic() + _STANDBY_AFTER
+            return
+        if server is not self._active:
+            return
+        self._active = None
+        if self._status is not None:
+            return
+        if self._say is not None:
+            # Nobody has got this mount yet, so nobody has to be kept waiting for it.
+            self._fail(told(EnvstoreError(f"the mount server {how}", hint="see its log")))
+        elif _unmounted(self._kept.fuse):
+            self._status = 0
+        else:
+            self._replace(server, how)
+
+    def _replace(self, server: ServerProcess, how: str) -> None:
+        now = time.monotonic()
+        if not server.retired:
+            self._failure = f"server {server.pid} {how}"
+            lived = now - server.serving if server.serving else 0.0
+            self._quick_deaths = self._quick_deaths + 1 if lived < _QUICK else 0
+            _log.error("%s after %.1f s of serving", self._failure, lived)
+        if not self._kept.flags & Flag.HAS_RESEND:
+            _log.error(
+                "this kernel cannot send requests again (Linux 6.9 can): giving up the mount"
+            )
+            self._status = 1
+            return
+        # Now, while nobody reads: with a server at work each request would be answered twice.
+        with contextlib.suppress(OSError):
+            sessions.resend(self._kept.fuse)
+        excess = self._quick_deaths - _QUICK_DEATHS
+        if excess < 0:
+            self._take_over()
+            return
+        delay = min(_MAX_DELAY, 0.05 * 2**excess)
+        _log.error("it keeps dying at once: the next one starts in %.1f s", delay)
+        self._restart_at = now + delay
+
+    # --- the mount ------------------------------------------------------------------------------
+
+    def _mount(self, server: ServerProcess, loaded: dict[str, Any]) -> None:
+        """Make the mount now that there is something to serve."""
+        kept, request = self._kept, self._kept.request
+        target = request.mountpoint
+        if loaded["fast"]:
+            kept.target = target = self._files.make_private()
+        try:
+            session = sessions.open_session(
+                target, source=f"envstore:{loaded['name']}", allow_other=request.allow_other
+            )
+        except EnvstoreError as error:
+            self._fail(told(error))
+            return
+        kept.fuse, kept.init, kept.flags = session.fd, session.init, session.flags
+        kept.target = target
+        sessions.raise_readahead(target)
+        self._record = MountRecord(
+            mountpoint=request.mountpoint,
+            name=loaded["name"],
+            snapshot=loaded["snapshot"],
+            manifest=loaded["manifest"],
+            holder_pid=os.getpid(),
+            store=loaded["store"],
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            log=str(self._files.log),
+            stats=str(self._files.stats),
+            control=str(self._files.control),
+            fast_path=loaded["fast"],
+        )
+        self._go(server)
+
+    def _finish_mount(self, record: MountRecord) -> None:
+        """Tell whoever asked for the mount that it answers; lay the fast path before, if any."""
+        if not record.fast_path:
+            self._announce(record)
+            return
+        server = self._kept.target
+        parts = self._kept.keepsakes["fast"].body
+
+        def lay() -> int:
+            from envstore.fuse.fast import hide, lay_fast_path
+
+            source = f"envstore:{record.name}"
+            lay_fast_path(parts, server, parts["subtree"], record.mountpoint, source)
+            hide(server)
+            return 0
+
+        def laid(status: int) -> None:
+            if status:
+                self._fail(told(EnvstoreError("the fast path cannot be laid", hint="see the log")))
+            else:
+                self._announce(record)
+
+        self._help(lay, laid)
+
+    def _announce(self, record: MountRecord) -> None:
+        say, self._say = self._say, None
+        if say is None:
+            return
+        try:
+            self._files.save(record)
+            say({"mounted": record.encode()})
+        except (EnvstoreError, OSError) as error:
+            # Nobody waits for the mount any more, or could find it.
+            _log.error("unmounting: %s", error)
+            self._status = 1
+
+    def _fail(self, error: dict[str, Any]) -> None:
+        _log.error("%s", error["message"])
+        if self._say is not None:
+            say, self._say = self._say, None
+            with contextlib.suppress(OSError):
+                say({"error": error})
+        self._status = 1
+
+    def _on_unmounted(self) -> None:
+        self._status = 0
+
+    def _on_signal(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, 64)
+        if self._kept.fuse < 0 or self._unmounting:
+            self._status = 1
+            return
+        self._unmounting = True
+        mountpoint = self._kept.request.mountpoint
+        _log.info("unmounting %s", mountpoint)
+        self._help(partial(_detach, mountpoint), lambda status: None)
+
+    def _end(self) -> None:
+        """Leave nothing behind: no process, no mount that nobody answers, no record."""
+        servers = [server for server in (self._active, self._standby) if server is not None]
+        gone = self._kept.fuse >= 0 and _unmounted(self._kept.fuse)
+        deadline = time.monotonic() + _END_WITHIN
+        for server in servers:
+            with contextlib.suppress(OSError):
+                server.channel.send("end")
+            if not gone or not server.ended(deadline):
+                server.kill()
+            server.reap()
+        if self._kept.fuse >= 0:
+            # First the device: with nobody to answer, an unmount might wait for ever.
+            os.close(self._kept.fuse)
+            for place in {self._kept.target, self._kept.request.mountpoint}:
+                _ensure_unmounted(place)
+        self._files.clear()
+        if self._say is not None:
+            self._fail(told(EnvstoreError("the mount was given up before it answered")))
+        self._control.close()
+
+    # --- questions ------------------------------------------------------------------------------
+
+    def _asked(self, connection: Connection, question: dict[str, Any]) -> None:
+        match question["ask"]:
+            case "status":
+                connection.answer(**self._describe())
+            case "upgrade":
+                self._upgrade(connection, [str(word) for word in question["program"]])
+            case asked:
+                connection.answer(error=told(UsageError(f"{asked!r} is not known here")))
+
+    def _describe(self) -> dict[str, Any]:
+        if self._restart_at is not None:
+            state = "failing"
+        elif self._active is not None and self._active.serving:
+            state = "serving"
+        else:
+            state = "starting"
+        return {
+            "state": state,
+            "holder_pid": os.getpid(),
+            "server_pid": self._active.pid if self._active else None,
+            "standby_pid": self._standby.pid if self._standby else None,
+            "restarts": self._kept.restarts,
+            "last_failure": self._failure,
+            "version": envstore.__version__,
+        }
+
+    # --- upgrade --------------------------------------------------------------------------------
+
+    def _upgrade(self, connection: Connection, program: Sequence[str]) -> None:
+        """Become the holder that ``program`` is, once it has shown that it can start."""
+        if self._upgrading is not None:
+            connection.answer(error=told(UsageError("an upgrade is under way")))
+            return
+        if not self._kept.flags & Flag.HAS_RESEND:
+            refused = UnsupportedFormatError(
+                "a mount cannot be upgraded in place on this kernel", hint="Linux 6.9 can"
+            )
+            connection.answer(error=told(refused))
+            return
+        self._upgrading = connection
+
+        def check() -> int:
+            done = subprocess.run([*program, "--check"], check=False, stdin=subprocess.DEVNULL)
+            return done.returncode
+
+        def checked(status: int) -> None:
+            refused = EnvstoreError(f"{program[-1]} does not start", hint="see the mount's log")
+            if not status:
+                refused = EnvstoreError(f"{program[0]} cannot be executed")
+                with contextlib.suppress(OSError):
+                    self._become(program, connection)
+            self._upgrading = None
+            connection.answer(error=told(refused))
+
+        self._help(check, checked)
+
+    def _become(self, program: Sequence[str], asking: Connection) -> NoReturn:
+        """Replace this process's code. Raises ``OSError`` if that cannot be done."""
+        # It knows neither the new code nor the new holder; the one that serves goes on meanwhile.
+        if self._standby is not None:
+            self._standby.kill()
+            self._standby.reap()
+            self._standby = None
+        state: dict[str, Any] = {"kept": self._kept.save(), "failure": self._failure}
+        state["upgrading"] = asking.fileno()
+        inherited = [*self._kept.descriptors(), asking.fileno()]
+        if self._active is not None:
+            state["server"] = {
+                "pid": self._active.pid,
+                "pidfd": self._active.pidfd,
+                "channel": self._active.channel.fileno(),
+            }
+            inherited += [self._active.pidfd, self._active.channel.fileno()]
+        memory = write_state(state)
+        for fd in (memory, *inherited):
+            os.set_inheritable(fd, True)
+        try:
+            os.execv(program[0], [*program, "--resume", str(memory)])  # noqa: S606 - no shell meant
+        finally:
+            for fd in inherited:
+                os.set_inheritable(fd, False)
+            os.close(memory)
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Go on with the server that another holder has left; see ``write_state``."""
+        self._say = None
+        self._failure = state.get("failure", "")
+        if self._record is not None:
+            self._record = self._record.with_holder(os.getpid())
+            self._files.save(self._record)
+        server = state.get("server")
+        now = time.monotonic()
+        if server is not None:
+            for name in ("pidfd", "channel"):
+                os.set_inheritable(server[name], False)
+            channel = Channel(socket.socket(fileno=server["channel"]))
+            self._active = ServerProcess(server["pid"], server["pidfd"], channel, now, serving=now)
+        else:
+            sessions.resend(self._kept.fuse)
+            self._take_over()
+        if "upgrading" in state:
+            self._upgrading = self._control.adopt(state["upgrading"])
+        self._standby_at = now
+
+    def _retire(self) -> None:
+        """Let the server that knows the old code end, now that the next one is ready."""
+        if self._active is not None:
+            self._active.retired = True
+            try:
+                self._active.channel.send("retire")
+            except OSError:
+                self._active.kill()
+
+    # --- helpers --------------------------------------------------------------------------------
+
+    def _help(self, work: Callable[[], int], done: Callable[[int], None]) -> None:
+        """Run ``work`` in a child, and ``done`` with its exit status when it has ended."""
+        pid = fork(work)
+        self._helpers[os.pidfd_open(pid)] = (pid, done)
+
+    def _on_helper(self, pidfd: int) -> None:
+        pid, done = self._helpers.pop(pidfd)
+        os.close(pidfd)
+        done(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        self._wake, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.close(writer)
+            os.close(self._wake)
+
+
+def write_state(state: dict[str, Any]) -> int:
+    """Return a descriptor from which another holder can read ``state`` and ``adopt`` it."""
+    memory = os.memfd_create("envstore-state", os.MFD_CLOEXEC)
+    os.write(memory, json.dumps(state).encode())
+    return memory
+
+
+def read_state(memory: int) -> dict[str, Any]:
+    """Return what ``write_state`` has written, and close it."""
+    with os.fdopen(memory, "rb") as file:
+        file.seek(0)
+        found: dict[str, Any] = json.loads(file.read())
+    return found
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Be there, so that the signal only wakes the loop."""
+
+
+def _detach(mountpoint: str) -> int:
+    try:
+        sessions.close_mount(mountpoint)
+    except sessions.BusyError:
+        _log.warning("%s is in use: detached, served until the last user is gone", mountpoint)
+        sessions.close_mount(mountpoint, lazy=True)
+    return 0
+
+
+def _ensure_unmounted(mountpoint: str) -> None:
+    """Leave no dead mount behind when serving ends for another reason than an unmount."""
+    mounted = find_mount(mountpoint)
+    if mounted is not None and sessions.is_ours(mounted):
+        with contextlib.suppress(EnvstoreError):
+            sessions.close_mount(mountpoint, lazy=True)
+
+
+def _unmounted(device: int) -> bool:
+    """Whether the kernel has given up the mount behind a device."""
+    poller = select.poll()
+    poller.register(device, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))

@@ -1,0 +1,87 @@
+"""What is mounted, and how each mount fares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from envstore.errors import EnvstoreError
+from envstore.fuse.mount import active_mounts
+from envstore.fuse.records import MountRecord
+from envstore.fuse.sockets import ask
+from envstore.fuse.stats import read_stats
+
+_WITHIN = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountOverview:
+    """One mount.
+
+    ``state`` is ``serving``, ``starting`` (a server is on its way), ``failing`` (servers keep
+    dying) or ``dead``. ``bytes_fetched`` and ``requests`` count what the store was asked for,
+    ``hit_rate`` is the share of reads that the cache could serve.
+    """
+
+    mountpoint: str
+    ref: str
+    digest: str
+    state: str
+    holder_pid: int
+    server_pid: int | None
+    restarts: int
+    bytes_fetched: int
+    requests: int
+    hit_rate: float | None
+    last_failure: str
+    version: str
+    fast_path: bool
+    node: str
+    store: str
+    manifest: str
+    started: str
+    log: str
+    stats: str
+    control: str
+
+
+def overview() -> list[MountOverview]:
+    """Return this user's mounts. Touches none of them, only the processes behind them."""
+    return [_describe(record, alive) for record, alive in active_mounts()]
+
+
+def _describe(record: MountRecord, alive: bool) -> MountOverview:
+    status: dict[str, Any] = {}
+    stats: dict[str, Any] = {}
+    try:
+        if alive:
+            status = ask(record.control, _WITHIN, ask="status")
+            if status["state"] == "serving":
+                stats = read_stats(Path(record.stats))
+    except EnvstoreError as error:
+        status = {**status, "last_failure": str(error)}
+    runs = stats.get("runs", {})
+    reads = sum(runs.values())
+    return MountOverview(
+        mountpoint=record.mountpoint,
+        ref=record.name,
+        digest=record.snapshot,
+        state=status.get("state", "starting" if alive else "dead"),
+        holder_pid=status.get("holder_pid", record.holder_pid),
+        server_pid=status.get("server_pid"),
+        restarts=status.get("restarts", 0),
+        bytes_fetched=stats.get("store", {}).get("bytes", 0),
+        requests=stats.get("store", {}).get("requests", 0),
+        hit_rate=1 - runs["missed"] / reads if reads else None,
+        last_failure=status.get("last_failure", ""),
+        version=status.get("version", ""),
+        fast_path=record.fast_path,
+        node=record.node,
+        store=record.store,
+        manifest=record.manifest,
+        started=record.started,
+        log=record.log,
+        stats=record.stats,
+        control=record.control,
+    )

@@ -1,0 +1,126 @@
+"""Children of the holder: how they are started, watched and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from envstore.errors import EnvstoreError
+from envstore.fuse.channel import Channel
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that have a holder unmount."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class ServerProcess:
+    """A server: how to talk to it, and when (monotonic seconds) it was heard of last.
+
+    ``serving`` is when it began to serve, 0 before; ``retired`` that it was asked to end.
+    """
+
+    pid: int
+    pidfd: int
+    channel: Channel
+    beat: float
+    serving: float = 0.0
+    retired: bool = False
+
+    def kill(self) -> None:
+        """Have it end at once."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def ended(self, deadline: float = 0.0) -> bool:
+        """Whether it has ended, with all its threads; waits until ``deadline``."""
+        wait = max(0.0, deadline - time.monotonic())
+        return bool(select.select([self.pidfd], [], [], wait)[0])
+
+    def speaks(self) -> bool:
+        """Whether there is something from it to receive."""
+        return bool(select.select([self.channel], [], [], 0)[0])
+
+    def reap(self) -> str:
+        """Wait for its end and let go of it; returns how it ended, as far as can be known."""
+        try:
+            status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        except ChildProcessError:
+            status = 0  # the child of a holder that is no more
+        self.channel.close()
+        os.close(self.pidfd)
+        if status < 0:
+            return f"was killed by {signal.Signals(-status).name}"
+        return "ended" if not status else f"failed with exit status {status}"
+
+
+def start_server() -> ServerProcess:
+    """Fork a server, which waits for what it is told."""
+    ours, theirs = Channel.pair()
+
+    def serve() -> int:
+        from envstore.fuse.serving import run_server
+
+        return run_server(theirs)
+
+    pid = fork(serve, keep=(theirs.fileno(),))
+    theirs.close()
+    return ServerProcess(pid, os.pidfd_open(pid), ours, time.monotonic())
+
+
+def load_server_code() -> None:
+    """Import what a server needs, so that those forked from here have it at once."""
+    import gc
+
+    import boto3  # noqa: F401
+    import botocore.httpsession  # noqa: F401
+
+    import envstore.fuse.serving
+    import envstore.store.objects.s3  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
+def fork(work: Callable[[], int], keep: tuple[int, ...] = ()) -> int:
+    """Run ``work`` in a child that has no other open file than ``keep`` and the standard ones.
+
+    Call from a process of one thread. Returns the child's process id.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        # Ctrl-C goes to everybody at the terminal, but is for the holder to answer.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _close_all_but(keep)
+        status = work()
+    except EnvstoreError as error:
+        _log.error("%s", error)
+    except BaseException:  # noqa: BLE001 - whatever it was, this process must not go on as a holder
+        _log.exception("failed")
+    finally:
+        os._exit(status)
+
+
+def _close_all_but(keep: tuple[int, ...]) -> None:
+    """Close what was inherited: a device held by accident would keep a dead mount waiting."""
+    first = 3
+    for fd in sorted(keep):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))

@@ -1,0 +1,92 @@
+"""Unix sockets by path, however long the path, and questions in one line of JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from envstore.errors import AccessDeniedError, EnvstoreError, NotFoundError
+
+MAX_LINE = 1 << 20
+
+
+@contextlib.contextmanager
+def short_address(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield an address for ``path`` that is short enough for a socket."""
+    path = Path(path)
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+def listen(path: str | os.PathLike[str]) -> socket.socket:
+    """Return a non-blocking listening socket at ``path``, for this user alone.
+
+    What was there before is replaced. Raises ``OSError``.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        with short_address(path) as address:
+            listener.bind(address)
+        listener.listen(64)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
+    return listener
+
+
+def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: object) -> Any:
+    """Send one question to the socket at ``path`` and return the answer.
+
+    ``timeout`` is in seconds. Raises ``NotFoundError`` when nobody answers there, and whatever
+    error the answer is, see ``errors.EnvstoreError``.
+    """
+    data = bytearray()
+    try:
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client,
+            short_address(path) as address,
+        ):
+            client.settimeout(timeout)
+            client.connect(address)
+            client.sendall(json.dumps(question).encode() + b"\n")
+            while piece := client.recv(1 << 16):
+                data += piece
+        answer = json.loads(data)
+    except PermissionError as error:
+        raise AccessDeniedError(f"no permission to use {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it was cut off"
+        raise NotFoundError(f"nobody answers at {path}: {reason}") from error
+    if "error" in answer:
+        raise raised(answer["error"])
+    return answer
+
+
+def told(error: EnvstoreError) -> dict[str, Any]:
+    """Return an error as JSON, for ``raised`` at the other end."""
+    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+
+
+def raised(said: dict[str, Any]) -> EnvstoreError:
+    """Return the error that another process has met."""
+    from envstore import errors
+
+    kind = getattr(errors, said["kind"], EnvstoreError)
+    if not (isinstance(kind, type) and issubclass(kind, EnvstoreError)):
+        kind = EnvstoreError
+    found: EnvstoreError = kind(said["message"], hint=said["hint"])
+    return found
