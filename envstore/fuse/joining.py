@@ -181,8 +181,6 @@ class _Joiner:
 
     def _list_key(self, slot: int) -> bytes:
         first, last = self.tree.file_starts[slot : slot + 2]
-        digests, ends = self.tree.digests, self.tree.ends
-        return list_key(
-            (bytes(digests[ref * DIGEST_SIZE : (ref + 1) * DIGEST_SIZE]), ends[ref + 1] - ends[ref])
-            for ref in range(first, last)
-        )
+        ends = self.tree.ends[first : last + 1]
+        sizes = array("Q", map(sub, islice(ends, 1, None), ends))
+        return list_key(self.tree.digests[first * DIGEST_SIZE : last * DIGEST_SIZE], sizes)

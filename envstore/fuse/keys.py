@@ -8,20 +8,25 @@ else somebody could store the encoding of a list as a file and take that list's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
 
 from blake3 import blake3
 
-from envstore.store.binary import U64
+from envstore.store.binary import pack_array
 
 _CONTEXT = "envstore 2026-11-21 content key of a chunk list"
 _ALL = (1 << 64) - 1
 
 
-def list_key(chunks: Iterable[tuple[bytes, int]]) -> bytes:
-    """Return the key of a file of these chunks: ``(digest, size)``, for a hole ``HOLE``."""
-    encoded = b"".join(digest + U64.pack(size) for digest, size in chunks)
-    return blake3(encoded, derive_key_context=_CONTEXT).digest()
+def list_key(digests: bytes | bytearray | memoryview, sizes: array[int]) -> bytes:
+    """Return the key of a file of these chunks: their digests, joined, and their sizes ("Q").
+
+    A hole is a chunk, too, with the digest ``HOLE``.
+    """
+    hashed = blake3(derive_key_context=_CONTEXT)
+    hashed.update(digests)
+    hashed.update(pack_array(sizes))
+    return hashed.digest()
 
 
 def place(word: int, multiplier: int, bits: int) -> int:
