@@ -114,7 +114,7 @@ class Repository:
         Raises ``CorruptError`` naming the part.
         """
         wanted = [locations.frames[number] for number in locations.part_frames]
-        raw = self._load_frames(wanted)
+        raw = self.load_frames(wanted)
         for i, info in enumerate(root.parts):
             start = locations.part_offsets[i]
             data = raw[wanted[i].digest][start : start + info.size]
@@ -143,8 +143,11 @@ class Repository:
             self._keep(name, raw)
         return parse_segment(raw)
 
-    def _load_frames(self, frames: list[FrameRef]) -> dict[bytes, bytes]:
-        """Return the raw bytes of ``frames`` by digest."""
+    def load_frames(self, frames: list[FrameRef]) -> dict[bytes, bytes]:
+        """Return the raw bytes of ``frames`` by digest, all at once: ask for what fits in memory.
+
+        Raises the first error that befell one of them.
+        """
         raw: dict[bytes, bytes] = {}
         missing: list[FrameRef] = []
         for frame in frames:
