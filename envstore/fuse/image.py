@@ -9,6 +9,7 @@ padded to a multiple of eight.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -17,7 +18,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from envstore.errors import CorruptError, UnsupportedFormatError
+from envstore.errors import CorruptError, NoSpaceError, UnsupportedFormatError
 from envstore.fuse.columns import build_sections
 from envstore.fuse.frametable import FrameColumns, FrameTable, ImageLocations
 from envstore.fuse.sections import TYPES, Buffer, TreeSections
@@ -30,6 +31,9 @@ MAGIC = b"ESTREE01"
 
 _HEADER = struct.Struct(f"=8s32s{len(TYPES)}Q")
 _TEXT_AT = _HEADER.size
+_NOEXEC_SEAL = 8
+"""Asks memfd_create(2) for a file that cannot be executed: some systems allow no other. Since
+Linux 6.3."""
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -46,29 +50,46 @@ def make_image(manifest: bytes, root: Root, parts: Iterable[Part], locations: Lo
     """Build the image of the tree called ``manifest``; returns the descriptor, to be closed.
 
     Takes about 110 bytes for each file, and as much again while it works. Raises ``CorruptError``
-    when ``root`` and ``parts`` contradict each other.
+    when ``root`` and ``parts`` contradict each other, ``NoSpaceError`` when memory is short.
     """
     tree = build_sections(root, parts, _TEXT_AT)
     sections: dict[str, Buffer] = {name: getattr(tree, name) for name in TreeSections.__slots__}
     del tree
     sections |= _locate(locations)
-    fd = os.memfd_create(f"envstore-{manifest.hex()[:12]}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        sizes = []
-        at = _TEXT_AT
-        for name in TYPES:
-            # What has been written must not be in memory twice.
-            with memoryview(sections.pop(name)) as data:
-                sizes.append(data.nbytes)
-                _write(fd, data.cast("B"), at)
-                at += _padded(data.nbytes)
-        _write(fd, memoryview(_HEADER.pack(MAGIC, manifest, *sizes)), 0)
-        os.ftruncate(fd, at)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
+        fd = _create(f"envstore-{manifest.hex()[:12]}")
+        try:
+            _fill(fd, manifest, sections)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise NoSpaceError(f"no memory for the tree image: {error.strerror}") from error
     return fd
+
+
+def _create(name: str) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create(name, flags | _NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, flags)
+
+
+def _fill(fd: int, manifest: bytes, sections: dict[str, Buffer]) -> None:
+    sizes = []
+    at = _TEXT_AT
+    for name in TYPES:
+        # What has been written must not be in memory twice.
+        with memoryview(sections.pop(name)) as data:
+            sizes.append(data.nbytes)
+            _write(fd, data.cast("B"), at)
+            at += _padded(data.nbytes)
+    _write(fd, memoryview(_HEADER.pack(MAGIC, manifest, *sizes)), 0)
+    os.ftruncate(fd, at)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
 
 
 def _padded(size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envstore.errors import CorruptError, UnsupportedFormatError
+from envstore.errors import CorruptError, NoSpaceError, UnsupportedFormatError
 from envstore.fuse.content import content_from_image, load_content
 from envstore.fuse.image import Image, make_image, open_image
 from envstore.fuse.keys import list_key
@@ -252,6 +253,31 @@ def test_an_image_cannot_be_changed() -> None:
         ):
             with pytest.raises(PermissionError):
                 change()
+
+
+def test_kernels_that_do_not_know_files_without_execution(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = os.memfd_create
+
+    def older(name: str, flags: int) -> int:
+        if flags & 8:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", older)
+    with _image(_some()) as fd:
+        assert len(open_image(fd).tree) == 5
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "pwrite"])
+def test_memory_that_is_short_is_said_plainly(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(NoSpaceError, match="tree image"), _image(_some()):
+        pass
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.mark.parametrize(
