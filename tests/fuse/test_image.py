@@ -208,6 +208,25 @@ def test_equal_digests_of_other_sizes_are_other_files() -> None:
     assert tree.inode(must_find(tree, b"b")) == must_find(tree, b"b")
 
 
+def _alike(number: int) -> Entry:
+    """Return a file whose digest begins as those of others of its kind do."""
+    name = b"the same" + digest(b"%d" % number)[8:]
+    return Entry(b"%04d" % number, Kind.FILE, size=5, digest=name, refs=((name, 5),))
+
+
+def test_digests_that_begin_alike_are_told_apart() -> None:
+    entries = [_alike(number) for number in range(10)]
+    tree = tree_of(entries)
+    for entry in entries:
+        node = must_find(tree, entry.path)
+        assert tree.find_content(entry.digest) == tree.inode(node) == node
+
+
+def test_many_digests_that_begin_alike_are_refused() -> None:
+    with pytest.raises(CorruptError, match="begin alike"):
+        tree_of([_alike(number) for number in range(1000)])
+
+
 def test_a_tree_that_was_a_single_file() -> None:
     tree = tree_of([file(b"only", b"1234", mode=0o600, mtime_ns=9)])
     assert tree.attributes(ROOT)[1:3] == (0o040755, 1)
