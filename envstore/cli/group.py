@@ -18,6 +18,8 @@ _COMMANDS = {
     "mounts": "mounts",
     "remount": "mounts",
     "run": "run",
+    "profile": "profile",
+    "repack": "repack",
     "ls": "refs",
     "show": "refs",
     "log": "refs",

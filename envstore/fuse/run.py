@@ -21,6 +21,7 @@ from envstore.fuse.mount import unmount
 from envstore.fuse.mountinfo import find_mount, resolve
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.stats import read_stats
+from envstore.store.profiles import NO_PROFILE
 
 _FORWARDED = frozenset(
     {
@@ -66,8 +67,11 @@ class Ran:
     log: Path | None
 
 
-def run(store: str, ref: str, command: Sequence[str]) -> Ran:
+def run(store: str, ref: str, command: Sequence[str], *, record: bool = False) -> Ran:
     """Mount ``ref`` in a private directory, run ``command`` in it, wait, and unmount.
+
+    With ``record`` nothing is fetched by a profile, and the stats hold a ``recording`` of what was
+    read (see ``Recorder.report``).
 
     Signals that are sent to this process meanwhile are passed on. Call from the main thread.
     Raises what ``start_background`` does, ``CommandNotFoundError``, ``CannotExecuteError``.
@@ -75,7 +79,9 @@ def run(store: str, ref: str, command: Sequence[str]) -> Ran:
     with _private_directory() as prefix:
         files = RecordFiles(str(prefix))
         started = time.monotonic()
-        record = start_background(MountRequest(store, ref, str(prefix)))
+        profile = NO_PROFILE if record else ""
+        request = MountRequest(store, ref, str(prefix), profile=profile, record=record)
+        mount = start_background(request)
         mounted = time.monotonic()
         space = os.statvfs(prefix)
         size = space.f_blocks * space.f_frsize
@@ -88,7 +94,7 @@ def run(store: str, ref: str, command: Sequence[str]) -> Ran:
     if sound:
         files.log.unlink(missing_ok=True)
     log = None if sound else files.log
-    return Ran(status, record, mounted - started, ended - mounted, size, stats, log)
+    return Ran(status, mount, mounted - started, ended - mounted, size, stats, log)
 
 
 def _stats(files: RecordFiles) -> dict[str, Any] | None:

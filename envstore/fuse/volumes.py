@@ -29,6 +29,7 @@ from envstore.fuse.metrics import Metrics
 from envstore.fuse.overlay import probe
 from envstore.fuse.prefetch import ProfileSearch, follow
 from envstore.fuse.reader import Reader
+from envstore.fuse.recorder import Recorder
 from envstore.store.cache import BlobCache, default_cache
 from envstore.store.fetch import FrameFetcher
 from envstore.store.objects.base import ObjectStore
@@ -79,6 +80,7 @@ class Volumes:
         self._volumes: dict[int, Volume] = {}
         self._nursery: trio.Nursery | None = None
         self._search: ProfileSearch | None = None
+        self._recorder: Recorder | None = None
         self._secret = b""
         self.forest = Forest(b"")
 
@@ -97,6 +99,7 @@ class Volumes:
             return {"name": "node", "snapshot": "", "manifest": "", "store": "", "fast": False}
         repository = Repository.open(request.store, self.cache)
         snapshot = repository.resolve(request.ref)
+        repository.snapshot(snapshot)  # two will want it now, and find it in the cache
         self._search = ProfileSearch(repository, snapshot, request.profile)
         fast = self._wants_fast_path()
         content = self.add(1 if fast else 0, repository, snapshot, request.ref).content
@@ -217,7 +220,8 @@ class Volumes:
         objects = [supply.objects for supply in self._supplies.values()]
         used = [volume.reader.used() for volume in self._volumes.values()]
         total = (sum(raw for raw, _ in used), sum(stored for _, stored in used))
-        return self.metrics.report(fetched[0], objects[0], total)
+        found = self.metrics.report(fetched[0], objects[0], total)
+        return {**found, "recording": self._recorder.report()} if self._recorder else found
 
     def _wants_fast_path(self) -> bool:
         """Whether the mount is to be laid over an image; raises if it must be and cannot."""
@@ -242,6 +246,8 @@ class Volumes:
             objects = DeferredObjects(body["store"])
             supply = self._supply(objects, FrameFetcher(objects, self.cache))
             self._supplies[body["store"]] = supply
+        if self._request.record:
+            self._recorder = Recorder(content.tree, content.locations)
         reader = Reader(
             content.tree,
             content.locations,
@@ -249,6 +255,7 @@ class Volumes:
             self.cache,
             self.metrics,
             self._complaints,
+            self._recorder.watch if self._recorder else None,
         )
         if slot:
             memory = mmap.mmap(keepsake.files[1], 0)
