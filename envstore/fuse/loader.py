@@ -58,7 +58,11 @@ class FrameLoader:
         *,
         patience: float = PATIENCE,
     ) -> None:
-        """Keep trying for ``patience`` seconds what somebody waits for."""
+        """Keep trying for ``patience`` seconds what somebody waits for.
+
+        ``metrics`` are the totals of the server, among which ``fetcher`` is counted from now on.
+        """
+        metrics.include(fetcher)
         self._fetcher = fetcher
         self._cache = cache
         self._metrics = metrics

@@ -129,6 +129,7 @@ class Reader:
             if missing:
                 ahead += self._neighbourhood.plan(node, runs[missing[-1]].frame)
             needed = self._frames(runs[at].frame for at in missing)
+            self._metrics.missed_bytes += sum(frame.stored for frame in {*needed})
             loaded = await self._loader.load(needed, self._frames(ahead))
             for at, frame in zip(missing, needed, strict=True):
                 found[at] = self._accept(runs[at], loaded[frame.digest])

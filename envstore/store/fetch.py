@@ -15,7 +15,7 @@ from envstore.errors import EnvstoreError
 from envstore.store.cache import BlobCache, CacheFullError
 from envstore.store.frames import decode_frame
 from envstore.store.locations import FrameRef
-from envstore.store.objects.base import ObjectStore
+from envstore.store.objects.base import ObjectStore, Traffic
 from envstore.store.packs import pack_key
 
 MAX_GAP = 256 << 10
@@ -42,6 +42,11 @@ class FrameFetcher:
         self.fetched = Fetched()
         self.refused: EnvstoreError | None = None
         """Why the cache last refused a frame of ``stream``, other than for its cap."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """What crossed the wire between here and the store, for whatever purpose."""
+        return self._objects.traffic
 
     def plan(
         self,
