@@ -24,6 +24,8 @@ ROOT = 1
 """The root's node; the number is the kernel's."""
 
 _KIND = 3
+_KINDS = tuple(Kind)
+_DIRECTORY, _SYMLINK = int(Kind.DIRECTORY), int(Kind.SYMLINK)
 _NORMAL_MODES = (
     stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777, 0,
     stat.S_IFREG | 0o755, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777, 0,
@@ -126,7 +128,7 @@ class Tree:
 
     def kind(self, node: int) -> Kind:
         """Return what the node is."""
-        return Kind(self._c.kinds[node - 1] & _KIND)
+        return _KINDS[self._c.kinds[node - 1] & _KIND]
 
     def attributes(self, node: int) -> Attributes:
         """Return everything about a node at once.
@@ -144,7 +146,7 @@ class Tree:
             size = stored = c.ends[c.file_starts[slot + 1]] - c.ends[c.file_starts[slot]]
             if self._holes:
                 stored -= _value(c.holed, c.hole_bytes, slot, 0)
-        elif flags & _KIND == Kind.SYMLINK:
+        elif flags & _KIND == _SYMLINK:
             size = stored = c.target_starts[slot + 1] - c.target_starts[slot]
         mode, mtime_ns = _NORMAL_MODES[flags], NORMAL_MTIME_NS
         if self._kept:
@@ -198,7 +200,7 @@ class Tree:
     def lookup(self, parent: int, name: bytes) -> int | None:
         """Return the node called ``name`` in directory ``parent``, else ``None``."""
         c = self._c
-        if c.kinds[parent - 1] & _KIND != Kind.DIRECTORY:
+        if c.kinds[parent - 1] & _KIND != _DIRECTORY:
             return None
         slot = c.slots[parent - 1]
         low, high = c.child_starts[slot], c.child_starts[slot + 1]
