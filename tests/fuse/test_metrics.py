@@ -144,6 +144,20 @@ def test_the_next_server_goes_on_counting(site: Site, memory: int) -> None:
     assert third.report()["requests"] == {"read": 2}
 
 
+def test_totals_of_several(site: Site) -> None:
+    one, two = Metrics(), Metrics()
+    for metrics, number in ((one, 3), (two, 4)):
+        metrics.include(site.fetcher)
+        metrics.bytes_read = number
+        metrics.requests["read"] = number
+        metrics.observe("read", number)
+    total = one.including([two]).report()
+    assert (total["bytes_read"], total["requests"]) == (7, {"read": 7})
+    assert (total["latency"]["read"]["count"], total["latency"]["read"]["seconds"]) == (2, 7)
+    assert total["store"]["requests"] == 2 * one.report()["store"]["requests"]
+    assert one.bytes_read == 3
+
+
 def test_what_was_fetched_ahead_and_used_is_told_from_what_was_not(site: Site) -> None:
     site.again()
 
