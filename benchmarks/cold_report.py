@@ -39,10 +39,12 @@ def floor(result: Result) -> float | None:
     fast as it is on local disk with everything in memory.
     """
     bandwidth, warm = result.facts.get(BANDWIDTH), result.median(WARM, LOCAL)
-    needed = [middle(found) for found in result.values.get(NEEDED, {}).values()]
-    if bandwidth is None or warm is None or not needed:
+    # The fast path reads without its server, which then does not count it.
+    asked = (result.median(NEEDED, name) for name in (*_UNPROFILED, *_PROFILED))
+    needed = max(filter(None, asked), default=None)
+    if bandwidth is None or warm is None or needed is None:
         return None
-    return min(needed) / bandwidth + warm
+    return needed / bandwidth + warm
 
 
 def show(console: Console, result: Result) -> None:

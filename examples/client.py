@@ -45,7 +45,7 @@ def _reason(said: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A live mount: where it is, how long it took, and its server."""
+    """A live mount: where it is, how long it took, and the process that holds it and its server."""
 
     path: Path
     seconds: float
@@ -122,7 +122,7 @@ class Envstore:
             started = time.monotonic()
             said = self.call("mount", *options, ref, path)
             seconds = time.monotonic() - started
-            yield Mount(path, seconds, int(said["pid"]), str(said["stats"]))
+            yield Mount(path, seconds, int(said["holder_pid"]), str(said["stats"]))
         finally:
             self.unmount(path)
 
