@@ -20,7 +20,9 @@ def cache() -> None:
     """Look at the cache of fetched data, or clear it.
 
     It is shared by all stores and mounts of one user, and stays below ENVSTORE_CACHE_SIZE (20G) by
-    dropping what was not used for longest. Losing it costs time, never data.
+    dropping what was not used for longest; only what was hydrated stays. Beyond that it holds
+    images of the names of fast mounts, 256 MiB of them and what is in use. Losing it costs time,
+    never data.
     """
 
 
@@ -41,6 +43,8 @@ def show(settings: Settings) -> None:
                 "directory": output.printable(str(found.root)),
                 "bytes": usage.bytes,
                 "blobs": usage.blobs,
+                "files": usage.files,
+                "pinned_bytes": usage.pinned,
                 "capacity": usage.capacity,
             }
         )
@@ -48,7 +52,12 @@ def show(settings: Settings) -> None:
     output.fields(
         [
             ("directory", output.printable(str(found.root))),
-            ("used", f"{output.size(usage.bytes)} in {output.counted(usage.blobs, 'blob')}"),
+            (
+                "used",
+                f"{output.size(usage.bytes)} in {output.counted(usage.blobs, 'blob')} and "
+                f"{output.counted(usage.files, 'file')}",
+            ),
+            ("hydrated", output.size(usage.pinned)),
             ("cap", output.size(usage.capacity)),
         ]
     )
@@ -61,7 +70,11 @@ def show(settings: Settings) -> None:
 )
 @click.pass_obj
 def clear(settings: Settings) -> None:
-    """Remove everything that was fetched. Mounts that are in use fetch again what they need."""
+    """Remove what was fetched, but for hydrated snapshots.
+
+    Mounts that are in use fetch again what they need. To let a hydrated snapshot go, see
+    `envstore hydrate --drop`.
+    """
     freed = settings.cache().clear()
     if settings.json:
         output.result({"freed_bytes": freed})

@@ -31,9 +31,10 @@ _SHOWN = {"ok": ("ok", "green"), "note": ("note", "yellow"), "failed": ("FAIL", 
 def doctor(settings: Settings, no_probe: bool) -> None:
     """Check that everything works, and say how to mend it.
 
-    Python, the kernel and its FUSE device, fusermount3, pyfuse3, the store and the cache. Of the
-    store it tries whether one of 32 concurrent writers wins, which writes a few small objects and
-    removes them. Exits with 1 if something essential fails; notes are not essential.
+    Python, the kernel and its FUSE device, fusermount3, pyfuse3, what fast mounts need of the
+    kernel (EROFS, overlayfs, root), the store and the cache. Of the store it tries whether one of
+    32 concurrent writers wins, which writes a few small objects and removes them. Exits with 1 if
+    something essential fails; notes are not essential.
     """
     found = []
     for check in _checks(settings, probe=not no_probe):
@@ -62,10 +63,11 @@ def doctor(settings: Settings, no_probe: bool) -> None:
 
 
 def _checks(settings: Settings, *, probe: bool) -> Iterator[Check]:
-    from envstore.fuse.checks import check_mounting
+    from envstore.fuse.checks import check_fast_path, check_mounting
     from envstore.store.checks import check_cache, check_store, failed
 
     yield from check_mounting()
+    yield check_fast_path(settings.cache_directory)
     yield from check_store(settings.url, may_be_missing=settings.is_default, probe=probe)
     try:
         capacity = settings.cache_capacity

@@ -28,6 +28,21 @@ def check_mounting() -> Iterator[Check]:
     yield _check_binding()
 
 
+def check_fast_path(directory: Path) -> Check:
+    """Try whether the kernel can serve names and local files by itself, for mounts of root.
+
+    Tries it in the cache's ``directory``. Everything works without, only slower.
+    """
+    from envstore.fuse.overlay import examine
+
+    found = examine(directory)
+    for finding in found:
+        if finding.mend is not None:
+            return Check("fast path", "note", f"{finding.name}: {finding.detail}", finding.mend)
+    detail = "; ".join(f"{finding.name}: {finding.detail}" for finding in found)
+    return Check("fast path", "ok", detail)
+
+
 def _check_python() -> Check:
     detail = f"{platform.python_version()} in {sys.executable}"
     if sys.version_info >= _PYTHON:

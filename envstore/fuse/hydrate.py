@@ -36,7 +36,7 @@ from envstore.store.source import Kind
 
 _PARALLEL = 4
 _MAX_REQUEST = 8 << 20
-_BATCH_FILES, _BATCH_BYTES = 256, 64 << 20
+_BATCH_FILES, _BATCH_BYTES = 256, 32 << 20
 _ATTEMPTS = 3
 
 _NICE = 10

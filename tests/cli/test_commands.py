@@ -413,8 +413,8 @@ def test_doctor(stored: Cli) -> None:
     found = stored("--json", "doctor")
     checks = {check["name"]: check for check in found.json["checks"]}
     assert set(checks) == {
-        "python", "kernel", "/dev/fuse", "fusermount3", "pyfuse3", "store", "conditional writes",
-        "cache", "cache space",
+        "python", "kernel", "/dev/fuse", "fusermount3", "pyfuse3", "fast path", "store",
+        "conditional writes", "cache", "cache space",
     }  # fmt: skip
     for name in ("python", "pyfuse3", "store", "conditional writes", "cache"):
         assert checks[name]["verdict"] == "ok", checks[name]
