@@ -9,7 +9,8 @@ ref leads to was stored before: a push that dies leaves at worst packs that the 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Protocol
 
 from blake3 import blake3
 
-from envstore.errors import EnvstoreError, UnsupportedFormatError
+from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnsupportedFormatError
 from envstore.store.chunking import CHUNKER_ID, Chunk, Hole
 from envstore.store.dedup import MAX_PART_RANGES, places_to_reuse
 from envstore.store.index import DedupIndex, LocationsBuilder
@@ -33,6 +34,7 @@ from envstore.store.manifest import (
     sort_key,
 )
 from envstore.store.packing import PackWriter
+from envstore.store.profiles import file_ranks, find_profile
 from envstore.store.reading import Piece, read_files
 from envstore.store.refs import Ref, RefName, move_ref, try_read
 from envstore.store.repository import Repository
@@ -88,7 +90,10 @@ class PushOptions:
 
 @dataclass(slots=True)
 class _Tree:
-    """A scanned tree on its way to a manifest."""
+    """A scanned tree on its way to a manifest.
+
+    ``ranks`` are the places of the files that a start is known to read.
+    """
 
     entries: list[SourceEntry]
     signature: bytes
@@ -96,6 +101,7 @@ class _Tree:
     recipes: dict[bytes, Recipe] = field(default_factory=dict)
     read_bytes: int = 0
     fleeting: set[bytes] = field(default_factory=set)
+    ranks: dict[bytes, int] = field(default_factory=dict)
 
     def chunks(self) -> Iterator[bytes]:
         """Return the digests of all chunks, holes included, some more than once."""
@@ -144,8 +150,11 @@ def push(
                 (*source.warnings, *known.warnings),
             )  # fmt: skip
     bases = [*((expected[0].snapshot,) if expected else ()), *options.parents]
-    known.learn_snapshots(bases)
-    known.learn_segments()
+    with ThreadPoolExecutor(1) as pool:
+        ranks = pool.submit(_ranks, repository, bases, tree, known)
+        known.learn_snapshots(bases)
+        known.learn_segments()
+        tree.ranks = ranks.result()
     orphans = find_orphans(repository, state)
     index.add_packs(orphans)
     writer = PackWriter(repository.objects, index, pending=state, level=options.level)
@@ -214,12 +223,18 @@ def _store_files(
             wanted.append(entry)
         else:
             tree.recipes[entry.path] = recipe
-    wanted.sort(key=source.order)
+    last = len(tree.ranks)
+    wanted.sort(key=lambda entry: (tree.ranks.get(entry.path, last), source.order(entry)))
     total = sum(entry.size for entry in wanted)
     refs: list[tuple[bytes, int]] = []
     pieces = read_files(source, wanted)
+    early = False
     try:
         for piece in pieces:
+            if early and piece.entry.path not in tree.ranks:
+                # What a start reads is to be had without what it does not.
+                writer.end_frame()
+            early = piece.entry.path in tree.ranks
             refs += _store_piece(piece, known, writer)
             tree.read_bytes += sum(len(i.data) for i in piece.items if isinstance(i, Chunk))
             if piece.omitted:
@@ -232,6 +247,21 @@ def _store_files(
             progress("read", tree.read_bytes, total)
     finally:
         pieces.close()  # type: ignore[attr-defined]
+
+
+def _ranks(
+    repository: Repository, bases: Sequence[bytes], tree: _Tree, known: KnownChunks
+) -> dict[bytes, int]:
+    """Return in which order the files lie that a start of what this builds on reads."""
+    for base in bases:
+        try:
+            found = find_profile(repository, base)
+        except (CorruptError, NotFoundError, UnsupportedFormatError) as error:
+            known.warnings.append(f"not laid out by a profile: {error.message}")
+            continue
+        if found is not None:
+            return file_ranks(found.profile, {entry.path: entry.size for entry in tree.entries})
+    return {}
 
 
 def _remembered(tree: _Tree, entry: SourceEntry) -> Recipe | None:

@@ -3,7 +3,7 @@
 Structure: ref -> snapshot -> manifest -> parts -> locations -> packs present, long enough, and
 listing the very frames and chunks the locations name. With data: every pack used is read whole,
 and its name, every frame and every chunk are hashed. Of the whole store also the index is checked,
-and every pack it lists: the next push will rely on them.
+and every pack it lists: the next push will rely on them; and so are profiles.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from envstore.store.frames import Frame, decode_frame
 from envstore.store.locations import FrameRef, Locations
 from envstore.store.manifest import HOLE, Entry, Root, read_entries
 from envstore.store.packs import FOOTER_SIZE, Pack, frame_bytes, pack_key, parse_pack, read_table
+from envstore.store.profiles import open_profile
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.samples import open_sample, sample_key
 from envstore.store.snapshots import Snapshot
@@ -73,7 +74,7 @@ def verify(
 ) -> Report:
     """Check ``targets``, pairs of a name for the report and a snapshot digest.
 
-    ``whole`` adds what no target leads to: index segments, samples, and the packs they list.
+    ``whole`` adds what no target leads to: profiles, index segments, samples, and their packs.
     Damage is collected, not raised; ``UnavailableError`` and ``AccessDeniedError`` are raised.
     ``progress`` is told packs done and packs in all. Memory: about 200 bytes a chunk.
     """
@@ -133,11 +134,12 @@ def _check_metadata(
 
 
 def _check_index(repository: Repository, plans: dict[bytes, _Plan]) -> list[Problem]:
-    """Read segments and samples, and add the packs listed to ``plans``; returns the damage."""
+    """Read what no snapshot leads to, and add the packs listed to ``plans``; returns the damage."""
     found: list[Problem] = []
+    objects = repository.objects
 
     def each(prefix: str, read: Callable[[bytes], object]) -> None:
-        for info in repository.objects.list(prefix):
+        for info in objects.list(prefix):
             name = parse_hex(info.key.removeprefix(prefix))
             try:
                 if name is None:
@@ -154,7 +156,14 @@ def _check_index(repository: Repository, plans: dict[bytes, _Plan]) -> list[Prob
                 plan.frames.add(FrameRef(pack.digest, offset, *facts))
 
     each("index/", segment)
-    each("samples/", lambda name: open_sample(repository.objects.get(sample_key(name)), name))
+    each("samples/", lambda name: open_sample(objects.get(sample_key(name)), name))
+    for info in objects.list("profiles/"):
+        try:
+            open_profile(objects.get(info.key), info.key)
+        except NotFoundError:
+            continue  # removed since it was listed
+        except DAMAGE as error:
+            found.append(Problem(info.key, error.message, ()))
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 from envstore.store import known, packing, packs, samples
 from envstore.store.dedup import MAX_RANGES
 from envstore.store.locations import FrameRef
+from envstore.store.profiles import Range, new_profile, profile_key, save_profile
 from envstore.store.push import PushResult
 from envstore.store.source import (
     WINDOW,
@@ -238,3 +239,60 @@ def test_a_manifest_stays_in_few_places_however_often_it_changes(store: Store) -
     # Nor is all of it written each time.
     assert sum(sent[1:]) < 0.3 * sent[0] * len(sent)
     assert store.verify().problems == []
+
+
+def test_what_a_start_reads_comes_first(store: Store, tmp_path: Path) -> None:
+    root = tmp_path / "profiled"
+    root.mkdir()
+    for number in range(6):
+        (root / f"{number}").write_bytes(trees.noise(number, 700_000))
+    first = store.push(root)
+    ranges = [
+        Range(b"4", 0, 700_000),
+        Range(b"1", 0, 300_000),
+        Range(b"2", 0, 5),
+        Range(b"x", 0, 9),
+    ]
+    save_profile(store.repository.objects, first.manifest, "start", new_profile(ranges, []))
+    for number in range(6):
+        (root / f"{number}").write_bytes(trees.noise(f"new {number}", 700_000))
+    store.push(root)
+    assert _order(store) == [b"4", b"1", b"0", b"2", b"3", b"5"]
+    # The profile of the first is that of the third, too.
+    for number in range(6):
+        (root / f"{number}").write_bytes(trees.noise(f"newer {number}", 700_000))
+    store.push(root)
+    assert _order(store) == [b"4", b"1", b"0", b"2", b"3", b"5"]
+    _, locations = store.repository.located(store.snapshot().manifest)
+    frames = {}
+    number = 0
+    for entry in store.repository.entries(store.snapshot().manifest):
+        frames[entry.path] = {locations.ref_frames[number + at] for at in range(len(entry.refs))}
+        number += len(entry.refs)
+    assert frames[b"1"].isdisjoint(frames[b"0"])
+    store.assert_sound()
+
+
+def test_a_damaged_profile_keeps_nobody_from_pushing(store: Store, tree: Path) -> None:
+    first = store.push(tree)
+    store.repository.objects.put(profile_key(first.manifest, "start"), b"damaged")
+    (tree / "large").write_bytes(trees.noise("other", 1 << 20))
+    again = store.push(tree)
+    assert any("not laid out by a profile" in warning for warning in again.warnings)
+    (problem,) = store.verify().problems
+    assert problem.object.startswith("profiles/")
+    assert problem.harms == ()
+    store.repository.objects.delete(profile_key(first.manifest, "start"))
+    store.assert_sound()
+
+
+def _order(store: Store) -> list[bytes]:
+    """Return the files of the pushed tree as they lie in its pack."""
+    _, locations = store.repository.located(store.snapshot().manifest)
+    places = []
+    number = 0
+    for entry in store.repository.entries(store.snapshot().manifest):
+        frame = locations.frames[locations.ref_frames[number]]
+        places.append((frame.offset, locations.ref_offsets[number], entry.path))
+        number += len(entry.refs)
+    return [path for _, _, path in sorted(places)]
