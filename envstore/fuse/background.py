@@ -71,7 +71,10 @@ def start_mount(request: MountRequest, node: str = "auto") -> MountRecord:
     ``node`` is ``on``, ``off``, or ``auto``: if there is a node server that this user may use.
     Raises as ``start_background`` does; ``NotFoundError`` if it must be the node and none is there.
     """
-    return start_background(request)
+    from envstore.fuse.leases import mount_through, node_for
+
+    path = node_for(node)
+    return start_background(request) if path is None else mount_through(path, request)
 
 
 def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
@@ -100,6 +103,8 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
         "stats": listen(files.stats).detach(),
         "control": listen(files.control).detach(),
     }
+    if request.node:
+        descriptors["node"] = listen(request.node).detach()
     holder = Holder(Kept(request, descriptors), files, say)
     holder.begin()
     return holder.run()

@@ -37,7 +37,7 @@ def lay_fast_path(
     Where the kernel cannot, the server's ``subtree`` of the snapshot is shown instead, and
     ``False`` returned. Call from another process than the server's. Raises ``EnvstoreError``.
     """
-    objects = Path(server) / os.fsdecode(OBJECTS)
+    objects = Path(server) / (subtree + os.fsdecode(OBJECTS))
     try:
         mount_fast(Path(parts["image"]), Path(parts["local"]), objects, mountpoint, source=source)
     except EnvstoreError as error:

@@ -22,11 +22,14 @@ from envstore.store.entries import NORMAL_MTIME_NS
 from envstore.store.source import Kind
 
 SECRET_SIZE = 32
-OBJECTS = b"objects"
-"""The directory of all files by content key, for overlayfs to look into."""
+OBJECTS = b".objects"
+"""What is added to a snapshot's name for the directory of its files by content key, for overlayfs.
 
-_OBJECTS, _SHELVES = 2, 256
-"""Node of the directory of objects, and the first of its 256 directories."""
+Each has its own: only its own manifest says which file a key leads to."""
+
+_SHELVES, _OBJECTS = (1 << 32) - 512, (1 << 32) - 1
+"""In each slot: the first of 256 directories of objects, and the one above them. No tree has as
+many nodes."""
 _SLOT_SHIFT = 32
 _NODE = (1 << _SLOT_SHIFT) - 1
 _SHARED = 1 << 62
@@ -122,7 +125,7 @@ class Forest:
 
     def lasting(self, parent: int) -> bool:
         """Whether what a directory does not hold now it will never hold."""
-        return not self._above(parent)
+        return self._alone or parent != ROOT
 
     def attributes(self, node_id: int) -> Attributes:
         """Return everything about a node; ``inode`` is its id."""
@@ -145,48 +148,60 @@ class Forest:
                 child = tree.child(node, position)
                 yield tree.name(child), self._id(slot, child)
         elif node_id == ROOT:
+            above: list[tuple[bytes, int]] = []
             # In the order of slots, which only grow: who lists while one goes misses none.
-            above = [(OBJECTS, _OBJECTS)]
-            above += [(self._plots[slot].name, self._root(slot)) for slot in sorted(self._plots)]
+            for slot in sorted(self._plots):
+                name = self._plots[slot].name
+                above += [(name, self._in(slot, ROOT)), (name + OBJECTS, self._in(slot, _OBJECTS))]
             yield from above[start:]
-        elif node_id == _OBJECTS:
+        elif node_id & _NODE == _OBJECTS:
+            slot = node_id >> _SLOT_SHIFT
             for number in range(start, 256):
-                yield b"%02x" % number, _SHELVES + number
+                yield b"%02x" % number, self._in(slot, _SHELVES + number)
+
+    def recall(self, slot: int) -> None:
+        """Note again all ids that the kernel may have been told of a snapshot that comes back."""
+        tree = self._trees[slot]
+        for node in range(ROOT, len(tree) + 1):
+            self._id(slot, node)
 
     def _above(self, node_id: int) -> bool:
-        """Whether a directory is of no snapshot."""
-        return not (node_id >> _SLOT_SHIFT or self._alone)
+        """Whether a directory is in no snapshot's tree."""
+        if self._alone or node_id & _SHARED:
+            return False
+        if node_id >> _SLOT_SHIFT and node_id >> _SLOT_SHIFT not in self._trees:
+            raise KeyError(node_id)
+        return node_id == ROOT or node_id & _NODE >= _SHELVES
 
     def _lookup_above(self, parent: int, name: bytes) -> int | None:
         if parent == ROOT:
-            slot = self._names.get(name)
-            return _OBJECTS if name == OBJECTS else None if slot is None else self._root(slot)
+            tree = name.removesuffix(OBJECTS)
+            slot = self._names.get(tree)
+            return None if slot is None else self._in(slot, ROOT if tree == name else _OBJECTS)
+        slot, node = parent >> _SLOT_SHIFT, parent & _NODE
         try:
             key = bytes.fromhex(name.decode("ascii"))
         except ValueError:
             return None
-        if parent == _OBJECTS:
-            return _SHELVES + key[0] if len(name) == 2 else None
-        if len(key) != 32 or key[0] != parent - _SHELVES:
+        if node == _OBJECTS:
+            return self._in(slot, _SHELVES + key[0]) if len(name) == 2 else None
+        if len(name) != 64 or key[0] != node - _SHELVES:
             return None
-        for slot, plot in self._plots.items():
-            node = plot.tree.find_content(key)
-            if node is not None:
-                return self._id(slot, node)
-        return None
+        found = self._trees[slot].find_content(key)
+        return None if found is None else self._id(slot, found)
 
-    def _root(self, slot: int) -> int:
-        return slot << _SLOT_SHIFT | ROOT
+    def _in(self, slot: int, node: int) -> int:
+        return slot << _SLOT_SHIFT | node
 
     def _id(self, slot: int, node: int) -> int:
         tree = self._trees[slot]
         node = tree.inode(node)
         plot = self._plots.get(slot)
         if plot is None or tree.kind(node) is not Kind.FILE:
-            return slot << _SLOT_SHIFT | node
+            return self._in(slot, node)
         shared = self._shared(plot, node)
         if shared is None:
-            return slot << _SLOT_SHIFT | node
+            return self._in(slot, node)
         self._tell(plot, shared, node)
         return shared
 

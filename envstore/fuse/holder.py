@@ -191,7 +191,7 @@ class Holder:
             case "loaded":
                 self._mount(server, body)
             case "failed":
-                self._fail(body)
+                self._fail(body["error"])
             case "serving":
                 self._on_serving(server)
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-from envstore.errors import NotFoundError, UsageError
+from envstore.errors import EnvstoreError, NotFoundError, UsageError
 from envstore.fuse import session as sessions
 from envstore.fuse.mountinfo import find_mount, resolve
 from envstore.fuse.records import MountRecord, RecordFiles, list_records
+from envstore.fuse.sockets import ask, give_back
+
+_WITHIN = 5.0
 
 
 def check_mountpoint(path: str | os.PathLike[str]) -> str:
@@ -18,7 +21,7 @@ def check_mountpoint(path: str | os.PathLike[str]) -> str:
     mountpoint = resolve(path)
     mounted = find_mount(mountpoint)
     if mounted is not None and sessions.is_ours(mounted):
-        if RecordFiles(mountpoint).alive():
+        if _served(RecordFiles(mountpoint)):
             raise UsageError(
                 f"{mountpoint} is already a mount of {mounted.source}",
                 hint=f"envstore umount {mountpoint}",
@@ -68,12 +71,18 @@ def unmount(path: str | os.PathLike[str], *, lazy: bool = False) -> None:
             hint=f"umount {mountpoint}",
         )
     files = RecordFiles(mountpoint)
+    record = files.load()
+    detached = False
     try:
         sessions.close_mount(mountpoint)
     except sessions.BusyError:
         if not lazy:
             raise
         sessions.close_mount(mountpoint, lazy=True)
+        detached = True
+    if record is not None and record.node:
+        give_back(record.node, record.lease, lazy=detached)
+    elif detached:
         return
     files.wait()
     # Who was killed could not do it.
@@ -83,10 +92,23 @@ def unmount(path: str | os.PathLike[str], *, lazy: bool = False) -> None:
 def active_mounts() -> list[tuple[MountRecord, bool]]:
     """Return this user's mounts, each with whether its server lives; forgets those of the past."""
     found = []
-    for record, alive in list_records():
+    for record, own in list_records():
+        alive = _served(RecordFiles(record.mountpoint)) if record.node else own
         mounted = find_mount(record.mountpoint)
-        if alive or (mounted is not None and sessions.is_ours(mounted)):
+        if own or (mounted is not None and sessions.is_ours(mounted)):
             found.append((record, alive))
         else:
             RecordFiles(record.mountpoint).clear()
     return found
+
+
+def _served(files: RecordFiles) -> bool:
+    """Whether somebody answers for a mount, by itself or as one of a node's."""
+    record = files.load()
+    if record is None or not record.node:
+        return files.alive()
+    try:
+        ask(record.node, _WITHIN, ask="status")
+    except EnvstoreError:
+        return False
+    return True

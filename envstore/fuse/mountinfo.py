@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
@@ -37,6 +38,26 @@ def list_mounts() -> list[MountInfo]:
     """Return all mounts that this process sees, in the order in which they were made."""
     with open("/proc/self/mountinfo", "rb") as table:
         return [_parse(line) for line in table]
+
+
+def mountpoints_in(namespaces: Iterable[int]) -> dict[int, set[str]]:
+    """Return the mount points in each of these mount name spaces (inodes) that still exists.
+
+    Needs root for other processes' name spaces.
+    """
+    wanted = set(namespaces)
+    found: dict[int, set[str]] = {}
+    for process in ("self", *filter(str.isdigit, os.listdir("/proc"))):
+        if len(found) == len(wanted):
+            break
+        try:
+            namespace = os.stat(f"/proc/{process}/ns/mnt").st_ino
+            if namespace in wanted and namespace not in found:
+                with open(f"/proc/{process}/mountinfo", "rb") as table:
+                    found[namespace] = {_parse(line).mountpoint for line in table}
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
 
 
 def _parse(line: bytes) -> MountInfo:

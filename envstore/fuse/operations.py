@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from functools import wraps
+from time import perf_counter
+from typing import Any, Protocol, TypeVar, cast
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FUSEError, InodeT
@@ -51,6 +53,25 @@ class Files(Protocol):
         ...
 
 
+_Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
+
+
+def _counted(handler: _Handler) -> _Handler:
+    """Have a request handler counted under its name, with the time it takes."""
+    kind = handler.__name__
+
+    @wraps(handler)
+    async def counting(self: SnapshotOperations, *arguments: Any) -> Any:
+        started = perf_counter()
+        try:
+            return await handler(self, *arguments)
+        finally:
+            self.metrics.requests[kind] += 1
+            self.metrics.observe(kind, perf_counter() - started)
+
+    return cast(_Handler, counting)
+
+
 class SnapshotOperations(pyfuse3.Operations):
     """The read-only file system of one ``Forest``."""
 
@@ -59,7 +80,7 @@ class SnapshotOperations(pyfuse3.Operations):
         super().__init__()
         self._forest = forest
         self._files = files
-        self._requests = metrics.requests
+        self.metrics = metrics
         self._uid, self._gid = os.getuid(), os.getgid()
         self._entries: dict[int, EntryAttributes] = {}
         self._absent = _absence(FOREVER)
@@ -70,34 +91,34 @@ class SnapshotOperations(pyfuse3.Operations):
         """Called by pyfuse3 when the session starts."""
         self.on_init()
 
+    @_counted
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
     ) -> EntryAttributes:
         """Find a name; that there is none is an answer the kernel may keep, too."""
-        self._requests["lookup"] += 1
         await self._know(parent_inode)
         node = self._forest.lookup(parent_inode, name)
         if node is None:
             return self._absent if self._forest.lasting(parent_inode) else self._absent_now
         return self._entry(node)
 
+    @_counted
     async def getattr(
         self, inode: InodeT, ctx: pyfuse3.RequestContext | None = None
     ) -> EntryAttributes:
         """Return a node's attributes."""
-        self._requests["getattr"] += 1
         await self._know(inode)
         return self._entry(inode)
 
+    @_counted
     async def readlink(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileNameT:
         """Return where a link points."""
-        self._requests["readlink"] += 1
         await self._know(inode, Kind.SYMLINK)
         return FileNameT(self._forest.target(inode))
 
+    @_counted
     async def open(self, inode: InodeT, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
         """Allow reading; the handle is slot and node, and what the kernel has cached stays."""
-        self._requests["open"] += 1
         await self._know(inode, Kind.FILE)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
@@ -105,13 +126,13 @@ class SnapshotOperations(pyfuse3.Operations):
         self._files.opened(slot, node)
         return FileInfo(fh=FileHandleT(slot << _SLOT_SHIFT | node), keep_cache=True)
 
+    @_counted
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Return a range of a file.
 
         Never a view of a mapped file: if that page had to be read while this process is killed,
         the kernel would answer the reader with EIO.
         """
-        self._requests["read"] += 1
         slot, node = fh >> _SLOT_SHIFT, fh & _NODE
         try:
             if self._forest.node(slot, node) is None:
@@ -128,15 +149,15 @@ class SnapshotOperations(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         """Nothing was kept for the handle."""
 
+    @_counted
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
         """Allow listing; the handle is the node."""
-        self._requests["opendir"] += 1
         await self._know(inode, Kind.DIRECTORY)
         return FileHandleT(inode)
 
+    @_counted
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List a directory from an offset on; offsets count entries."""
-        self._requests["readdir"] += 1
         node = InodeT(fh)
         await self._know(node, Kind.DIRECTORY)
         for position, (name, child) in enumerate(self._forest.listing(node, start_id), start_id):
@@ -150,9 +171,9 @@ class SnapshotOperations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """Nothing is remembered of what the kernel knows."""
 
+    @_counted
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Return the size of all snapshots here; nothing is free."""
-        self._requests["statfs"] += 1
         totals = [self._forest.tree(slot).totals for slot in self._forest.slots]
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = BLOCK
@@ -161,19 +182,19 @@ class SnapshotOperations(pyfuse3.Operations):
         data.f_namemax = _NAME_MAX
         return data
 
+    @_counted
     async def flush(self, fh: FileHandleT) -> None:
         """Say once and for all that closing takes no request."""
-        self._requests["flush"] += 1
         raise FUSEError(errno.ENOSYS)
 
+    @_counted
     async def getxattr(self, inode: InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Say once and for all that there are no extended attributes."""
-        self._requests["getxattr"] += 1
         raise FUSEError(errno.ENOSYS)
 
+    @_counted
     async def listxattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         """Say once and for all that there are no extended attributes."""
-        self._requests["listxattr"] += 1
         raise FUSEError(errno.ENOSYS)
 
     async def _know(self, node: int, kind: Kind | None = None) -> None:

@@ -21,7 +21,8 @@ class MountOverview:
 
     ``state`` is ``serving``, ``starting`` (a server is on its way), ``failing`` (servers keep
     dying) or ``dead``. ``bytes_fetched`` and ``requests`` count what the store was asked for,
-    ``hit_rate`` is the share of reads that the cache could serve.
+    ``hit_rate`` is the share of reads that the cache could serve. Through a node server, which
+    asks the store for all, ``bytes_fetched`` is what the reads of this snapshot waited for.
     """
 
     mountpoint: str
@@ -55,7 +56,11 @@ def _describe(record: MountRecord, alive: bool) -> MountOverview:
     status: dict[str, Any] = {}
     stats: dict[str, Any] = {}
     try:
-        if alive:
+        if alive and record.node:
+            status = ask(record.node, _WITHIN, ask="status")
+            mounts = {one["id"]: one for one in status["mounts"]}
+            stats = mounts.get(record.lease, {})
+        elif alive:
             status = ask(record.control, _WITHIN, ask="status")
             if status["state"] == "serving":
                 stats = read_stats(Path(record.stats))
@@ -68,10 +73,10 @@ def _describe(record: MountRecord, alive: bool) -> MountOverview:
         ref=record.name,
         digest=record.snapshot,
         state=status.get("state", "starting" if alive else "dead"),
-        holder_pid=status.get("holder_pid", record.holder_pid),
+        holder_pid=status.get("holder_pid") or record.holder_pid,
         server_pid=status.get("server_pid"),
         restarts=status.get("restarts", 0),
-        bytes_fetched=stats.get("store", {}).get("bytes", 0),
+        bytes_fetched=stats.get("store", {}).get("bytes", stats.get("missed_bytes", 0)),
         requests=stats.get("store", {}).get("requests", 0),
         hit_rate=1 - runs["missed"] / reads if reads else None,
         last_failure=status.get("last_failure", ""),

@@ -51,6 +51,7 @@ class Promoter:
         self._waiting: dict[bytes, _Candidate] = {}
         self._wake = trio.Event()
         self._stopped = False
+        self._calm_at = -1
         self._thread = trio.CapacityLimiter(1)
         self.promoted = 0
         """Files that were made so far."""
@@ -89,14 +90,11 @@ class Promoter:
             self._stopped = True
 
     async def _quiet(self) -> None:
-        """Wait until nobody has asked for anything for a moment."""
-        before = self._activity()
-        while True:
+        """Wait until nobody has asked for anything for a moment, unless nobody has since then."""
+        while (now := self._activity()) != self._calm_at:
             await trio.sleep(_QUIET_SECONDS)
-            now = self._activity()
-            if now == before:
-                return
-            before = now
+            if self._activity() == now:
+                self._calm_at = now
 
     async def _try(self, key: bytes, item: _Candidate) -> None:
         try:

@@ -30,7 +30,8 @@ class MountRecord:
     ``name`` is what the user asked for, ``snapshot`` and ``manifest`` are hex digests, ``store``
     a URL without secrets, ``started`` RFC 3339 UTC. ``log``, ``stats`` and ``control`` are paths;
     the last two are sockets (see ``stats.read_stats`` and ``Holder``). ``node`` is the control
-    socket of the node server that serves the mount, empty if it has a server of its own.
+    socket of the node server that serves the mount under ``lease``; both are empty, and the
+    others are not, if it has a server of its own.
     """
 
     mountpoint: str
@@ -45,6 +46,7 @@ class MountRecord:
     control: str
     fast_path: bool = False
     node: str = ""
+    lease: str = ""
 
     def encode(self) -> dict[str, Any]:
         """Return the record as JSON."""

@@ -26,6 +26,7 @@ from envstore.fuse import stats
 from envstore.fuse.channel import Channel, Message
 from envstore.fuse.holder import BEAT, write_state
 from envstore.fuse.keeping import Keepsake, Kept
+from envstore.fuse.node import LEASE, Node
 from envstore.fuse.operations import SnapshotOperations
 from envstore.fuse.session import Session
 from envstore.fuse.sockets import told
@@ -82,11 +83,14 @@ class _Server:
         self.channel.send("keep", keepsake.files, key=key, body=keepsake.body)
         self.kept.keepsakes[key] = keepsake
 
+    def _drop(self, key: str) -> None:
+        self.channel.send("drop", key=key)
+        self.kept.keepsakes.pop(key, None)
+
     def _told(self, message: Message) -> None:
         key = message.body["key"]
         if message.kind == "drop":
             self.kept.keepsakes.pop(key, None)
-            self.volumes.drop(key)
             return
         keepsake = Keepsake(message.body["body"], message.files)
         self.kept.keepsakes[key] = keepsake
@@ -105,12 +109,12 @@ class _Server:
         try:
             loaded = self.volumes.load()
         except EnvstoreError as error:
-            self.channel.send("failed", **told(error))
+            self.channel.send("failed", error=told(error))
             return False
         except Exception as error:  # noqa: BLE001 - the log is the only place for a traceback
             _log.exception("the server failed")
             failure = EnvstoreError(f"the mount server failed: {error!r}", hint="see the log")
-            self.channel.send("failed", **told(failure))
+            self.channel.send("failed", error=told(failure))
             return False
         self.channel.send("loaded", **loaded)
         return True
@@ -123,11 +127,17 @@ class _Server:
 
     async def _main(self) -> None:
         volumes, kept = self.volumes, self.kept
-        getattr(volumes.metrics, "restore", int)(kept.files["counters"])
+        volumes.resume(kept.files["counters"])
         async with trio.open_nursery() as nursery:
             await volumes.start(nursery)
             listener = _listener(kept.files["stats"])
             await nursery.start(stats.answer, listener, self._report)
+            if kept.request.node:
+                node = Node(volumes, kept.request.mountpoint, self._keep, self._drop)
+                for key, keepsake in kept.keepsakes.items():
+                    if key.startswith(LEASE):
+                        node.restore(key, keepsake)
+                nursery.start_soon(node.run, _listener(kept.files["node"]))
             nursery.start_soon(self._beat)
             nursery.start_soon(self._obey)
             _attach(kept.session(), SnapshotOperations(volumes.forest, volumes, volumes.metrics))
@@ -138,13 +148,15 @@ class _Server:
                 pyfuse3.close(unmount=False)
                 self._save()
             nursery.cancel_scope.cancel()
-        _log.info("%s is unmounted: %s", kept.request.mountpoint, json.dumps(self._report()))
+        report = self._report()
+        del report["latency"]  # long, and there for whoever asks while it lives
+        _log.info("%s is unmounted: %s", kept.request.mountpoint, json.dumps(report))
 
     def _report(self) -> dict[str, object]:
         return {**self.volumes.report(), "restarts": self.kept.restarts}
 
     def _save(self) -> None:
-        getattr(self.volumes.metrics, "save", int)(self.kept.files["counters"])
+        self.volumes.save(self.kept.files["counters"])
 
     async def _beat(self) -> None:
         """Show the holder that the loop turns, and leave the counts where the next server looks."""

@@ -76,6 +76,12 @@ def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: 
     return answer
 
 
+def give_back(node: str, lease: str, *, lazy: bool = False) -> None:
+    """Tell the node server that a mount is gone; with ``lazy`` it may still be in use."""
+    with contextlib.suppress(NotFoundError):  # no server, no lease
+        ask(node, 30.0, ask="unmounted", id=lease, lazy=lazy)
+
+
 def told(error: EnvstoreError) -> dict[str, Any]:
     """Return an error as JSON, for ``raised`` at the other end."""
     return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}

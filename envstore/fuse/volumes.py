@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import secrets
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,15 @@ from envstore.fuse.content import Content, content_from_image, load_content
 from envstore.fuse.fast import prepare_fast_path
 from envstore.fuse.forest import SECRET_SIZE, Forest, Plot, told_size
 from envstore.fuse.keeping import Keepsake, MountRequest
+from envstore.fuse.ledger import read_counts, write_counts
 from envstore.fuse.loader import FrameLoader
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.overlay import probe
 from envstore.fuse.prefetch import ProfileSearch, follow
+from envstore.fuse.promote import Promoter
 from envstore.fuse.reader import Reader
 from envstore.fuse.recorder import Recorder
+from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache, default_cache
 from envstore.store.fetch import FrameFetcher
 from envstore.store.objects.base import ObjectStore
@@ -39,7 +43,10 @@ from envstore.store.repository import Repository
 FAST = "fast"
 """The keepsake that says what the fast path is laid of."""
 
-_SECRET, _SLOT = "secret", "slot/"
+SLOT = "slot/"
+"""What the keepsakes of snapshots are called, before their slot's number."""
+
+_KEY = "key"
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +88,11 @@ class Volumes:
         self._nursery: trio.Nursery | None = None
         self._search: ProfileSearch | None = None
         self._recorder: Recorder | None = None
+        self._promoter: Promoter | None = None
+        self._laid = False
+        self._dormant: dict[int, Keepsake] = {}
+        self._repositories: dict[str, Repository] = {}
+        self._opening = threading.Lock()
         self._secret = b""
         self.forest = Forest(b"")
 
@@ -92,7 +104,7 @@ class Volumes:
         Raises ``NotFoundError``, ``CorruptError``, ``UnavailableError``.
         """
         self._secret = secrets.token_bytes(SECRET_SIZE)
-        self._keep(_SECRET, Keepsake({"secret": self._secret.hex()}))
+        self._keep(_KEY, Keepsake({"key": self._secret.hex()}))
         self.forest = Forest(self._secret)
         request = self._request
         if request.node:
@@ -102,13 +114,15 @@ class Volumes:
         repository.snapshot(snapshot)  # two will want it now, and find it in the cache
         self._search = ProfileSearch(repository, snapshot, request.profile)
         fast = self._wants_fast_path()
-        content = self.add(1 if fast else 0, repository, snapshot, request.ref).content
+        content = load_content(repository, snapshot, request.ref)
+        self.add(1 if fast else 0, repository, content)
         if fast:
             parts = {
                 **prepare_fast_path(content, self.cache),
-                "subtree": _name(1, content).decode(),
+                "subtree": subtree(1, content).decode(),
             }
             self._keep(FAST, Keepsake(parts))
+            self._laid = True
         return {
             "name": content.name,
             "snapshot": content.snapshot.hex(),
@@ -117,35 +131,41 @@ class Volumes:
             "fast": fast,
         }
 
-    def add(self, slot: int, repository: Repository, snapshot: bytes, name: str) -> Volume:
-        """Load a snapshot into a slot. Raises as ``load`` does."""
-        content = load_content(repository, snapshot, name)
+    def add(self, slot: int, repository: Repository, content: Content) -> Volume:
+        """Serve a snapshot that was loaded, in a slot."""
+        self._dormant.pop(slot, None)
         body = {
             "store": repository.objects.url,
             "domain": repository.config.id,
             "name": content.name,
             "snapshot": content.snapshot.hex(),
+            "manifest": content.manifest.hex(),
         }
         files = [content.fd]
         if slot:
-            told = os.memfd_create("envstore-told", os.MFD_CLOEXEC)
-            os.ftruncate(told, told_size(content.tree))
-            files.append(told)
+            files.append(_told_memory(content.tree))
         keepsake = Keepsake(body, tuple(files))
         if body["store"] not in self._supplies:
             self._supplies[body["store"]] = self._supply(repository.objects, repository.fetcher)
         volume = self._volume(slot, content, keepsake)
-        self._keep(f"{_SLOT}{slot}", keepsake)
+        self._keep(f"{SLOT}{slot}", keepsake)
         return volume
 
     def restore(self, key: str, keepsake: Keepsake) -> None:
         """Take over what another server had kept."""
-        if key == _SECRET:
-            self._secret = bytes.fromhex(keepsake.body["secret"])
+        if key == _KEY:
+            self._secret = bytes.fromhex(keepsake.body["key"])
             self.forest = Forest(self._secret)
-        elif key.startswith(_SLOT):
-            slot = int(key.removeprefix(_SLOT))
+        elif key == FAST:
+            self._laid = True
+        elif key.startswith(SLOT):
+            slot = int(key.removeprefix(SLOT))
             body = keepsake.body
+            self._close(slot)
+            self._dormant.pop(slot, None)
+            if not keepsake.files:
+                self._dormant[slot] = keepsake
+                return
             snapshot = bytes.fromhex(body["snapshot"])
             try:
                 content = content_from_image(keepsake.files[0], body["name"], snapshot)
@@ -162,26 +182,24 @@ class Volumes:
         content = load_content(repository, snapshot, body["name"])
         fresh = Keepsake(body, (content.fd, *keepsake.files[1:]))
         self._volume(slot, content, fresh)
-        self._keep(f"{_SLOT}{slot}", fresh)
-
-    def drop(self, key: str) -> None:
-        """Forget what is no longer kept."""
-        if key.startswith(_SLOT):
-            self.remove(int(key.removeprefix(_SLOT)))
+        self._keep(f"{SLOT}{slot}", fresh)
 
     def prepare(self) -> None:
         """Do ahead what takes time: get ready to ask the stores."""
         for supply in self._supplies.values():
-            with contextlib.suppress(EnvstoreError):
-                supply.objects.size("config.json")
+            if isinstance(supply.objects, DeferredObjects):
+                with contextlib.suppress(EnvstoreError):
+                    supply.objects.open()
 
     # --- while serving --------------------------------------------------------------------------
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Begin to fetch for readers, with tasks in ``nursery``."""
         self._nursery = nursery
-        for supply in self._supplies.values():
-            await self._run(supply)
+        await self.run_supplies()
+        if self._laid or self._request.node:
+            self._promoter = Promoter(self.cache, self.metrics.requests.total)
+            nursery.start_soon(self._promoter.run)
         if self._search is not None:
             volume = next(iter(self._volumes.values()))
             nursery.start_soon(self._follow, volume, self._search)
@@ -200,27 +218,109 @@ class Volumes:
         return await self._volumes[slot].reader.read(node, offset, size)
 
     def opened(self, slot: int, node: int) -> None:
-        """Learn that a file was opened."""
+        """Learn that a file was opened, which makes it worth having as a whole on disk."""
+        if slot and self._promoter is not None:
+            content = self._volumes[slot].content
+            self._promoter.opened(content.tree, content.locations, node)
 
     async def revive(self, slot: int) -> bool:
-        """Bring back a snapshot that was dropped. There is none before there is a node server."""
-        return False
+        """Bring back a snapshot that was dropped while the kernel still knew of it.
 
-    def remove(self, slot: int) -> None:
-        """Serve a snapshot no longer."""
+        Of an id that snapshots share it cannot be told which, so all that were dropped come back.
+        """
+        wanted = (
+            [slot] if slot in self._dormant else [] if slot in self._volumes else [*self._dormant]
+        )
+        for one in wanted:
+            body = self._dormant[one].body
+            try:
+                repository, content = await trio.to_thread.run_sync(self._reload, body)
+            except EnvstoreError as error:
+                self._complaints.say(str(error), f"cannot bring back {body['name']}")
+                continue
+            if one in self._dormant:
+                _log.info("bringing back %s", body["name"])
+                self.add(one, repository, content)
+                self.forest.recall(one)
+                await self.run_supplies()
+        return slot in self._volumes or bool(wanted)
+
+    def _reload(self, body: dict[str, Any]) -> tuple[Repository, Content]:
+        repository = self.repository(body["store"])
+        return repository, load_content(repository, bytes.fromhex(body["snapshot"]), body["name"])
+
+    def repository(self, url: str) -> Repository:
+        """Return the open store at ``url``. Blocking; may be called from any thread."""
+        with self._opening:
+            found = self._repositories.get(url)
+            if found is None:
+                found = self._repositories[url] = Repository.open(url, self.cache)
+            return found
+
+    def find(self, domain: str, manifest: bytes) -> int:
+        """Return the slot a snapshot has or had, or else a new one."""
+        bodies = {slot: volume.keepsake.body for slot, volume in self._volumes.items()}
+        bodies |= {slot: keepsake.body for slot, keepsake in self._dormant.items()}
+        for slot, body in bodies.items():
+            if (body["domain"], body["manifest"]) == (domain, manifest.hex()):
+                return slot
+        return max(bodies, default=0) + 1
+
+    def volume(self, slot: int) -> Volume | None:
+        """Return the snapshot in a slot, if it is served."""
+        return self._volumes.get(slot)
+
+    def retire(self, slot: int) -> None:
+        """Serve a snapshot no longer, but remember where it was."""
+        volume = self._close(slot)
+        if volume is not None:
+            _log.info("dropping %s: its last mount is gone", volume.content.name)
+            self._dormant[slot] = Keepsake(volume.keepsake.body)
+            self._keep(f"{SLOT}{slot}", self._dormant[slot])
+
+    def _close(self, slot: int) -> Volume | None:
         volume = self._volumes.pop(slot, None)
         if volume is not None:
             self.forest.fell(slot)
+            if self._promoter is not None:
+                self._promoter.forget(volume.content.tree)
             for fd in volume.keepsake.files:
                 os.close(fd)
+        return volume
+
+    async def run_supplies(self) -> None:
+        """Begin to fetch from stores that were added."""
+        for supply in self._supplies.values():
+            if not supply.running and self._nursery is not None:
+                supply.running = True
+                await self._nursery.start(supply.loader.run)
+
+    def follow_profile(self, volume: Volume, repository: Repository, profile: str) -> None:
+        """Begin to fetch ahead what a profile names."""
+        if self._nursery is not None:
+            search = ProfileSearch(repository, volume.content.snapshot, profile)
+            self._nursery.start_soon(self._follow, volume, search)
+
+    def save(self, fd: int) -> None:
+        """Leave all counts in ``fd``, for the server that comes next."""
+        volumes = {str(slot): one.metrics.state() for slot, one in self._volumes.items() if slot}
+        write_counts(fd, {"server": self.metrics.state(), "volumes": volumes})
+
+    def resume(self, fd: int) -> None:
+        """Go on from the counts that an earlier server left in ``fd``, if one did."""
+        state = read_counts(fd)
+        if state is not None:
+            self.metrics.resume(state["server"])
+            for slot, volume in self._volumes.items():
+                if slot and str(slot) in state["volumes"]:
+                    volume.metrics.resume(state["volumes"][str(slot)])
 
     def report(self) -> dict[str, Any]:
         """Return everything counted as one JSON object."""
-        fetched = [supply.fetcher for supply in self._supplies.values()]
-        objects = [supply.objects for supply in self._supplies.values()]
         used = [volume.reader.used() for volume in self._volumes.values()]
         total = (sum(raw for raw, _ in used), sum(stored for _, stored in used))
-        found = self.metrics.report(fetched[0], objects[0], total)
+        apart = [volume.metrics for slot, volume in self._volumes.items() if slot]
+        found = self.metrics.including(apart).report(total)
         return {**found, "recording": self._recorder.report()} if self._recorder else found
 
     def _wants_fast_path(self) -> bool:
@@ -248,12 +348,13 @@ class Volumes:
             self._supplies[body["store"]] = supply
         if self._request.record:
             self._recorder = Recorder(content.tree, content.locations)
+        metrics = Metrics() if slot else self.metrics
         reader = Reader(
             content.tree,
             content.locations,
             supply.loader,
             self.cache,
-            self.metrics,
+            metrics,
             self._complaints,
             self._recorder.watch if self._recorder else None,
         )
@@ -261,23 +362,30 @@ class Volumes:
             memory = mmap.mmap(keepsake.files[1], 0)
             told = memoryview(memory).cast("I")
             domain = body["domain"].encode()
-            self.forest.plant(slot, Plot(_name(slot, content), content.tree, domain, told))
+            self.forest.plant(slot, Plot(subtree(slot, content), content.tree, domain, told))
         else:
             self.forest = Forest(self._secret, content.tree)
-        volume = Volume(slot, content, keepsake, supply, reader, self.metrics)
+        volume = Volume(slot, content, keepsake, supply, reader, metrics)
         self._volumes[slot] = volume
         return volume
 
     def _supply(self, objects: ObjectStore, fetcher: FrameFetcher) -> _Supply:
-        loader = FrameLoader(fetcher, self.cache, self.metrics, self._complaints)
+        loader = FrameLoader(
+            fetcher,
+            self.cache,
+            self.metrics,
+            self._complaints,
+            patience=self._request.patience,
+        )
         return _Supply(objects, fetcher, loader)
 
-    async def _run(self, supply: _Supply) -> None:
-        if not supply.running and self._nursery is not None:
-            supply.running = True
-            await self._nursery.start(supply.loader.run)
+
+def _told_memory(tree: Tree) -> int:
+    told = os.memfd_create("envstore-told", os.MFD_CLOEXEC)
+    os.ftruncate(told, told_size(tree))
+    return told
 
 
-def _name(slot: int, content: Content) -> bytes:
+def subtree(slot: int, content: Content) -> bytes:
     """Return the name of a snapshot's directory among others."""
     return b"%d-%s" % (slot, content.manifest.hex()[:16].encode())

@@ -30,6 +30,10 @@ class DeferredObjects:
                 self._opened.traffic = self.traffic
             return self._opened
 
+    def open(self) -> None:
+        """Open the store now; an S3 server is not contacted for it."""
+        self._store()
+
     def get(self, key: str) -> bytes:
         """Return the whole object."""
         return self._store().get(key)

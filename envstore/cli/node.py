@@ -1,0 +1,157 @@
+"""``node``: one server for all mounts of a machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from envstore.cli import output
+from envstore.cli.base import Command
+from envstore.cli.context import Settings
+
+
+@click.command(
+    cls=Command,
+    examples="""
+        envstore node                                serve until SIGTERM, log on the terminal
+        envstore node --background
+        envstore node --metrics 127.0.0.1:9464       with Prometheus metrics
+        envstore node --status                       what it serves, for which mounts
+    """,
+)
+@click.option(
+    "--socket",
+    metavar="PATH",
+    envvar="ENVSTORE_NODE_SOCKET",
+    default="/run/envstore/node.sock",
+    show_default=True,
+    help="Where it listens, for root alone.",
+)
+@click.option(
+    "--directory",
+    metavar="DIR",
+    default="/run/envstore/mnt",
+    show_default=True,
+    help="Where its file system is mounted; made if missing.",
+)
+@click.option("--background", is_flag=True, help="Return when it answers.")
+@click.option("--status", is_flag=True, help="Ask the one that runs.")
+@click.option(
+    "--metrics",
+    metavar="ADDRESS",
+    default="",
+    help="Serve Prometheus metrics on HOST:PORT or at the path of a socket.",
+)
+@click.option(
+    "--timeout",
+    "patience",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    envvar="ENVSTORE_READ_TIMEOUT",
+    default=300.0,
+    show_default=True,
+    help="How long a read waits for a store that does not answer.",
+)
+@click.pass_obj
+def node(
+    settings: Settings,
+    socket: str,
+    directory: str,
+    background: bool,
+    status: bool,
+    metrics: str,
+    patience: float,
+) -> None:
+    """Serve all mounts of this machine from one process.
+
+    As long as it runs, `envstore mount` as root uses it: mounts of one snapshot share everything,
+    equal files of all snapshots share memory, and a mount of what is served already takes
+    milliseconds. Other users may read such mounts where the files' modes let them. Stores are
+    opened with the credentials of the environment that the node server is started in.
+    """
+    import os
+
+    if status:
+        _print_status(settings, socket)
+        return
+    if os.geteuid() != 0:
+        from envstore.errors import AccessDeniedError
+
+        raise AccessDeniedError(
+            "only root can serve a node", hint="as another user, mount without it: --node off"
+        )
+    settings.export_cache()
+    from envstore.fuse.background import hold, start_background
+    from envstore.fuse.keeping import MountRequest
+
+    for place in (os.path.dirname(os.path.abspath(socket)), directory):
+        os.makedirs(place, mode=0o755, exist_ok=True)
+    request = MountRequest(
+        "",
+        "",
+        directory,
+        allow_other=True,
+        node=os.path.abspath(socket),
+        metrics=metrics,
+        patience=patience,
+    )
+    if background:
+        record = start_background(request)
+        _print_started(settings, socket, record.mountpoint)
+        return
+    _hold(settings, hold, request, socket)
+
+
+def _hold(settings: Settings, hold: Any, request: Any, socket: str) -> None:
+    from envstore.errors import EnvstoreError
+    from envstore.fuse.sockets import raised
+
+    if not settings.verbose:
+        import logging
+
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    failed: list[EnvstoreError] = []
+
+    def say(answer: dict[str, Any]) -> None:
+        if "error" in answer:
+            failed.append(raised(answer["error"]))
+        else:
+            _print_started(settings, socket, answer["mounted"]["mountpoint"])
+
+    status = hold(request, say)
+    if failed:
+        raise failed[0]
+    raise SystemExit(status)
+
+
+def _print_started(settings: Settings, socket: str, mountpoint: str) -> None:
+    if settings.json:
+        output.result({"socket": socket, "mountpoint": mountpoint})
+    else:
+        output.summary(settings, f"serving this node at {socket}, on {mountpoint}")
+
+
+def _print_status(settings: Settings, socket: str) -> None:
+    from envstore.fuse.sockets import ask
+
+    found = ask(socket, 10.0, ask="status")
+    if settings.json:
+        output.result(found)
+        return
+    if not found["mounts"]:
+        output.note(settings, "nothing is mounted through it")
+        return
+    output.table(
+        ("MOUNT POINT", "REF", "DIGEST", "SINCE", "READ"),
+        [
+            (
+                output.printable(one["mountpoint"]),
+                output.printable(one["ref"]),
+                f"@{one['digest'][:12]}",
+                output.age(one["started"]),
+                output.size(one["bytes_read"]),
+            )
+            for one in found["mounts"]
+        ],
+    )
