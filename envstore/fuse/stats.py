@@ -47,5 +47,10 @@ def read_stats(path: Path) -> dict[str, Any]:
                 data += piece
     except OSError as error:
         raise NotFoundError(f"no mount server answers at {path}: {error.strerror}") from error
-    found: dict[str, Any] = json.loads(data)
+    try:
+        found: dict[str, Any] = json.loads(data)
+    except ValueError:
+        raise NotFoundError(
+            f"the mount server at {path} ended in the middle of its answer", hint="ask again"
+        ) from None
     return found

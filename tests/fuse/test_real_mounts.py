@@ -247,7 +247,7 @@ def test_a_damaged_cache_is_noticed_and_mended(site: Mount) -> None:
 
 
 @pytest.mark.skipif(not ROOT, reason="mounting a small tmpfs takes root")
-def test_a_full_cache_disk_hurts_one_read_and_recovers(site: Mount) -> None:
+def test_a_full_cache_disk_makes_reading_slow_and_not_impossible(site: Mount) -> None:
     site.tree.mkdir()
     (site.tree / "file").write_bytes(noise("large", 5 * MIB))
     site.push()
@@ -258,7 +258,7 @@ def test_a_full_cache_disk_hurts_one_read_and_recovers(site: Mount) -> None:
         ballast = site.cache / "somebody else's"
         with pytest.raises(OSError, match="No space left"):
             ballast.write_bytes(bytes(4 * MIB))
-        assert fails_with(errno.EIO, place / "file")
+        assert (place / "file").read_bytes() == noise("large", 5 * MIB)
         assert "No space left" in site.log()
         ballast.unlink()
         # A frame at a time fits, older ones making room.
