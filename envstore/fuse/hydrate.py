@@ -36,7 +36,8 @@ from envstore.store.source import Kind
 
 _PARALLEL = 4
 _MAX_REQUEST = 8 << 20
-_BATCH_FILES, _BATCH_BYTES = 256, 32 << 20
+_BATCH_FILES, _BATCH_BYTES = 512, 32 << 20
+_HELD_BYTES = 32 << 20
 _ATTEMPTS = 3
 
 _NICE = 10
@@ -170,8 +171,12 @@ class _Work:
         self._locations = locations
         self._pins = pins
         self._stop = threading.Event()
+        self._lock = threading.Lock()
         self._pace = Pace(rate, sleep=self._stop.wait) if rate else None
         self._last: dict[int, int] = {}
+        # Frames on the border of two batches, by number.
+        self._held: dict[int, bytes] = {}
+        self._holding: dict[int, bytes] = {}
 
     def run(self, nodes: Sequence[int], progress: Progress) -> list[int]:
         """Make and pin the files of ``nodes``; returns those that were missing at first."""
@@ -249,6 +254,7 @@ class _Work:
         """Make the files of one batch and pin them; yields the bytes written meanwhile."""
         files: dict[int, NewFile] = {}
         running: list[Future[int]] = []
+        self._held, self._holding = self._holding, {}
         try:
             for node in batch.nodes:
                 files[node] = self._local.begin(self._tree, node)
@@ -256,7 +262,8 @@ class _Work:
             elsewhere: list[int] = []
             for at in batch.frames:
                 frame = self._locations.frames[at]
-                (here if self._cache.contains(frame.digest) else elsewhere).append(at)
+                known = at in self._held or self._cache.contains(frame.digest)
+                (here if known else elsewhere).append(at)
             running += [pool.submit(self._from_cache, batch, files, at) for at in here]
             places: dict[tuple[bytes, int], list[int]] = defaultdict(list)
             for at in elsewhere:
@@ -281,7 +288,7 @@ class _Work:
 
     def _from_cache(self, batch: _Batch, files: dict[int, NewFile], number: int) -> int:
         frame = self._locations.frames[number]
-        raw = self._cache.read(frame.digest, 0, frame.raw)
+        raw = self._held.get(number) or self._cache.read(frame.digest, 0, frame.raw)
         if raw is None or digest(raw) != frame.digest:
             return self._from_store(-1, batch, files, (frame,), [[number]])
         return self._write(batch, files, number, raw)
@@ -303,12 +310,22 @@ class _Work:
         for frame, known, raw in zip(group, numbers, self._fetcher.fetch(group), strict=True):
             if isinstance(raw, EnvstoreError):
                 raise raw
-            if any(self._last[number] > turn for number in known):
-                # A later batch has chunks in it too.
-                with suppress(CacheFullError):
-                    self._cache.put(frame.digest, raw)
+            self._keep_for_later(turn, frame, known, raw)
             written += sum(self._write(batch, files, number, raw) for number in known)
         return written
+
+    def _keep_for_later(self, turn: int, frame: FrameRef, known: Sequence[int], raw: bytes) -> None:
+        """Keep a frame that a later batch has chunks in too."""
+        last = max(self._last[number] for number in known)
+        if last <= turn:
+            return
+        with self._lock:
+            room = sum(map(len, self._holding.values())) < _HELD_BYTES
+            if last == turn + 1 and room:
+                self._holding |= dict.fromkeys(known, raw)
+                return
+        with suppress(CacheFullError):
+            self._cache.put(frame.digest, raw)
 
     def _write(self, batch: _Batch, files: dict[int, NewFile], number: int, raw: bytes) -> int:
         written = 0
