@@ -71,6 +71,8 @@ class FrameLoader:
         self._flights: dict[bytes, Flight] = {}
         self._unused: dict[bytes, int] = {}
         self._nursery: trio.Nursery
+        self.certain = 0
+        """Streams under way of what will be read for sure, which make guesses needless."""
         # What somebody waits for never queues behind what somebody may want later.
         self._demanded = trio.CapacityLimiter(_DEMANDED)
         self._ahead = trio.CapacityLimiter(_AHEAD)
@@ -125,6 +127,7 @@ class FrameLoader:
         request: int = STREAM_REQUEST,
         window: int = STREAM_WINDOW,
         rate: float | None = None,
+        certain: bool = False,
     ) -> None:
         """Fetch what is not cached of ``frames``, in the order given, and return when it is done.
 
@@ -132,8 +135,9 @@ class FrameLoader:
         first frame that is missing, and with it those of the next ``window`` bytes of ``frames``
         that lie beside it. ``rate`` limits the bytes received in a second. Who needs a frame of
         a request on its way gets it as soon as that frame has come, and what is needed and not
-        on its way does not wait for any of this. Ends early, with a complaint, when the store
-        has not been reached for as long as the loader is patient.
+        on its way does not wait for any of this. ``certain`` says that these frames will be read,
+        so that readers need not guess meanwhile which other files are. Ends early, with a
+        complaint, when the store has not been reached for as long as the loader is patient.
 
         When it is cancelled, what is on its way still comes. Raises nothing.
         """
@@ -157,11 +161,15 @@ class FrameLoader:
                     return
                 queue.put_back(group.lost)
                 tries += 1
-                await trio.sleep(_pause(tries))
+                await trio.sleep(self._pause(tries))
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(concurrency):
-                nursery.start_soon(work)
+        self.certain += certain
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(concurrency):
+                    nursery.start_soon(work)
+        finally:
+            self.certain -= certain
 
     def used(self, name: bytes) -> None:
         """Note that a reader was given bytes of the cached frame called ``name``."""
@@ -297,11 +305,19 @@ class FrameLoader:
             (flight.frame for flight in again), max_request=MAX_REQUEST
         ):
             flights = [self._flights[frame.digest] for frame in found]
-            pause = _pause(min(flight.tries for flight in flights))
+            pause = self._pause(min(flight.tries for flight in flights))
             retry = Group(found, list(flights), demanded=True)
             self._metrics.retries += 1
             self._nursery.start_soon(self._fetch, retry, self._demanded, pause)
         group.done.set()
+
+    def _pause(self, tries: int) -> float:
+        """Return how long to wait before another try: longer each time, and never the same.
+
+        Who comes later and waits for the same must not run out of patience in a pause.
+        """
+        longest = min(_LONGEST_PAUSE, self._patience / 8, _FIRST_PAUSE * float(2**tries))
+        return longest * random.uniform(0.5, 1)  # noqa: S311
 
     def _land(self, group: Group, position: int, result: bytes | EnvstoreError) -> None:
         """Give a result to the flight of one frame, unless it has landed already."""
@@ -339,12 +355,6 @@ class FrameLoader:
             return None
 
         return await trio.to_thread.run_sync(check, limiter=self._checks)
-
-
-def _pause(tries: int) -> float:
-    """Return how long to wait before another try: longer each time, and never the same."""
-    longest: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**tries)
-    return longest * random.uniform(0.5, 1)  # noqa: S311
 
 
 def _failed(group: Group) -> EnvstoreError:

@@ -83,7 +83,7 @@ async def follow(
     choice = await trio.to_thread.run_sync(search.result, abandon_on_cancel=True)
     frames = await trio.to_thread.run_sync(plan, choice, tree, locations, room)
     _log.info("fetching %d frames ahead (profile %s)", len(frames), choice.name or choice.origin)
-    await loader.stream(frames)
+    await loader.stream(frames, certain=choice.origin != "default")
 
 
 def plan(choice: Choice, tree: Tree, locations: Located, room: int) -> list[FrameRef]:

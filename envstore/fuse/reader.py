@@ -126,7 +126,7 @@ class Reader:
             self._metrics.missed += len(missing)
             self._count_use(runs)
             ahead = self._expect(node, offset, runs, missed=bool(missing))
-            if missing:
+            if missing and not self._loader.certain:
                 ahead += self._neighbourhood.plan(node, runs[missing[-1]].frame)
             needed = self._frames(runs[at].frame for at in missing)
             self._metrics.missed_bytes += sum(frame.stored for frame in {*needed})

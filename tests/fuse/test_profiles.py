@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -273,6 +274,30 @@ def test_a_followed_profile_saves_requests(site: Site) -> None:
     without, followed = requests("none"), requests("start")
     assert without >= 5
     assert followed <= 3
+
+
+def test_who_knows_does_not_guess(site: Site) -> None:
+    gate = site.store.faults.gate("get_range", key="packs/")
+    cache = BlobCache(site.base / "certain")
+    frames = list(site.content.locations.frames)
+
+    async def main() -> None:
+        complaints = Complaints(logging.getLogger("test"))
+        fetcher = FrameFetcher(site.store.repository.objects, cache)
+        loader = FrameLoader(fetcher, cache, Metrics(), complaints)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(loader.run)
+            assert not loader.certain
+            async with trio.open_nursery() as streams:
+                streams.start_soon(partial(loader.stream, frames, certain=True))
+                await trio.to_thread.run_sync(gate.wait_entered)
+                assert loader.certain
+                gate.open()
+            assert not loader.certain
+            await loader.stream(frames)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
 
 
 def _environment(base: Path, *, own: bool) -> list[bytes]:
