@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that can be told to fail like a network: refuse, cut, swallow."""
+"""A TCP proxy on loopback that can be told to fail like a network, or like a server behind it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,43 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
+
+
+class _Link:
+    """What is to become of the answers on one connection."""
+
+    def __init__(self) -> None:
+        self.hangs = False
+        self.alters: int | None = None
+        """Bytes of the body until the one to alter."""
+        self._in_body = False
+
+    def altered(self, data: bytes) -> bytes:
+        """Return a piece of an answer, with a byte of its body altered if it is its turn."""
+        if self.alters is None:
+            self._in_body = False
+            return data
+        start = 0
+        if not self._in_body:
+            start = data.find(b"\r\n\r\n") + 4
+            if start < 4:
+                return data
+            self._in_body = True
+        at = start + self.alters
+        if at >= len(data):
+            self.alters -= len(data) - start
+            return data
+        self.alters = None
+        return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
+
+
+def _error(status: int) -> bytes:
+    code = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}[status]
+    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>"
+    return (
+        f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+    ).encode()
 
 
 class TcpProxy:
@@ -22,12 +59,16 @@ class TcpProxy:
         assert split.port is not None
         self._target = (split.hostname, split.port)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._mode = ""
         self._times: int | None = None
         self._budget = 0
+        self._about = b""
+        self._status = 0
+        self._told = 0
         self.connections = 0
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._accepting = threading.Thread(target=self._accept, daemon=True)
@@ -51,13 +92,35 @@ class TcpProxy:
         self._budget = count
         self._set("cut answers", times)
 
+    def hang(self, *, about: bytes = b"", times: int | None = None) -> None:
+        """Pass requests on and nothing of the answers, and keep the connections open.
+
+        Of requests that contain ``about`` in their header only, as the next two. Restoring
+        closes those connections.
+        """
+        self._set("hang", times, about)
+
+    def answer(self, status: int, *, about: bytes = b"", times: int | None = None) -> None:
+        """Answer requests with an error instead of passing them on, and close the connection."""
+        self._status = status
+        self._set("answer", times, about)
+
+    def alter_answers_after(
+        self, count: int, *, about: bytes = b"", times: int | None = None
+    ) -> None:
+        """Flip every bit of the byte that follows ``count`` bytes of the answer's body."""
+        self._budget = count
+        self._set("alter", times, about)
+
     def restore(self) -> None:
         """Pass everything again."""
         self._set("", None)
 
-    def _set(self, mode: str, times: int | None) -> None:
-        with self._lock:
-            self._mode, self._times = mode, times
+    def _set(self, mode: str, times: int | None, about: bytes = b"") -> None:
+        with self._changed:
+            self._mode, self._times, self._about = mode, times, about
+            self._told += 1
+            self._changed.notify_all()
 
     def _breaks(self, mode: str) -> bool:
         """Return whether a connection is to be broken in the way of ``mode``, and count it."""
@@ -99,14 +162,15 @@ class TcpProxy:
                 continue
             with self._lock:
                 self._open |= {client, server}
+            link = _Link()
             for source, sink, answers in ((client, server, False), (server, client, True)):
                 thread = threading.Thread(
-                    target=self._pump, args=(source, sink, answers), daemon=True
+                    target=self._pump, args=(source, sink, answers, link), daemon=True
                 )
                 self._threads.append(thread)
                 thread.start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool, link: _Link) -> None:
         passed = 0
         with suppress(OSError):
             while data := source.recv(1 << 16):
@@ -118,7 +182,18 @@ class TcpProxy:
                 header = data.find(b"\r\n\r\n")
                 if not answers and header >= 0 and self._breaks("headers only"):
                     keep, last = header + 4, True
-                sink.sendall(data[:keep])
+                if not answers and header >= 0 and self._about in data[:header]:
+                    if self._breaks("answer"):
+                        source.sendall(_error(self._status))
+                        break
+                    link.hangs = self._breaks("hang")
+                    link.alters = self._budget if self._breaks("alter") else None
+                if answers and link.hangs:
+                    with self._changed:
+                        told = self._told
+                        self._changed.wait_for(lambda told=told: self._told != told)
+                    break
+                sink.sendall(link.altered(data[:keep]) if answers else data[:keep])
                 if last:
                     break
                 passed += len(data)
