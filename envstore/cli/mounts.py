@@ -51,14 +51,16 @@ _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
     type=click.Choice(("auto", "on", "off")),
     default="auto",
     show_default=True,
-    help="Let the kernel serve names and local files by itself. Needs root.",
+    help="Let the kernel serve names and local files by itself. Needs root, and lets other users"
+    " in; auto does it for hydrated snapshots and with --allow-other.",
 )
 @click.option(
     "--node",
     type=click.Choice(("auto", "on", "off")),
     default="auto",
     show_default=True,
-    help="Use the node server, which shares memory and cache between mounts. Needs root.",
+    help="Use the node server, which shares memory and cache between mounts. Needs root, and lets"
+    " other users in.",
 )
 @click.option(
     "--timeout",
@@ -96,10 +98,15 @@ def mount(
     moves. It outlives the process that serves it: see `envstore mounts`.
     """
     settings.export_cache()
-    settings.require_store()
+    if not ref.startswith("@"):  # a hydrated snapshot needs no store
+        settings.require_store()
     started = time.monotonic()
     from envstore.fuse.keeping import MountRequest
 
+    if metrics:
+        from envstore.fuse.prometheus import check_address
+
+        check_address(metrics)
     request = MountRequest(
         settings.url,
         ref,

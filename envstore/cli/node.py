@@ -82,6 +82,10 @@ def node(
             "only root can serve a node", hint="as another user, mount without it: --node off"
         )
     settings.export_cache()
+    if metrics:
+        from envstore.fuse.prometheus import check_address
+
+        check_address(metrics)
     from envstore.fuse.background import hold, start_background
     from envstore.fuse.keeping import MountRequest
 

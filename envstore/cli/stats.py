@@ -45,8 +45,8 @@ def stats(settings: Settings, directory: Path, watch: float | None) -> None:
     """
     from envstore.errors import NotFoundError
     from envstore.fuse.mountinfo import resolve
+    from envstore.fuse.overview import mount_stats
     from envstore.fuse.records import RecordFiles
-    from envstore.fuse.stats import read_stats
 
     mountpoint = resolve(directory)
     record = RecordFiles(mountpoint).load()
@@ -55,7 +55,7 @@ def stats(settings: Settings, directory: Path, watch: float | None) -> None:
             f"{output.printable(mountpoint)} is no mount of yours", hint="see: envstore mounts"
         )
     while True:
-        found = read_stats(Path(record.stats))
+        found = mount_stats(record)
         if settings.json:
             where = {"mountpoint": output.exact(os.fsencode(mountpoint)), "ref": record.name}
             output.result({**where, "digest": record.snapshot, **found})

@@ -66,13 +66,19 @@ def start_background(request: MountRequest) -> MountRecord:
 
 
 def start_mount(request: MountRequest, node: str = "auto") -> MountRecord:
-    """Mount through the node server, or with a holder and server of the mount's own.
+    """Mount by whatever is fastest here.
 
-    ``node`` is ``on``, ``off``, or ``auto``: if there is a node server that this user may use.
-    Raises as ``start_background`` does; ``NotFoundError`` if it must be the node and none is there.
+    A hydrated snapshot needs no server where the fast path is to be had; others are mounted
+    through the node server, or with a holder and server of the mount's own. ``node`` is ``on``,
+    ``off``, or ``auto``: if there is a node server that this user may use. Raises as
+    ``start_background`` does; ``NotFoundError`` if it must be the node and none is there.
     """
+    from envstore.fuse.complete import mount_complete
     from envstore.fuse.leases import mount_through, node_for
 
+    record = mount_complete(request)
+    if record is not None:
+        return record
     path = node_for(node)
     return start_background(request) if path is None else mount_through(path, request)
 

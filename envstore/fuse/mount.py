@@ -93,7 +93,7 @@ def active_mounts() -> list[tuple[MountRecord, bool]]:
     """Return this user's mounts, each with whether its server lives; forgets those of the past."""
     found = []
     for record, own in list_records():
-        alive = _served(RecordFiles(record.mountpoint)) if record.node else own
+        alive = own or _served(RecordFiles(record.mountpoint))
         mounted = find_mount(record.mountpoint)
         if own or (mounted is not None and sessions.is_ours(mounted)):
             found.append((record, alive))
@@ -105,6 +105,8 @@ def active_mounts() -> list[tuple[MountRecord, bool]]:
 def _served(files: RecordFiles) -> bool:
     """Whether somebody answers for a mount, by itself or as one of a node's."""
     record = files.load()
+    if record is not None and not record.served:
+        return True
     if record is None or not record.node:
         return files.alive()
     try:

@@ -37,8 +37,6 @@ CHECK_SECONDS = 10.0
 _GRACE_SECONDS = 60.0
 _ASK_WITHIN = 10.0
 
-_TOLD = ("bytes_read", "runs", "missed_bytes", "errors", "used")
-
 _log = logging.getLogger(__name__)
 
 
@@ -196,7 +194,7 @@ class Node:
                         "digest": volume.content.snapshot.hex(),
                         "manifest": volume.content.manifest.hex(),
                         "started": lease.started,
-                        **{name: counted[name] for name in _TOLD},
+                        **counted,
                     }
                 )
         return {

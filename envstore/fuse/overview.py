@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envstore.errors import EnvstoreError
+from envstore.errors import EnvstoreError, NotFoundError
 from envstore.fuse.mount import active_mounts
 from envstore.fuse.records import MountRecord
 from envstore.fuse.sockets import ask
@@ -20,9 +20,10 @@ class MountOverview:
     """One mount.
 
     ``state`` is ``serving``, ``starting`` (a server is on its way), ``failing`` (servers keep
-    dying) or ``dead``. ``bytes_fetched`` and ``requests`` count what the store was asked for,
-    ``hit_rate`` is the share of reads that the cache could serve. Through a node server, which
-    asks the store for all, ``bytes_fetched`` is what the reads of this snapshot waited for.
+    dying), ``local`` (no server needed) or ``dead``. ``bytes_fetched`` and ``requests`` count what
+    the store was asked for, ``hit_rate`` is the share of reads that the cache could serve. Through
+    a node server, which asks the store for all, ``bytes_fetched`` is what the reads of this
+    snapshot waited for.
     """
 
     mountpoint: str
@@ -52,11 +53,30 @@ def overview() -> list[MountOverview]:
     return [_describe(record, alive) for record, alive in active_mounts()]
 
 
+def mount_stats(record: MountRecord) -> dict[str, Any]:
+    """Return what was counted of a mount, see ``Metrics.report``.
+
+    Through a node server these are the reads of its snapshot, by whichever mount. Raises
+    ``NotFoundError`` if no server can tell.
+    """
+    if record.node:
+        mounts = ask(record.node, _WITHIN, ask="status")["mounts"]
+        for mount in mounts:
+            if mount["id"] == record.lease:
+                found: dict[str, Any] = mount
+                return {"restarts": 0, **found}
+    if not record.control:
+        raise NotFoundError(f"nothing is counted of {record.mountpoint}: no server serves it")
+    return read_stats(Path(record.stats))
+
+
 def _describe(record: MountRecord, alive: bool) -> MountOverview:
     status: dict[str, Any] = {}
     stats: dict[str, Any] = {}
     try:
-        if alive and record.node:
+        if not record.served:
+            status = {"state": "local"}
+        elif alive and record.node:
             status = ask(record.node, _WITHIN, ask="status")
             mounts = {one["id"]: one for one in status["mounts"]}
             stats = mounts.get(record.lease, {})

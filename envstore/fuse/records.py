@@ -30,8 +30,8 @@ class MountRecord:
     ``name`` is what the user asked for, ``snapshot`` and ``manifest`` are hex digests, ``store``
     a URL without secrets, ``started`` RFC 3339 UTC. ``log``, ``stats`` and ``control`` are paths;
     the last two are sockets (see ``stats.read_stats`` and ``Holder``). ``node`` is the control
-    socket of the node server that serves the mount under ``lease``; both are empty, and the
-    others are not, if it has a server of its own.
+    socket of the node server that serves the mount under ``lease``. Where there is neither that
+    nor ``control``, the mount is the kernel's alone.
     """
 
     mountpoint: str
@@ -47,6 +47,11 @@ class MountRecord:
     fast_path: bool = False
     node: str = ""
     lease: str = ""
+
+    @property
+    def served(self) -> bool:
+        """Whether there must be a process for the mount to work."""
+        return bool(self.control or self.node)
 
     def encode(self) -> dict[str, Any]:
         """Return the record as JSON."""

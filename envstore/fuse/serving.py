@@ -28,6 +28,7 @@ from envstore.fuse.holder import BEAT, write_state
 from envstore.fuse.keeping import Keepsake, Kept
 from envstore.fuse.node import LEASE, Node
 from envstore.fuse.operations import SnapshotOperations
+from envstore.fuse.prometheus import render, serve_metrics
 from envstore.fuse.session import Session
 from envstore.fuse.sockets import told
 from envstore.fuse.volumes import Volumes
@@ -52,6 +53,7 @@ class _Server:
     channel: Channel
     kept: Kept = field(init=False)
     volumes: Volumes = field(init=False)
+    node: Node | None = None
 
     def run(self) -> int:
         message = self.channel.receive()
@@ -138,6 +140,9 @@ class _Server:
                     if key.startswith(LEASE):
                         node.restore(key, keepsake)
                 nursery.start_soon(node.run, _listener(kept.files["node"]))
+                self.node = node
+            if kept.request.metrics:
+                await nursery.start(serve_metrics, kept.request.metrics, self._page)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._obey)
             _attach(kept.session(), SnapshotOperations(volumes.forest, volumes, volumes.metrics))
@@ -154,6 +159,15 @@ class _Server:
 
     def _report(self) -> dict[str, object]:
         return {**self.volumes.report(), "restarts": self.kept.restarts}
+
+    def _page(self) -> str:
+        """Return the counts in Prometheus' text format."""
+        report = self._report()
+        if self.node is not None:
+            mounts = self.node.describe()["mounts"]
+        else:
+            mounts = [{**report, **self.volumes.identity()}]
+        return render({**report, "mounts": mounts})
 
     def _save(self) -> None:
         self.volumes.save(self.kept.files["counters"])

@@ -315,6 +315,15 @@ class Volumes:
                 if slot and str(slot) in state["volumes"]:
                     volume.metrics.resume(state["volumes"][str(slot)])
 
+    def identity(self) -> dict[str, str]:
+        """Return mount point, ref and digest of what the request was for."""
+        content = next(iter(self._volumes.values())).content
+        return {
+            "mountpoint": self._request.mountpoint,
+            "ref": content.name,
+            "digest": content.snapshot.hex(),
+        }
+
     def report(self) -> dict[str, Any]:
         """Return everything counted as one JSON object."""
         used = [volume.reader.used() for volume in self._volumes.values()]
@@ -324,13 +333,19 @@ class Volumes:
         return {**found, "recording": self._recorder.report()} if self._recorder else found
 
     def _wants_fast_path(self) -> bool:
-        """Whether the mount is to be laid over an image; raises if it must be and cannot."""
-        if self._request.fast_path == "off":
+        """Whether the mount is to be laid over an image; raises if it must be and cannot.
+
+        Such a mount lets other users in, so nobody gets it who has not asked for either.
+        """
+        request = self._request
+        if request.record or request.fast_path == "off":
+            return False
+        if request.fast_path == "auto" and not (request.allow_other and os.geteuid() == 0):
             return False
         reason = probe(self.cache.root)
         if reason is None:
             return True
-        if self._request.fast_path == "on":
+        if request.fast_path == "on":
             raise UnsupportedFormatError(
                 f"no fast path here: {reason}", hint="see: envstore doctor"
             )
