@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ def stats(settings: Settings, directory: Path, watch: float | None) -> None:
             where = {"mountpoint": output.exact(os.fsencode(mountpoint)), "ref": record.name}
             output.result({**where, "digest": record.snapshot, **found})
         else:
-            if watch and output.is_terminal(click.get_text_stream("stdout")):
+            if watch and output.is_terminal(sys.stdout):
                 click.clear()
             _show(record.name, mountpoint, found)
         if watch is None:
