@@ -6,10 +6,12 @@ of a public object, which no program does with less effort than ``curl``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -129,6 +131,9 @@ class JuiceFS(_Peer):
             run(["cp", "-a", bench.environment.tree, mountpoint / _IN_STORE])
         shutil.rmtree(bench.home / "cache", ignore_errors=True)
         mountpoint.rmdir()
+        # What it wrote last lies beside the database, which is copied for every run.
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return {"bucket": bucket, "database": str(database)}
 
     def lay_out(self, start: Start) -> None:

@@ -28,7 +28,7 @@ from benchmarks.peers_mount import Starter, starters
 from benchmarks.results import Result
 from benchmarks.starts import Start
 from benchmarks.warm_report import COMMAND, LOCAL, MOUNT, READ, TOTAL, WALK
-from benchmarks.workloads import BIG, LARGE, WORKLOADS, Environment, build, environment
+from benchmarks.workloads import BIG, BIG_FILE, LARGE, WORKLOADS, Environment, build, environment
 from examples.client import CommandError
 from examples.seaweed import S3Server
 
@@ -219,8 +219,7 @@ class Node:
         result = Result("warm read", "Reading a file of 2 GB from warm caches, page cache empty")
         with self._in_use(place, "torch", result) as used:
             roots = {warm.system.name: warm.available.root for warm in used} | {LOCAL: place.tree}
-            (size,) = (path.stat().st_size for path in place.tree.iterdir())
-            result.facts[warm_report.SIZE] = size
+            result.facts[warm_report.SIZE] = (place.tree / BIG_FILE).stat().st_size
 
             def once(name: str) -> None:
                 drop_caches()
@@ -275,8 +274,8 @@ def _find(root: Path) -> list[str]:
 
 
 def _read(root: Path) -> float:
-    """Return the seconds that reading the only file below ``root`` takes, from end to end."""
-    (path,) = root.iterdir()
+    """Return the seconds that reading the large file below ``root`` takes, from end to end."""
+    path = root / BIG_FILE
     started = time.perf_counter()
     done = subprocess.run(
         ["dd", f"if={path}", "of=/dev/null", f"bs={_BLOCK}"], capture_output=True, check=False

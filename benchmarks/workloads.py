@@ -13,6 +13,7 @@ from benchmarks.tree import large_tree
 from examples.prefix import clean_environment
 
 SMALL, LARGE, BIG = "small", "large", "big"
+BIG_FILE = "weights.bin"
 BIG_BYTES = 2_000_000_000
 
 _PIECE = 1 << 24
@@ -109,7 +110,7 @@ def build(name: str, work: Path, say: Callable[[str], None]) -> Path:
 
 def _big_file(work: Path, say: Callable[[str], None]) -> Path:
     """Return a directory with a file like a model's weights: half its bytes say little."""
-    path = work / "big" / "weights.bin"
+    path = work / "big" / BIG_FILE
     if not path.exists():
         say(f"writing {path}")
         path.parent.mkdir(parents=True, exist_ok=True)
