@@ -10,10 +10,17 @@ from pathlib import Path
 
 from envstore.fuse import overlay
 from envstore.fuse.erofs import write_image
+from envstore.fuse.mountinfo import list_mounts
 from envstore.fuse.tree import ROOT, Tree
 from envstore.store.source import Kind
 
 MANIFEST = bytes(range(32))
+
+
+def mounts_below(path: Path) -> list[str]:
+    """Return where something is mounted at or below ``path``."""
+    places = [Path(mount.mountpoint) for mount in list_mounts()]
+    return [str(place) for place in places if place.is_relative_to(path)]
 
 
 def written(tree: Tree, path: Path, manifest: bytes = MANIFEST) -> Path:

@@ -19,11 +19,11 @@ import pytest
 from envstore.errors import AccessDeniedError, EnvstoreError
 from envstore.fuse import overlay
 from envstore.fuse.erofs import ensure_image
-from envstore.fuse.mountinfo import find_mount, list_mounts
+from envstore.fuse.mountinfo import find_mount
 from envstore.fuse.overlay import examine, mount_fast, probe
 from envstore.store.digest import digest
 from tests.fuse import objects as objects_server
-from tests.fuse.images import MANIFEST, compare
+from tests.fuse.images import MANIFEST, compare, mounts_below
 from tests.manifests import file, folder, must_find, tree_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount overlayfs")
@@ -79,11 +79,10 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    before = [mount.mountpoint for mount in list_mounts()]
     made = Site(tmp_path)
     yield made
     made.close()
-    assert [mount.mountpoint for mount in list_mounts()] == before
+    assert mounts_below(tmp_path) == []
 
 
 class Server:
@@ -138,11 +137,10 @@ def cached(path: Path) -> int:
 
 
 def test_the_probe_says_that_it_works_here(tmp_path: Path) -> None:
-    before = list_mounts()
     assert probe(tmp_path / "cache") is None
     assert [finding.mend for finding in examine(tmp_path / "cache")] == [None] * 3
     assert os.listdir(tmp_path / "cache") == []
-    assert list_mounts() == before
+    assert mounts_below(tmp_path) == []
 
 
 def test_the_whole_tree_is_there(site: Site) -> None:
@@ -310,12 +308,11 @@ def test_relative_paths(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_failures_leave_nothing_behind(site: Site, damage: Callable[[Site], object]) -> None:
     damage(site)
-    before = list_mounts()
     threads = threading.active_count()
     with pytest.raises(EnvstoreError) as failure:
         mount_fast(site.image, site.local, site.objects, site.target, source="envstore:x")
     assert "\n" not in str(failure.value)
-    assert list_mounts() == before
+    assert mounts_below(site.base) == []
     assert threading.active_count() == threads
     loops = subprocess.check_output(["losetup", "-a"], text=True)
     assert str(site.base) not in loops
