@@ -14,8 +14,8 @@ from tests.commands import NOBODY, Cli
 from tests.trees import describe
 
 _RECORD = {
-    "ref", "digest", "mountpoint", "name", "snapshot", "manifest", "pid", "store", "started", "log",
-    "stats",
+    "ref", "digest", "mountpoint", "name", "snapshot", "manifest", "holder_pid", "store", "started",
+    "log", "stats", "control", "fast_path", "node", "lease",
 }  # fmt: skip
 
 
@@ -35,8 +35,11 @@ def test_mount_and_umount(stored: Cli, place: Path, tree: Path) -> None:
     assert made["digest"] == stored.json("show", "mine")["digest"]
     assert describe(place) == describe(tree)
     (listed,) = stored.json("mounts")["mounts"]
-    assert listed["alive"] is True
-    assert listed["pid"] == made["pid"]
+    assert listed["state"] == "serving"
+    assert listed["holder_pid"] == made["holder_pid"]
+    assert listed["server_pid"] != made["holder_pid"]
+    assert (listed["ref"], listed["digest"]) == ("mine", made["digest"])
+    assert (listed["restarts"], listed["requests"] > 0) == (0, True)
     text = stored.ok("mounts").splitlines()
     assert text[0].split()[:2] == ["MOUNT", "POINT"]
     assert str(place) in text[1]
@@ -57,7 +60,7 @@ def test_a_mount_stays_what_it_was(stored: Cli, place: Path, tree: Path) -> None
 
 
 def test_lazy_umount(stored: Cli, place: Path) -> None:
-    server = os.pidfd_open(stored.json("mount", "tree", place)["pid"])
+    server = os.pidfd_open(stored.json("mount", "tree", place)["holder_pid"])
     with open(place / "lib" / "text") as still:
         stored.fails(1, "umount", place, says=[str(place), "--lazy"])
         stored.ok("umount", "--lazy", place)

@@ -206,7 +206,7 @@ def test_what_stays_in_the_background_may_go_on(stored: Cli) -> None:
         assert process.stdin is not None
         assert process.stdout.readline() == b"ready\n"
         (listed,) = stored.json("mounts")["mounts"]
-        server = os.pidfd_open(listed["pid"])
+        server = os.pidfd_open(listed["holder_pid"])
         process.stdin.close()
         assert process.wait(timeout=120) == 1  # what `read` says at the end of its input
     assert list(stored.root.glob("envstore-run-*")) == []
@@ -218,12 +218,30 @@ def test_what_stays_in_the_background_may_go_on(stored: Cli) -> None:
     _nothing_left(stored)
 
 
-def test_a_server_that_is_killed_is_told_of(stored: Cli) -> None:
+def test_a_server_that_is_killed_is_replaced(stored: Cli) -> None:
     script = (
         "import json, os, subprocess, sys;"
         "listed = subprocess.run([sys.executable, '-m', 'envstore', '--json', 'mounts'],"
         "    stdout=subprocess.PIPE, check=True).stdout;"
-        "os.kill(json.loads(listed)['mounts'][0]['pid'], 9); os._exit(6)"
+        "os.kill(json.loads(listed)['mounts'][0]['server_pid'], 9);"
+        "import pathlib;"
+        "text = pathlib.Path(os.environ['ENVSTORE_PREFIX'], 'lib/text').read_text();"
+        "os._exit(6 if text == 'some text\\n' else 7)"
+    )
+    done = stored("run", "tree", "--", sys.executable, "-c", script)
+    assert done.status == 6
+    assert done.err == ""
+    _nothing_left(stored)
+
+
+def test_that_nobody_serves_any_more_is_told(stored: Cli) -> None:
+    script = (
+        "import json, os, subprocess, sys;"
+        "listed = subprocess.run([sys.executable, '-m', 'envstore', '--json', 'mounts'],"
+        "    stdout=subprocess.PIPE, check=True).stdout;"
+        "found = json.loads(listed)['mounts'][0];"
+        "[os.kill(found[name + '_pid'], 19) for name in ('holder', 'server')];"
+        "[os.kill(found[name + '_pid'], 9) for name in ('holder', 'server')]; os._exit(6)"
     )
     done = stored("run", "--stats", "tree", "--", sys.executable, "-c", script)
     assert done.status == 6

@@ -41,11 +41,12 @@ def record(place: str, files: RecordFiles) -> MountRecord:
         name="demo",
         snapshot="00" * 32,
         manifest="11" * 32,
-        pid=os.getpid(),
+        holder_pid=os.getpid(),
         store="file:///nowhere",
         started="2025-01-01T00:00:00+00:00",
         log=str(files.log),
         stats=str(files.stats),
+        control=str(files.control),
     )
 
 
