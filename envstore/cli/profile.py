@@ -115,6 +115,13 @@ def _record(
             "the mount's server was killed meanwhile: nothing is stored", hint=f"see {ran.log}"
         )
     recording = ran.stats["recording"]
+    if ran.stats.get("restarts"):
+        raise EnvstoreError(
+            "the mount's server was restarted meanwhile, and the recording is not whole",
+            hint="try again",
+        )
+    if not recording["complete"]:
+        output.note(settings, "more was read than a profile holds: the last reads are left out")
     recorded = new_profile(read_recording(recording), command)
     stored = None
     if recorded.ranges and (ran.status == 0 or keep_failed):

@@ -22,6 +22,7 @@ from envstore.store.source import Kind
 
 if TYPE_CHECKING:
     from envstore.fuse.loader import FrameLoader
+    from envstore.fuse.reader import Reader
 
 DEFAULT_LIMIT = 8 << 20
 """Stored bytes fetched ahead of a tree of which no start was recorded."""
@@ -75,15 +76,24 @@ class ProfileSearch:
 
 
 async def follow(
-    search: ProfileSearch, tree: Tree, locations: Located, loader: FrameLoader, room: int
+    search: ProfileSearch,
+    tree: Tree,
+    locations: Located,
+    loader: FrameLoader,
+    reader: Reader,
+    room: int,
 ) -> None:
-    """Fetch what the profile names of ``tree``, ``room`` raw bytes of it at most."""
+    """Fetch what the profile names of ``tree``, ``room`` raw bytes of it at most.
+
+    ``reader`` is told which files it need not guess about.
+    """
     import trio  # whoever only makes or shows profiles has no event loop
 
     choice = await trio.to_thread.run_sync(search.result, abandon_on_cancel=True)
     frames = await trio.to_thread.run_sync(plan, choice, tree, locations, room)
     _log.info("fetching %d frames ahead (profile %s)", len(frames), choice.name or choice.origin)
-    await loader.stream(frames, certain=choice.origin != "default")
+    reader.expect(_nodes(choice.ranges, tree))
+    await loader.stream(frames, certain=bool(choice.ranges))
 
 
 def plan(choice: Choice, tree: Tree, locations: Located, room: int) -> list[FrameRef]:
@@ -104,6 +114,17 @@ def _head(frames: list[FrameRef], sizes: Iterable[int], room: int) -> list[Frame
         if room < 0:
             return frames[:count]
     return frames
+
+
+def _nodes(ranges: Iterable[Range], tree: Tree) -> set[int]:
+    """Return the nodes that ``ranges`` are of, and those that stand for them."""
+    nodes: dict[bytes, int | None] = {b"": ROOT}
+    found: set[int] = set()
+    for path in {item.path for item in ranges}:
+        node = _find(tree, path, nodes)
+        if node is not None:
+            found.update((node, tree.inode(node)))
+    return found
 
 
 def resolve(ranges: Iterable[Range], tree: Tree, locations: Located) -> list[FrameRef]:

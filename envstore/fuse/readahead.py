@@ -38,6 +38,8 @@ class Readahead:
         self._ref_frames = ref_frames
         self._limit = limit
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        self.known: set[int] = set()
+        """Files of which is known what will be read, so that nothing is guessed before a miss."""
 
     def plan(self, node: int, offset: int, length: int, *, missed: bool) -> list[int]:
         """Return the frames worth fetching after a read, which ``missed`` the cache or not."""
@@ -47,6 +49,10 @@ class Readahead:
         size = self._tree.size(node)
         if size <= WHOLE:
             return self.frames(node, 0, size) if missed else []
+        if node in self.known:
+            if not missed:
+                return []
+            self.known.discard(node)
         end = offset + length
         stream = self._streams.get(node)
         if stream is None:

@@ -125,8 +125,9 @@ class Reader:
             self._metrics.waited += len(runs) - len(missing)
             self._metrics.missed += len(missing)
             self._count_use(runs)
-            ahead = self._expect(node, offset, runs, missed=bool(missing))
-            if missing and not self._loader.certain:
+            surprised = bool(missing) and not self._loader.certain
+            ahead = self._expect(node, offset, runs, missed=surprised)
+            if surprised:
                 ahead += self._neighbourhood.plan(node, runs[missing[-1]].frame)
             needed = self._frames(runs[at].frame for at in missing)
             self._metrics.missed_bytes += sum(frame.stored for frame in {*needed})
@@ -136,6 +137,10 @@ class Reader:
             return self._joined(found)
         except Exception as error:
             raise self._failed(node, error) from error
+
+    def expect(self, nodes: Iterable[int]) -> None:
+        """Know that what will be read of these files is being fetched."""
+        self._readahead.known.update(nodes)
 
     def used(self) -> tuple[int, int]:
         """Return the raw bytes of all chunks read so far, and their share of stored bytes."""

@@ -207,7 +207,8 @@ class Volumes:
     async def _follow(self, volume: Volume, search: ProfileSearch) -> None:
         content = volume.content
         room = self.cache.capacity // 2
-        await follow(search, content.tree, content.locations, volume.supply.loader, room)
+        loader, reader = volume.supply.loader, volume.reader
+        await follow(search, content.tree, content.locations, loader, reader, room)
 
     def read_now(self, slot: int, node: int, offset: int, size: int) -> bytes | None:
         """Return a range of a file, clipped to its end; ``None`` if that takes waiting."""

@@ -21,6 +21,7 @@ from envstore.fuse.default_profile import default_ranges
 from envstore.fuse.loader import FrameLoader
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.prefetch import Choice, ProfileSearch, follow, plan, resolve
+from envstore.fuse.readahead import Readahead
 from envstore.fuse.reader import Reader
 from envstore.fuse.recorder import Recorder, read_recording
 from envstore.store.cache import BlobCache
@@ -261,7 +262,7 @@ def test_a_followed_profile_saves_requests(site: Site) -> None:
             async with trio.open_nursery() as nursery:
                 await nursery.start(loader.run)
                 search = ProfileSearch(site.store.repository, site.pushed.snapshot, wanted)
-                await follow(search, content.tree, content.locations, loader, 1 << 40)
+                await follow(search, content.tree, content.locations, loader, reader, 1 << 40)
                 for name, at in reads:
                     data = await reader.read(site.node(name), at, 4096)
                     assert data == noise(name, 3 * MIB)[at : at + 4096]
@@ -298,6 +299,19 @@ def test_who_knows_does_not_guess(site: Site) -> None:
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_what_is_known_is_not_read_ahead_before_it_surprises(site: Site) -> None:
+    readahead = Readahead(site.content.tree, site.content.locations.ref_frames)
+    known, other = site.node("a"), site.node("b")
+    readahead.known.add(known)
+    step = 256 << 10
+    for at in range(0, MIB, step):
+        assert readahead.plan(known, at, step, missed=False) == []
+    assert readahead.plan(known, MIB, step, missed=True) == []
+    assert readahead.plan(known, MIB + step, step, missed=False) != []
+    assert readahead.plan(other, 0, step, missed=False) == []
+    assert readahead.plan(other, step, step, missed=False) != []
 
 
 def _environment(base: Path, *, own: bool) -> list[bytes]:
