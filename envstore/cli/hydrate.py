@@ -38,9 +38,9 @@ def hydrate(
 ) -> None:
     """Fetch all of REF to this machine, and keep it.
 
-    From then on it mounts by its @digest without the store, and where root mounts it, its files
-    are read without a server. Runs with low priority. What is interrupted goes on with the next
-    run. Its files count towards ENVSTORE_CACHE_SIZE and stay until --drop; unmount first.
+    From then on root can mount it by its @digest without the store, and the kernel reads its
+    files without a server. Runs with low priority. What is interrupted goes on with the next run.
+    Its files count towards ENVSTORE_CACHE_SIZE and stay until --drop; unmount first.
     """
     if listing + drop + (rate is not None) > 1:
         raise UsageError("--list, --drop and --rate go each by itself")
