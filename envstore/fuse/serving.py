@@ -33,6 +33,9 @@ from envstore.fuse.session import Session
 from envstore.fuse.sockets import told
 from envstore.fuse.volumes import Volumes
 
+_TASKS = 4096
+"""Requests handled at once. More than may wait for the store, or nothing else would be answered."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 _log = logging.getLogger(__name__)
@@ -148,7 +151,7 @@ class _Server:
             _attach(kept.session(), SnapshotOperations(volumes.forest, volumes, volumes.metrics))
             try:
                 await self._send("serving")
-                await pyfuse3.main()
+                await pyfuse3.main(max_tasks=_TASKS)
             finally:
                 pyfuse3.close(unmount=False)
                 self._save()

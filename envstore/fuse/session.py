@@ -39,7 +39,8 @@ _WANTED = (
     | Flag.HAS_RESEND
 )  # fmt: skip
 _PAGES = 256
-_BACKGROUND = 64
+_BACKGROUND = 2048
+"""Reads that the kernel lets wait for an answer: those that wait for the store are among them."""
 _MAX_WRITE = 4096
 
 _log = logging.getLogger(__name__)
