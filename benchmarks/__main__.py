@@ -1,6 +1,6 @@
 """The command: ``python -m benchmarks [push|store|mount|read|targets ...]``.
 
-``cold-start`` and ``warm`` are commands of their own, with their own options.
+``cold-start``, ``survive`` and ``warm`` are commands of their own, with their own options.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks import cold_start, mount, push, read, report, store, targets, warm
+from benchmarks import cold_start, mount, push, read, report, store, survive, targets, warm
 from benchmarks.context import Context
 from benchmarks.measure import BenchmarkError, machine
 from benchmarks.node import prepared
@@ -26,7 +26,7 @@ from examples.prefix import BuildError
 from examples.seaweed import ServerError
 
 SCENARIOS = ("push", "store", "mount", "read")
-APART = {"cold-start": cold_start.main, "warm": warm.main}
+APART = {"cold-start": cold_start.main, "survive": survive.main, "warm": warm.main}
 _BUSY_LOAD = 0.5
 """Load for each processor, before we start, above which times say little."""
 

@@ -29,7 +29,7 @@ LOCAL = "local"
 
 _OURS = "envstore"
 _UNPROFILED = ("envstore", "envstore-none")
-_PROFILED = ("envstore-profile", "envstore-repacked", "envstore-fast")
+_PROFILED = ("envstore-profile", "envstore-repacked", "envstore-fast", "envstore-node")
 
 
 def floor(result: Result) -> float | None:

@@ -241,29 +241,30 @@ def _once(
     """Start once on an empty node and note what it took."""
     with empty_directory(work) as scratch:
         start = Start(place, workload, server, link, record, scratch)
-        system.lay_out(start)
         bucket = record.get("bucket")
-        before = server.served(bucket) if bucket else None
-        drop_caches()
-        started = time.perf_counter()
         try:
-            with system.available(start) as available:
-                ready = time.perf_counter() - started
-                seconds = timed(place.command(available.root, workload.code))
-                result.add(TOTAL, system.name, time.perf_counter() - started)
-                result.add(READY, system.name, ready)
-                result.add(COMMAND, system.name, seconds)
-                if bucket and before is not None:
-                    served = server.served(bucket) - before
-                    result.add(FETCHED, system.name, served.sent)
-                    result.add(REQUESTS, system.name, served.requests)
-                _note_needed(system, available, result)
+            with system.laid_out(start):
+                before = server.served(bucket) if bucket else None
+                drop_caches()
+                started = time.perf_counter()
+                with system.available(start) as available:
+                    ready = time.perf_counter() - started
+                    seconds = timed(place.command(available.root, workload.code))
+                    result.add(TOTAL, system.name, time.perf_counter() - started)
+                    result.add(READY, system.name, ready)
+                    result.add(COMMAND, system.name, seconds)
+                    if bucket and before is not None:
+                        served = server.served(bucket) - before
+                        result.add(FETCHED, system.name, served.sent)
+                        result.add(REQUESTS, system.name, served.requests)
+                    _note_needed(system, available, result)
         except CommandError as error:
             raise BenchmarkError(str(error)) from error
 
 
 def _note_needed(system: Starter, available: Available, result: Result) -> None:
-    if available.mount is not None:
+    # A node server counts for all its mounts together.
+    if available.mount is not None and available.mount.stats_socket:
         used = available.mount.stats()["used"]
         result.add(NEEDED, system.name, used["stored_bytes"])
 

@@ -25,7 +25,15 @@ from benchmarks.artefacts import PUBLIC, Bench, Maker, Record, upload
 from benchmarks.measure import BenchmarkError, run
 from benchmarks.mounted import Available, serving
 from benchmarks.peers import LEVEL, Squashfs
-from benchmarks.starts import PLAIN, PROFILED, REPACKED, EnvstoreStart, Start, plain_environment
+from benchmarks.starts import (
+    PLAIN,
+    PROFILED,
+    REPACKED,
+    EnvstoreStart,
+    NodeStart,
+    Start,
+    plain_environment,
+)
 from benchmarks.workloads import pins
 
 Command = list[str | Path]
@@ -54,8 +62,8 @@ class Starter(Protocol):
         """Return what makes its artefact."""
         ...
 
-    def lay_out(self, start: Start) -> None:
-        """Put into ``start.scratch`` what a node has before; not timed."""
+    def laid_out(self, start: Start) -> Any:
+        """Return a context manager in which the node has what it had before; not timed."""
         ...
 
     def available(self, start: Start) -> Any:
@@ -65,13 +73,15 @@ class Starter(Protocol):
 
 def starters() -> dict[str, Starter]:
     """Return every way by its name, envstore's first and the floor last."""
-    off, none = ("--fast-path", "off"), ("--profile", "none")
+    alone = ("--node", "off")
+    off, none = (*alone, "--fast-path", "off"), ("--profile", "none")
     every: list[Starter] = [
         EnvstoreStart("envstore", PLAIN),
         EnvstoreStart("envstore-none", PLAIN, *none, *off),
         EnvstoreStart("envstore-profile", PROFILED, *off, follows=True),
         EnvstoreStart("envstore-repacked", REPACKED, *off, follows=True),
-        EnvstoreStart("envstore-fast", REPACKED, "--fast-path", "on", follows=True),
+        EnvstoreStart("envstore-fast", REPACKED, *alone, "--fast-path", "on", follows=True),
+        NodeStart("envstore-node", REPACKED, "--node", "on", follows=True),
         JuiceFS(),
         Rclone(),
         SquashfsImage(),
@@ -103,8 +113,9 @@ class _Peer:
     def make(self, bench: Bench) -> Record:
         raise NotImplementedError
 
-    def lay_out(self, start: Start) -> None:
-        pass
+    @contextmanager
+    def laid_out(self, start: Start) -> Iterator[None]:
+        yield
 
     def command(self, name: str, *arguments: str | Path) -> Command:
         found = program(name)
@@ -136,13 +147,15 @@ class JuiceFS(_Peer):
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return {"bucket": bucket, "database": str(database)}
 
-    def lay_out(self, start: Start) -> None:
+    @contextmanager
+    def laid_out(self, start: Start) -> Iterator[None]:
         # The metadata know where the data lie, and by which keys, which are new for every run.
         database = start.scratch / "meta.db"
         shutil.copy(start.record["database"], database)
         place = ["--bucket", f"{start.link.endpoint}/{start.record['bucket']}"]
         new = [*place, *self._keys(start.server.environment), f"sqlite3://{database}"]
         run(self.command("juicefs", "config", "--yes", *new), env=plain_environment())
+        yield
 
     @contextmanager
     def available(self, start: Start) -> Iterator[Available]:
@@ -184,8 +197,10 @@ class Rclone(_Peer):
         run(self.command("rclone", *settings, "copy", *many, tree, there), env=plain_environment())
         return {"bucket": bucket}
 
-    def lay_out(self, start: Start) -> None:
+    @contextmanager
+    def laid_out(self, start: Start) -> Iterator[None]:
         self._settings(start.scratch, start.link.endpoint, start.server.environment)
+        yield
 
     @contextmanager
     def available(self, start: Start) -> Iterator[Available]:
@@ -295,8 +310,10 @@ class UvInstall(_Peer):
         (bench.home / "pins.txt").write_text("\n".join(wanted) + "\n")
         return {"bucket": PUBLIC, "key": f"{prefix}/index.html", "home": str(bench.home)}
 
-    def lay_out(self, start: Start) -> None:
+    @contextmanager
+    def laid_out(self, start: Start) -> Iterator[None]:
         shutil.copy(Path(start.record["home"]) / "pins.txt", start.scratch)
+        yield
 
     @contextmanager
     def available(self, start: Start) -> Iterator[Available]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from benchmarks.workloads import WORKLOADS, Environment, Workload
 from examples.client import Envstore, envstore_command
 from examples.seaweed import S3Server
 
+_PATIENCE, _POLL = 120.0, 0.01
 REF = "bench"
 PLAIN, PROFILED, REPACKED = "envstore", "envstore-profiled", "envstore-repacked"
 
@@ -57,6 +60,8 @@ def client(server: S3Server, endpoint: str, bucket: str, home: Path) -> Envstore
     """Return a node of its own that reaches the store in ``bucket`` by ``endpoint``."""
     reached = S3Server(endpoint, server.metrics, server.pid)
     variables = {**reached.environment, "NO_PROXY": "*", "no_proxy": "*"}
+    # A node server of the machine's own has no part in this.
+    variables["ENVSTORE_NODE_SOCKET"] = str(home / "node.sock")
     return Envstore(reached.url(bucket), home, variables)
 
 
@@ -83,8 +88,10 @@ class EnvstoreStart:
         """Return what stores the environment, with profiles or repacked where that is asked."""
         return {PLAIN: push, PROFILED: record_profiles, REPACKED: repack}[self.artefact]
 
-    def lay_out(self, start: Start) -> None:
+    @contextmanager
+    def laid_out(self, start: Start) -> Iterator[None]:
         """Nothing: an empty node."""
+        yield
 
     @contextmanager
     def available(self, start: Start) -> Iterator[Available]:
@@ -95,6 +102,40 @@ class EnvstoreStart:
             options += ["--profile", start.workload.name]
         with node.mounted(REF, start.mountpoint, *options) as mount:
             yield Available(mount.path, mount.pid, mount)
+
+
+class NodeStart(EnvstoreStart):
+    """envstore's mount through a node server, which runs before on every node of a cluster."""
+
+    def lacking(self) -> str | None:
+        """Return what this envstore has not, None if it has all; only root can."""
+        if os.geteuid() != 0:
+            return "only root can"
+        absent = None if "\n  node " in _help() else "not there yet: envstore node"
+        return absent or super().lacking()
+
+    @contextmanager
+    def laid_out(self, start: Start) -> Iterator[None]:
+        """Run the node server, with an empty cache."""
+        endpoint, bucket = start.link.endpoint, start.record["bucket"]
+        variables = client(start.server, endpoint, bucket, start.scratch).environment()
+        command = [*envstore_command(), "node", "--directory", str(start.scratch / "node")]
+        log = start.scratch / "node.log"
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                command, env=variables, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            )
+        try:
+            deadline = time.monotonic() + _PATIENCE
+            while not Path(variables["ENVSTORE_NODE_SOCKET"]).is_socket():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    text = log.read_text(errors="replace").strip().splitlines()[-2:]
+                    raise BenchmarkError(f"envstore node failed: {' | '.join(text)}")
+                time.sleep(_POLL)
+            yield
+        finally:
+            process.terminate()
+            process.wait(_PATIENCE)
 
 
 def push(bench: Bench) -> Record:

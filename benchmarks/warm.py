@@ -33,7 +33,7 @@ from examples.client import CommandError
 from examples.seaweed import S3Server
 
 PARTS = ("pod", "import", "walk", "read")
-SYSTEMS = ("envstore", "envstore-none", "envstore-fast", "juicefs", "squashfs")
+SYSTEMS = ("envstore", "envstore-none", "envstore-fast", "envstore-node", "juicefs", "squashfs")
 """Those that can be mounted twice on a node and keep what they fetched."""
 
 _BLOCK = 1 << 20
@@ -250,8 +250,8 @@ class Node:
                 start = Start(
                     place, WORKLOADS[workload], self.server, link, record, scratch, "first"
                 )
-                system.lay_out(start)
                 try:
+                    stack.enter_context(system.laid_out(start))
                     available = stack.enter_context(_entered(system, start))
                 except BenchmarkError as error:
                     result.absent[system.name] = str(error)
