@@ -100,6 +100,7 @@ def _hydrate(settings: Settings, ref: str, rate: str | None) -> None:
 
 def _drop(settings: Settings, ref: str) -> None:
     from envstore.fuse.hydrated import drop_hydrated, find_hydrated
+    from envstore.fuse.mount import active_mounts
 
     cache = settings.cache()
     found = find_hydrated(cache, ref)
@@ -108,6 +109,12 @@ def _drop(settings: Settings, ref: str) -> None:
     else:
         with settings.open() as repository:
             snapshot = repository.resolve(ref)
+    for record, _ in active_mounts():
+        if record.snapshot == snapshot.hex() and not record.served:
+            raise UsageError(
+                f"{ref} is mounted without a server on {output.printable(record.mountpoint)}",
+                hint=f"envstore umount {output.printable(record.mountpoint)}",
+            )
     if not drop_hydrated(cache, snapshot):
         raise NotFoundError(
             f"{ref} @{output.short(snapshot)} is not hydrated", hint="see: envstore hydrate --list"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Cli, Process
-from tests.trees import noise
+from tests.trees import describe, noise
 
 MIB = 1 << 20
 
@@ -70,6 +70,23 @@ def test_dropping_needs_no_store(stored: Cli) -> None:
     digest = stored.json("hydrate", "tree")["digest"]
     (stored.store).rename(stored.root / "away")
     assert "dropped" in stored.ok("hydrate", f"@{digest[:8]}", "--drop")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount overlayfs")
+def test_a_hydrated_mount_keeps_its_files(stored: Cli, tree: Path) -> None:
+    digest = stored.json("hydrate", "tree")["digest"]
+    place = stored.root / "place"
+    place.mkdir()
+    (stored.store).rename(stored.root / "away")
+    made = stored.json("mount", f"@{digest[:12]}", place, "--fast-path", "on")
+    try:
+        assert made["digest"] == digest
+        stored.fails(2, "hydrate", f"@{digest[:12]}", "--drop", says=["is mounted", str(place)])
+        stored.ok("cache", "clear")
+        assert describe(place, times=False, modes=False) == describe(tree, times=False, modes=False)
+    finally:
+        stored.ok("umount", place)
+    stored.ok("hydrate", f"@{digest[:12]}", "--drop")
 
 
 @pytest.mark.parametrize(

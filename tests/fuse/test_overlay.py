@@ -318,6 +318,33 @@ def test_failures_leave_nothing_behind(site: Site, damage: Callable[[Site], obje
     assert str(site.base) not in loops
 
 
+def test_killed_while_mounting(site: Site) -> None:
+    put(site.local, CONTENTS[b"lib/a.py"])
+    script = """
+import os, sys, subprocess
+from pathlib import Path
+from envstore.fuse.overlay import _checked, mount_fast
+image, local, objects, target = map(Path, sys.argv[1:])
+print("ready", flush=True)
+while True:
+    mount_fast(image, local, objects, target, source="envstore:killed")
+    _checked("umount2", os.fsencode(target), 2)
+"""
+    command = [sys.executable, "-c", script, site.image, site.local, site.objects, site.target]
+    for number in range(20):
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(number / 5000)
+            process.kill()
+        left = mounts_below(site.base)
+        assert left in ([], [str(site.target)])
+        if left:
+            assert (site.target / "lib/a.py").read_bytes() == CONTENTS[b"lib/a.py"]
+            subprocess.run(["umount", site.target], check=True)
+    assert sorted(os.listdir(site.base)) == ["images", "local", "objects", "target"]
+
+
 def test_who_is_not_root_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert probe(tmp_path) == "privileges: only root can mount EROFS and overlayfs"
