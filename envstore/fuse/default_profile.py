@@ -17,6 +17,9 @@ _LIBRARY = re.compile(rb"python3\.\d+t?")
 _PYTHON = re.compile(rb"python(3(\.\d+)?t?)?")
 _SHARED = re.compile(rb"libpython3(\.\d+)?.*\.so.*")
 
+_HEAD = 4 << 20
+"""Bytes of one file: what is loaded of a program comes first, what debuggers read last."""
+
 _FIRST = (
     "encodings.__init__ encodings.aliases encodings.utf_8 encodings.latin_1 codecs io abc site os "
     "stat posixpath genericpath _collections_abc _sitebuiltins types warnings importlib.__init__ "
@@ -64,7 +67,8 @@ def default_ranges(tree: Tree) -> list[Range]:
         found = [*_interpreter(tree), *found]
         for home in homes:
             found += _standard_library(tree, home)
-    return [Range(tree.path(node), 0, tree.size(node)) for node in found if tree.size(node)]
+    sizes = {node: min(tree.size(node), _HEAD) for node in found}
+    return [Range(tree.path(node), 0, size) for node, size in sizes.items() if size]
 
 
 def _site_files(tree: Tree) -> Iterator[int]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from envstore.fuse.loader import FrameLoader
     from envstore.fuse.reader import Reader
 
-DEFAULT_LIMIT = 8 << 20
+DEFAULT_LIMIT = 5 << 20
 """Stored bytes fetched ahead of a tree of which no start was recorded."""
 
 _log = logging.getLogger(__name__)
