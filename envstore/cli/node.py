@@ -36,6 +36,11 @@ from envstore.cli.context import Settings
     help="Where its file system is mounted; made if missing.",
 )
 @click.option("--background", is_flag=True, help="Return when it answers.")
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="If one is serving there already, wait for its end and take its place.",
+)
 @click.option("--status", is_flag=True, help="Ask the one that runs.")
 @click.option(
     "--metrics",
@@ -59,6 +64,7 @@ def node(
     socket: str,
     directory: str,
     background: bool,
+    wait: bool,
     status: bool,
     metrics: str,
     patience: float,
@@ -89,6 +95,13 @@ def node(
     from envstore.fuse.background import hold, start_background
     from envstore.fuse.keeping import MountRequest
 
+    from envstore.fuse.mount import clear_dead
+    from envstore.fuse.mountinfo import resolve
+    from envstore.fuse.records import RecordFiles
+
+    if wait:
+        RecordFiles(resolve(directory)).wait()
+    clear_dead(directory)
     for place in (os.path.dirname(os.path.abspath(socket)), directory):
         os.makedirs(place, mode=0o755, exist_ok=True)
     request = MountRequest(

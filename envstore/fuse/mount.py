@@ -89,6 +89,14 @@ def unmount(path: str | os.PathLike[str], *, lazy: bool = False) -> None:
     files.clear()
 
 
+def clear_dead(path: str | os.PathLike[str]) -> None:
+    """Take away a mount of ours on ``path`` that nobody serves any more, if there is one."""
+    mountpoint = resolve(path)
+    mounted = find_mount(mountpoint)
+    if mounted is not None and sessions.is_ours(mounted) and not _served(RecordFiles(mountpoint)):
+        unmount(mountpoint, lazy=True)
+
+
 def active_mounts() -> list[tuple[MountRecord, bool]]:
     """Return this user's mounts, each with whether its server lives; forgets those of the past."""
     found = []
