@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -279,6 +280,41 @@ def test_answers_that_always_break_off_give_up(s3_server: S3Server) -> None:
             assert 2 <= objects.traffic.requests - before <= 6
         proxy.restore()
         assert objects.get("x") == bytes(500_000)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_ranges_in_pieces_are_asked_for_once(s3_server: S3Server) -> None:
+    bucket = s3_server.new_bucket()
+    with (
+        tcp_proxy(s3_server.endpoint) as proxy,
+        closing(open_objects(f"s3://{bucket}?endpoint={proxy.endpoint}")) as objects,
+    ):
+        data = os.urandom(1_000_000)
+        objects.put("x", data)
+        before = objects.traffic.requests, proxy.connections
+        for _ in range(5):
+            assert b"".join(objects.iter_range("x", 10, 900_000)) == data[10:900_010]
+        # Each leaves its connection to the next.
+        assert (objects.traffic.requests, proxy.connections) == (before[0] + 5, before[1])
+        proxy.cut_answers_after(400_000, times=1)
+        got = bytearray()
+        # On a new connection, of which the proxy counts the bytes.
+        with closing(open_objects(objects.url)) as fresh:
+            pieces = fresh.iter_range("x", 0, 900_000)
+            got += next(pieces)
+            with pytest.raises(UnavailableError, match="broke off"):
+                got += b"".join(pieces)
+        assert 0 < len(got) < 400_000
+        assert data.startswith(got)
+        for status, error in ((503, UnavailableError), (403, AccessDeniedError)):
+            proxy.answer(status, times=1)
+            with pytest.raises(error):
+                list(objects.iter_range("x", 0, 10))
+        proxy.hang(times=1)
+        with pytest.raises(UnavailableError, match="timed out"):
+            list(objects.iter_range("x", 0, 10))
+        assert objects.traffic.requests == before[0] + 8
+        assert list(objects.iter_range("x", 0, 10)) == [data[:10]]
 
 
 def test_closing_ends_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
