@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -24,17 +26,24 @@ if TYPE_CHECKING:
     examples="""
         envstore hydrate analysis                    all of it, to stay
         envstore hydrate analysis --rate 50M         at most 50 MiB a second
-        envstore hydrate --list                      what is hydrated
+        envstore hydrate analysis --background       returns at once
+        envstore hydrate --list                      what is hydrated, and what is on its way
         envstore hydrate @3f2a9c1b --drop            let it go again
     """,
 )
 @ref_argument(required=False)
 @click.option("--rate", metavar="BYTES", help="Fetch at most this much a second, for example 50M.")
+@click.option("--background", is_flag=True, help="Return at once; see --list, and the log.")
 @click.option("--drop", is_flag=True, help="Let its files go again when the cache needs room.")
 @click.option("--list", "listing", is_flag=True, help="List what is hydrated.")
 @click.pass_obj
 def hydrate(
-    settings: Settings, ref: str | None, rate: str | None, drop: bool, listing: bool
+    settings: Settings,
+    ref: str | None,
+    rate: str | None,
+    background: bool,
+    drop: bool,
+    listing: bool,
 ) -> None:
     """Fetch all of REF to this machine, and keep it.
 
@@ -42,8 +51,8 @@ def hydrate(
     files without a server. Runs with low priority. What is interrupted goes on with the next run.
     Its files count towards ENVSTORE_CACHE_SIZE and stay until --drop; unmount first.
     """
-    if listing + drop + (rate is not None) > 1:
-        raise UsageError("--list, --drop and --rate go each by itself")
+    if listing + drop > 1 or ((listing or drop) and (background or rate is not None)):
+        raise UsageError("--list and --drop go by themselves")
     if listing:
         if ref is not None:
             raise UsageError("--list takes no REF")
@@ -52,18 +61,68 @@ def hydrate(
         raise UsageError("REF is missing", hint="see: envstore hydrate --help")
     elif drop:
         _drop(settings, ref)
+    elif background:
+        _start(settings, ref, _speed(rate))
     else:
-        _hydrate(settings, ref, rate)
+        _hydrate(settings, ref, _speed(rate))
 
 
-def _hydrate(settings: Settings, ref: str, rate: str | None) -> None:
-    from envstore.fuse.hydrate import hydrate as hydrate_snapshot
-    from envstore.fuse.hydrate import step_back
+def _speed(rate: str | None) -> int | None:
     from envstore.store.cache import parse_size
 
     speed = None if rate is None else parse_size(rate)
     if speed == 0:
         raise UsageError("--rate 0 would never end")
+    return speed
+
+
+def _start(settings: Settings, ref: str, speed: int | None) -> None:
+    """Go on in another process, once it is known what it will be about."""
+    import subprocess
+
+    from envstore.fuse.hydrated import claim, log_path
+
+    settings.export_cache()
+    with settings.open() as repository:
+        snapshot = repository.resolve(ref)
+    cache = settings.cache()
+    with claim(cache, snapshot):  # fails here, not in a log, if another is at it
+        pass
+    command = [sys.executable, "-m", "envstore", "hydrate", "--", ref]
+    if speed is not None:
+        command[4:4] = ["--rate", str(speed)]
+    log = log_path(cache, snapshot)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "ENVSTORE_URL": settings.url},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    process.returncode = 0  # nobody waits for it
+    if settings.json:
+        output.result(
+            {
+                "ref": ref,
+                "digest": snapshot.hex(),
+                "pid": process.pid,
+                "log": output.printable(str(log)),
+            }
+        )
+        return
+    output.summary(
+        settings,
+        f"hydrating {ref} @{output.short(snapshot)} in process {process.pid}; "
+        f"log: {output.printable(str(log))}",
+    )
+
+
+def _hydrate(settings: Settings, ref: str, speed: int | None) -> None:
+    from envstore.fuse.hydrate import hydrate as hydrate_snapshot
+    from envstore.fuse.hydrate import step_back
+
     started = time.monotonic()
     step_back()
     with settings.open() as repository:
@@ -126,12 +185,17 @@ def _drop(settings: Settings, ref: str) -> None:
 
 
 def _list(settings: Settings) -> None:
-    from envstore.fuse.hydrated import list_hydrated
+    from envstore.fuse.hydrated import list_hydrated, list_unfinished
 
-    found = list_hydrated(settings.cache())
+    cache = settings.cache()
+    found, unfinished = list_hydrated(cache), list_unfinished(cache)
     if settings.json:
-        output.result({"hydrated": [_fields(item) for item in found]})
+        begun = [{"digest": name.hex(), "running": running} for name, running in unfinished]
+        output.result({"hydrated": [_fields(item) for item in found], "unfinished": begun})
         return
+    for name, running in unfinished:
+        state = "is on its way" if running else "is not whole: hydrate it again, or --drop it"
+        output.note(settings, f"@{output.short(name)} {state}")
     if not found:
         output.note(settings, "nothing is hydrated")
         return

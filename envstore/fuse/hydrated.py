@@ -139,6 +139,26 @@ def list_hydrated(cache: BlobCache) -> list[Hydrated]:
     return sorted(found, key=lambda item: (item.record.at, item.record.snapshot))
 
 
+def list_unfinished(cache: BlobCache) -> list[tuple[bytes, bool]]:
+    """Return the snapshots that were begun and are not whole, each with whether one is at it."""
+    whole = {item.directory for item in list_hydrated(cache)}
+    found = []
+    for directory in sorted(_top(cache).glob("*/")):
+        snapshot = parse_hex(directory.name)
+        if snapshot is not None and directory not in whole:
+            try:
+                with claim(cache, snapshot):
+                    found.append((snapshot, False))
+            except ConflictError:
+                found.append((snapshot, True))
+    return found
+
+
+def log_path(cache: BlobCache, snapshot: bytes) -> Path:
+    """Return where a hydration in the background says what it does."""
+    return _top(cache) / f"{snapshot.hex()}.log"
+
+
 def drop_hydrated(cache: BlobCache, snapshot: bytes) -> bool:
     """Let the files of a snapshot be evicted again; returns whether any were kept from it.
 
@@ -150,6 +170,7 @@ def drop_hydrated(cache: BlobCache, snapshot: bytes) -> bool:
     with claim(cache, snapshot), cache.errors():
         # Without its record it is not whole any more, however far the rest of this comes.
         (directory / _RECORD).unlink(missing_ok=True)
+        log_path(cache, snapshot).unlink(missing_ok=True)
         shutil.rmtree(directory)
     return True
 

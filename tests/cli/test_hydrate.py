@@ -15,6 +15,7 @@ from tests.commands import Cli, Process
 from tests.trees import describe, noise
 
 MIB = 1 << 20
+NOTHING: dict[str, list[str]] = {"hydrated": [], "unfinished": []}
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def wait_for_files(cli: Cli, process: Process) -> None:
 
 
 def test_hydrate_list_and_drop(stored: Cli) -> None:
-    assert stored.json("hydrate", "--list") == {"hydrated": []}
+    assert stored.json("hydrate", "--list") == NOTHING
     done = stored.json("hydrate", "tree")
     shown = stored.json("show", "tree")
     assert done["ref"] == "tree"
@@ -94,7 +95,8 @@ def test_a_hydrated_mount_keeps_its_files(stored: Cli, tree: Path) -> None:
     [
         ((), "REF is missing"),
         (("--list", "tree"), "takes no REF"),
-        (("tree", "--drop", "--rate", "5M"), "each by itself"),
+        (("tree", "--drop", "--rate", "5M"), "by themselves"),
+        (("--list", "--background"), "by themselves"),
         (("tree", "--rate", "fast"), "not a size"),
         (("tree", "--rate", "0"), "never end"),
         (("tree!",), "not a valid ref"),
@@ -106,7 +108,7 @@ def test_wrong_usage(stored: Cli, arguments: tuple[str, ...], says: str) -> None
 
 def test_a_ref_that_is_not_there(stored: Cli) -> None:
     stored.fails(1, "hydrate", "nothing", says=["nothing"])
-    assert stored.json("hydrate", "--list") == {"hydrated": []}
+    assert stored.json("hydrate", "--list") == NOTHING
 
 
 def test_a_cache_that_is_too_small(large: Cli) -> None:
@@ -124,7 +126,7 @@ def test_what_is_interrupted_goes_on(large: Cli, number: signal.Signals) -> None
         process.wait(30)
         assert process.stderr is not None
         assert b"Traceback" not in process.stderr.read()
-    assert large.json("hydrate", "--list") == {"hydrated": []}
+    assert large.json("hydrate", "--list")["hydrated"] == []
     done = large.json("hydrate", "large")
     assert done["files"] == 24
     assert 0 < done["missing_files"] < 24
@@ -134,6 +136,37 @@ def test_what_is_interrupted_goes_on(large: Cli, number: signal.Signals) -> None
     large.ok("cache", "clear")
     assert os.listdir(partial) == []
     assert len(files(large)) == 24
+
+
+def test_in_the_background(large: Cli) -> None:
+    digest = large.json("show", "large")["digest"]
+    started = large.json("hydrate", "large", "--background", "--rate", "24M")
+    assert started["digest"] == digest
+    listed = large.json("hydrate", "--list")
+    while not listed["hydrated"]:
+        assert Path(f"/proc/{started['pid']}").exists(), Path(started["log"]).read_text()
+        time.sleep(0.1)
+        listed = large.json("hydrate", "--list")
+    assert listed["unfinished"] == []
+    assert listed["hydrated"][0]["ref"] == "large"
+    assert len(files(large)) == 24
+    large.ok("hydrate", "large", "--drop")
+    assert not Path(started["log"]).exists()
+
+
+def test_only_one_at_a_time(large: Cli) -> None:
+    with large.start("hydrate", "large", "--rate", "8M") as process:
+        wait_for_files(large, process)
+        listed = large.json("hydrate", "--list")["unfinished"]
+        assert [item["running"] for item in listed] == [True]
+        assert "is on its way" in large("hydrate", "--list").err
+        for more in ((), ("--background",), ("--drop",)):
+            large.fails(1, "hydrate", "large", *more, says=["another process"])
+        process.kill()
+        process.wait()
+    assert "is not whole" in large("hydrate", "--list").err
+    large.ok("hydrate", "large", "--drop")
+    assert large.json("hydrate", "--list") == NOTHING
 
 
 def test_it_steps_back(large: Cli) -> None:
