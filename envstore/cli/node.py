@@ -94,7 +94,6 @@ def node(
         check_address(metrics)
     from envstore.fuse.background import hold, start_background
     from envstore.fuse.keeping import MountRequest
-
     from envstore.fuse.mount import clear_dead
     from envstore.fuse.mountinfo import resolve
     from envstore.fuse.records import RecordFiles
