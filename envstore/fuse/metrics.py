@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from envstore.fuse.histogram import Histogram
-from envstore.fuse.ledger import read_counts, write_counts
 from envstore.store.fetch import FrameFetcher
 
 _NUMBERS = (
@@ -69,18 +68,8 @@ class Metrics:
             total.resume(one.state())
         return total
 
-    def save(self, fd: int) -> None:
-        """Leave all counts in ``fd``, for the server that comes next. Takes 0.1 ms."""
-        write_counts(fd, self.state())
-
-    def restore(self, fd: int) -> None:
-        """Go on from the counts that an earlier server left in ``fd``, if one did."""
-        state = read_counts(fd)
-        if state is not None:
-            self.resume(state)
-
     def state(self) -> dict[str, Any]:
-        """Return all counts as JSON, for ``resume``."""
+        """Return all counts as JSON, for ``resume`` in the server that comes next."""
         return {
             "requests": dict(self.requests),
             "latency": {

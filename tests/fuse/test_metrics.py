@@ -117,6 +117,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Any:
     site.store.close()
 
 
+def _resumed(memory: int) -> Metrics:
+    state = read_counts(memory)
+    assert state is not None
+    metrics = Metrics()
+    metrics.resume(state)
+    return metrics
+
+
 def test_the_next_server_goes_on_counting(site: Site, memory: int) -> None:
     site.again()
 
@@ -124,22 +132,19 @@ def test_the_next_server_goes_on_counting(site: Site, memory: int) -> None:
         await site.read(reader, "large")
         await site.read(reader, "large", 0, 10)
 
-    site.metrics.restore(memory)
     site.run(main)
     site.metrics.observe("read", 0.25)
     site.metrics.requests["read"] += 2
-    site.metrics.save(memory)
+    write_counts(memory, site.metrics.state())
     before = site.metrics.report()
     assert before["fetched"]["frames"] > 0
     assert before["store"]["requests"] > 0
     assert before["missed_bytes"] <= before["fetched"]["bytes"]
-    after = Metrics()
-    after.restore(memory)
+    after = _resumed(memory)
     assert after.report() == before
     after.observe("read", 0.5)
-    after.save(memory)
-    third = Metrics()
-    third.restore(memory)
+    write_counts(memory, after.state())
+    third = _resumed(memory)
     assert third.report()["latency"]["read"]["count"] == 2
     assert third.report()["requests"] == {"read": 2}
 
