@@ -13,7 +13,13 @@ import pytest
 import trio
 import trio.testing
 
-from envstore.errors import NotFoundError, UnavailableError
+from envstore.errors import (
+    AccessDeniedError,
+    CorruptError,
+    EnvstoreError,
+    NotFoundError,
+    UnavailableError,
+)
 from envstore.fuse.complaints import Complaints
 from envstore.fuse.loader import FrameLoader
 from envstore.fuse.metrics import Metrics
@@ -265,3 +271,63 @@ def test_a_pace_is_kept_over_time() -> None:
     assert now - before == pytest.approx(5, rel=0.1)
     with pytest.raises(ValueError, match="rate"):
         Pace(0)
+
+
+def test_requests_that_hang_let_others_go_before_them(packs: Packs) -> None:
+    hung = packs.frames[0].pack
+    gate = packs.objects.gate("get_range", key=pack_key(hung))
+
+    async def main(loader: FrameLoader) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def read(frame: FrameRef) -> None:
+                found = await loader.load([frame])
+                assert isinstance(found[frame.digest], bytes)
+
+            for frame in packs.frames[:8]:
+                nursery.start_soon(read, frame)
+            await trio.to_thread.run_sync(gate.wait_entered, 4)
+            await read(packs.frames[-1])
+            await trio.to_thread.run_sync(gate.wait_entered, 4)
+            gate.open()
+
+    packs.run(main)
+
+
+def test_a_reader_of_a_stream_that_fails_is_not_given_up(packs: Packs) -> None:
+    gate = packs.objects.gate("get_range", times=1)
+    packs.objects.fail("get_range", UnavailableError("away"), times=3)
+    wanted = packs.frames[3]
+
+    async def main(loader: FrameLoader) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(loader.stream, packs.frames, concurrency=1))
+
+            async def read() -> None:
+                found = await loader.load([wanted])
+                assert isinstance(found[wanted.digest], bytes)
+
+            await trio.to_thread.run_sync(gate.wait_entered)
+            nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            gate.open()
+
+    packs.run(main)
+    assert packs.metrics.retries > 0
+    assert packs.cached() == packs.frames
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [(CorruptError("altered"), 2), (AccessDeniedError("expired"), 5), (NotFoundError("gone"), 1)],
+)
+def test_what_is_tried_again_how_often(packs: Packs, error: EnvstoreError, tries: int) -> None:
+    packs.objects.fail("get_range", error, times=tries)
+    wanted = packs.frames[0]
+
+    async def main(loader: FrameLoader) -> None:
+        assert (await loader.load([wanted]))[wanted.digest] is error
+        assert packs.objects.count("get_range") == tries
+        assert isinstance((await loader.load([wanted]))[wanted.digest], bytes)
+
+    packs.run(main)
