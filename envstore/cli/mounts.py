@@ -204,7 +204,11 @@ def umount(settings: Settings, directory: Path, lazy: bool) -> None:
 )
 @click.pass_obj
 def mounts(settings: Settings) -> None:
-    """List your mounts: state, restarts, what was fetched, and how much the cache held."""
+    """List your mounts, and how each fares.
+
+    Whether it is served, how often its server was replaced, what was fetched from the store, and
+    the share of reads that the cache could serve.
+    """
     from envstore.fuse.overview import overview
 
     found = overview()

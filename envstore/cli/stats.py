@@ -38,11 +38,11 @@ from envstore.cli.params import PathType
 )
 @click.pass_obj
 def stats(settings: Settings, directory: Path, watch: float | None) -> None:
-    """Show what was read through a mount of yours, and what that took.
+    """Show what a mount of yours has done so far.
 
-    How much of it the cache held, what was fetched and whether what was fetched ahead was used,
-    and for each kind of request how long the kernel waited. Counts go on when the server is
-    replaced, and end with the mount.
+    What was read through it, how much of that the cache held, what was fetched and whether what
+    was fetched ahead was used, and for each kind of request how long the kernel waited. Counts go
+    on when the server is replaced, and end with the mount.
     """
     from envstore.errors import NotFoundError
     from envstore.fuse.mountinfo import resolve
@@ -89,12 +89,18 @@ def _show(name: str, mountpoint: str, found: Mapping[str, Any]) -> None:
             (
                 "fetched",
                 f"{output.size(fetched['bytes'])} in {output.counted(fetched['frames'], 'frame')}"
-                f", {output.counted(fetched['requests'], 'request')}",
+                f", {output.counted(fetched['requests'], 'request')}"
+                if fetched["requests"]
+                else "",
             ),
+            # Through a node, which fetches for all: what the reads of this one waited for.
+            ("waited for", output.size(found["missed_bytes"]) if runs["missed"] else ""),
             (
                 "store",
                 f"{output.size(found['store']['bytes'])} in "
-                f"{output.counted(found['store']['requests'], 'request')} of any kind",
+                f"{output.counted(found['store']['requests'], 'request')} of any kind"
+                if found["store"]["requests"]
+                else "",
             ),
             (
                 "ahead",

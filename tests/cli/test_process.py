@@ -40,8 +40,9 @@ def _all_commands() -> list[list[str]]:
 
 def test_all_the_promised_commands_are_there() -> None:
     assert {words[0] for words in _all_commands() if words} == {
-        "init", "push", "pull", "hydrate", "mount", "umount", "mounts", "run", "ls", "show", "log",
-        "tag", "diff", "rm", "du", "verify", "cache", "doctor", "completion",
+        "init", "push", "pull", "hydrate", "mount", "umount", "mounts", "stats", "remount", "node",
+        "run", "profile", "repack", "ls", "show", "log", "tag", "diff", "rm", "du", "verify",
+        "cache", "doctor", "completion",
     }  # fmt: skip
 
 
