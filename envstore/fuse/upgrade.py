@@ -17,10 +17,10 @@ _WITHIN = 60.0
 def upgrade_mount(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Replace holder and server of the mount on ``path``.
 
-    Returns the ``server_pid`` and ``version`` of the new one.
-    Readers wait meanwhile, for milliseconds. Raises ``NotFoundError`` (no live mount there), ``UsageError`` (no server of its own),
-    ``UnsupportedFormatError`` (the kernel cannot), ``EnvstoreError`` (this code does not start:
-    the mount is served as before).
+    Returns the ``server_pid`` and ``version`` of the new one. Readers wait meanwhile, for
+    milliseconds. Raises ``NotFoundError`` (no live mount there), ``UsageError`` (no server of its
+    own), ``UnsupportedFormatError`` (the kernel cannot), ``EnvstoreError`` (this code does not
+    start: the mount is served as before).
     """
     from envstore.fuse import background
 
