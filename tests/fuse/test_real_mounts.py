@@ -19,7 +19,8 @@ import pytest
 from envstore.errors import EnvstoreError, NotFoundError, UsageError
 from envstore.fuse.background import MountRequest, start_background
 from envstore.fuse.mount import active_mounts, unmount
-from envstore.fuse.records import MountRecord
+from envstore.fuse.records import MountRecord, RecordFiles
+from envstore.fuse.sockets import ask
 from envstore.fuse.stats import read_stats
 from tests.stores import Store
 from tests.trees import describe, fill, noise, plain
@@ -268,16 +269,22 @@ def test_a_full_cache_disk_makes_reading_slow_and_not_impossible(site: Mount) ->
         subprocess.run(["umount", "--lazy", site.cache], check=True)
 
 
-def test_a_killed_server_leaves_a_mount_that_can_be_cleared(site: Mount) -> None:
+def test_a_mount_whose_processes_were_all_killed_can_be_cleared(site: Mount) -> None:
     plain(site.tree, "killed", files=3)
     site.push()
     place = site.mount()
     assert site.record is not None
-    server = os.pidfd_open(site.record.pid)
-    signal.pidfd_send_signal(server, signal.SIGKILL)
-    # The mount dies before the process has let go of everything.
-    select.select([server], [], [])
-    os.close(server)
+    found = ask(site.record.control, 60, ask="status")
+    processes = [os.pidfd_open(found[name]) for name in ("holder_pid", "server_pid")]
+    # Stopped first, or one would replace the other before it is killed, too.
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in processes:
+            signal.pidfd_send_signal(process, number)
+    # The mount dies before the processes have let go of everything.
+    for process in processes:
+        select.select([process], [], [])
+        os.close(process)
+    RecordFiles(str(place)).wait()
     with pytest.raises(OSError, match=r"not connected|connection abort"):
         os.listdir(place)
     with pytest.raises(UsageError, match="has died"):
