@@ -27,6 +27,7 @@ from examples.seaweed import ServerError
 
 SCENARIOS = ("push", "store", "mount", "read")
 APART = {"cold-start": cold_start.main, "survive": survive.main, "warm": warm.main}
+_WIDTH = 120
 _BUSY_LOAD = 0.5
 """Load for each processor, before we start, above which times say little."""
 
@@ -34,7 +35,7 @@ _BUSY_LOAD = 0.5
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     # Both end it through every `finally`, even where a shell has it ignore Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

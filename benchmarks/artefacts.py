@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ PUBLIC = "public"
 
 Record = dict[str, str]
 
+_VOLUME = re.compile(r".+_\d+\.(dat|idx|vif)")
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what is wanted
 
 
@@ -57,22 +59,33 @@ class Shelf:
         except FileNotFoundError:
             return None
 
+    def buckets(self, environments: Collection[str], names: Collection[str]) -> set[str]:
+        """Return the buckets of those artefacts in those environments that have been made."""
+        records = [self.record(place, name) for place in environments for name in names]
+        return {record["bucket"] for record in records if record is not None}
+
     def home(self, environment: str, name: str) -> Path:
         """Return the directory of what is kept outside the server."""
         return self.work / "kept" / f"{environment}-{name}"
 
-    def forget(self, environment: str, name: str) -> None:
-        """Have the artefact made again next time; what the server holds of it stays there."""
-        self._note(environment, name).unlink(missing_ok=True)
-
     def make(self, bench: Bench, name: str, maker: Maker) -> None:
-        """Make an artefact and note it; nothing is noted of one that fails."""
+        """Make an artefact and note it, in place of an older one if there is one.
+
+        Nothing is noted of one that fails.
+        """
+        older = self.record(bench.environment.name, name)
         shutil.rmtree(bench.home, ignore_errors=True)
         bench.home.mkdir(parents=True)
         record = maker(bench)
         note = self._note(bench.environment.name, name)
         note.with_suffix(".new").write_text(json.dumps(record) + "\n")
         note.with_suffix(".new").replace(note)
+        if older is not None and older["bucket"] not in (PUBLIC, record["bucket"]):
+            client = bench.server.client()
+            try:
+                client.delete_bucket(Bucket=older["bucket"])  # this server takes what is in it, too
+            finally:
+                client.close()
 
     @contextmanager
     def making(self) -> Iterator[S3Server]:
@@ -88,10 +101,24 @@ class Shelf:
             yield server
 
     @contextmanager
-    def measuring(self) -> Iterator[S3Server]:
-        """Yield a server with a copy of the kept data, in memory. Raises ``BenchmarkError``."""
+    def measuring(self, buckets: Collection[str]) -> Iterator[S3Server]:
+        """Yield a server with a copy of what is kept in ``buckets``, in memory.
+
+        Raises ``BenchmarkError`` where there is not memory enough.
+        """
         data = self.work / "s3"
-        needed = bytes_on_disk(data)
+
+        def others(folder: str, names: list[str]) -> list[str]:
+            # The server keeps a bucket's objects in volumes: files that have its name.
+            return [
+                name
+                for name in names
+                if name.endswith(".sock")
+                or (_VOLUME.fullmatch(name) and name.rpartition("_")[0] not in buckets)
+            ]
+
+        names = others("", [path.name for path in data.iterdir()])
+        needed = bytes_on_disk(data) - sum(bytes_on_disk(data / name) for name in names)
         free = shutil.disk_usage(_MEMORY).free
         memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > min(free, memory) * 0.8:
@@ -101,9 +128,7 @@ class Shelf:
             )
         place = Path(tempfile.mkdtemp(prefix="envstore-bench-", dir=_MEMORY))
         try:
-            shutil.copytree(
-                data, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock")
-            )
+            shutil.copytree(data, place, dirs_exist_ok=True, ignore=others)
             with running_s3(place, PUBLIC) as server:
                 yield server
         finally:

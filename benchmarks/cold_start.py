@@ -156,17 +156,18 @@ def prepare(choice: Choice, systems: list[Starter], places: dict[str, Environmen
             choice.absent[system.name] = why
         elif system.artefact is not None:
             for place in places.values():
-                if system.name in choice.again:
-                    shelf.forget(place.name, system.artefact)
-                if shelf.record(place.name, system.artefact) is None:
+                again = system.name in choice.again
+                if again or shelf.record(place.name, system.artefact) is None:
                     missing.append((system, place))
     if not missing:
         return
+    made = set()
     with shelf.making() as server:
         for system, place in missing:
             assert system.artefact is not None
-            if shelf.record(place.name, system.artefact) is not None:
-                continue  # made for another system that shares it
+            if (place.name, system.artefact) in made:
+                continue  # another system shares it
+            made.add((place.name, system.artefact))
             choice.say(f"preparing {system.artefact} of the {place.name} environment")
             home = shelf.home(place.name, system.artefact)
             bench = Bench(place, server, home, choice.wheels, choice.say)
@@ -182,7 +183,9 @@ def measure(
     choice: Choice, systems: list[Starter], places: dict[str, Environment]
 ) -> Iterator[Result]:
     """Yield the figures of every link and command, each after all its rounds."""
-    with Shelf(choice.work).measuring() as server:
+    shelf = Shelf(choice.work)
+    artefacts = [system.artefact for system in systems if system.artefact is not None]
+    with shelf.measuring(shelf.buckets(places, artefacts)) as server:
         for name in choice.links:
             with opened(name, server.endpoint) as link:
                 for workload in choice.workloads:

@@ -120,9 +120,11 @@ def main(arguments: Sequence[str], console: Console, say: Callable[[str], None])
     def done(result: Result) -> None:
         results[result.scenario] = result
         result.absent |= choice.absent
-        report.show(console, result)
+        warm_report.show(console, result)
 
-    with Shelf(work).measuring() as server:
+    shelf = Shelf(work)
+    artefacts = [system.artefact for system in systems if system.artefact is not None]
+    with shelf.measuring(shelf.buckets(places, artefacts)) as server:
         usable = [system for system in systems if system.name not in choice.absent]
         node = Node(choice, usable, server)
         for workload in workloads:

@@ -1,9 +1,13 @@
-"""What warm use has to show."""
+"""Shows warm use beside local disk, and whether it is what it has to be."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import middle
 from benchmarks.results import Metric, Result
 from benchmarks.targets import MB, Target
 
@@ -17,6 +21,32 @@ SIZE = "bytes of the file"
 LOCAL = "local"
 
 _FAST = "envstore-fast"
+
+
+def show(console: Console, result: Result) -> None:
+    """Print the figures of one part with their spread and their ratio to local disk."""
+    table = Table(title=result.title, title_justify="left")
+    table.add_column("")
+    for heading in ("median", "spread", "x local"):
+        table.add_column(heading, justify="right")
+    size = result.facts.get(SIZE)
+    for metric, by_system in result.values.items():
+        table.add_section()
+        table.add_row(f"[bold]{metric.name}[/]")
+        local = result.median(metric, LOCAL)
+        for system, found in by_system.items():
+            seconds = middle(found)
+            rate = f" ({size / seconds / MB:,.0f} MB/s)" if size else ""
+            table.add_row(
+                f"  {system}",
+                f"{seconds:.3f} s{rate}",
+                f"{min(found):.3f} - {max(found):.3f}" if len(found) > 1 else "",
+                f"{seconds / local:.2f}" if local else "",
+            )
+    console.print(table)
+    for system, why in result.absent.items():
+        console.print(f"  [yellow]{system}: not measured: {why}[/]")
+    console.print()
 
 
 def judge(results: Mapping[str, Result]) -> list[Target]:
