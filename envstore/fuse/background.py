@@ -22,7 +22,7 @@ if __name__ == "__main__":  # at the end, so that it can hide nothing
 
 from envstore.errors import EnvstoreError, UsageError
 from envstore.fuse.holder import Holder, read_state
-from envstore.fuse.keeping import Kept, MountRequest
+from envstore.fuse.keeping import STATE_FORMAT, Kept, MountRequest
 from envstore.fuse.mount import check_mountpoint
 from envstore.fuse.processes import load_server_code
 from envstore.fuse.records import MountRecord, RecordFiles
@@ -45,7 +45,8 @@ def start_background(request: MountRequest) -> MountRecord:
     check_device()
     files = RecordFiles(mountpoint)
     files.prepare()
-    with open(files.log, "wb") as log:
+    with open(files.log, "ab") as log:  # to append, so that it can be cut when it grows too long
+        log.truncate(0)
         holder = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
@@ -119,9 +120,9 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
 def main(arguments: list[str]) -> int:
     """Run as the holder: of a new mount, or with ``--resume FD`` of one that is there."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    if arguments == ["--check"]:
+    if arguments[:1] == ["--check"]:
         load_server_code()
-        return 0
+        return 0 if arguments[1:] == [str(STATE_FORMAT)] else 1
     if arguments[:1] == ["--resume"]:
         return _resume(int(arguments[1]))
     request = MountRequest(**json.loads(sys.stdin.buffer.read()))

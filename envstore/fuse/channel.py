@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
+import struct
 from dataclasses import dataclass
 from typing import Any
 
 MAX_MESSAGE = 128 << 10
 _MAX_FILES = 16
+_SEND_WITHIN = 5
+"""Seconds that a message may wait for room: the other end may have been stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class Channel:
         one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (one, other):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_MESSAGE)
+            within = struct.pack("@ll", _SEND_WITHIN, 0)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, within)
         return Channel(one), Channel(other)
 
     def fileno(self) -> int:
@@ -44,13 +50,20 @@ class Channel:
     def send(self, kind: str, files: tuple[int, ...] = (), **body: object) -> None:
         """Send one message; the ``files`` stay open here, too.
 
-        Raises ``OSError`` when nobody is at the other end, or it has stopped reading.
+        Raises ``OSError`` when nobody is at the other end, it has stopped reading, or the message
+        is longer than ``MAX_MESSAGE``, which the other end would not take.
         """
         data = json.dumps({"kind": kind, **body}).encode()
+        if len(data) > MAX_MESSAGE or len(files) > _MAX_FILES:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         if files:
             socket.send_fds(self.socket, [data], list(files))
         else:
             self.socket.send(data)
+
+    def signal(self, kind: str) -> None:
+        """Send a message of nothing but its kind, if that takes no waiting. Raises ``OSError``."""
+        self.socket.send(json.dumps({"kind": kind}).encode(), socket.MSG_DONTWAIT)
 
     def receive(self) -> Message | None:
         """Return the next message, waiting for it as the socket does; ``None`` at the end."""

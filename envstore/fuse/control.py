@@ -13,6 +13,9 @@ from typing import Any
 from envstore.errors import UsageError
 from envstore.fuse.sockets import MAX_LINE, told
 
+_MOST = 64
+"""Connections at a time; the one that has been silent for longest makes way for the next."""
+
 Ask = Callable[["Connection", dict[str, Any]], None]
 
 
@@ -61,7 +64,7 @@ class Connection:
                 if not isinstance(question, dict):
                     raise ValueError("not an object")
                 self._ask(self, question)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 self.answer(error=told(UsageError(f"not a question: {error!r}")))
 
 
@@ -100,7 +103,10 @@ class Control:
 
     def _accept(self) -> None:
         listener = socket.socket(fileno=os.dup(self._listener))
-        with listener, contextlib.suppress(BlockingIOError, ConnectionError):
+        with listener, contextlib.suppress(OSError):
             client, _ = listener.accept()
             client.setblocking(False)
             self._connections.append(Connection(client, self._ask))
+        silent = [one for one in self._connections if one.open and not one.asked]
+        if len(silent) > _MOST:
+            silent[0].close()

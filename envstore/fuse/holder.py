@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,24 +29,30 @@ from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
 from envstore.fuse import session as sessions
 from envstore.fuse.channel import Channel, Message
 from envstore.fuse.control import Connection, Control
-from envstore.fuse.keeping import Keepsake, Kept
+from envstore.fuse.keeping import STATE_FORMAT, Keepsake, Kept
 from envstore.fuse.mountinfo import find_mount
-from envstore.fuse.processes import SIGNALS, ServerProcess, fork, load_server_code, start_server
+from envstore.fuse.processes import (
+    SIGNALS,
+    ServerProcess,
+    allow_many_files,
+    fork,
+    load_server_code,
+    start_server,
+)
 from envstore.fuse.protocol import Flag
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.sockets import told
 
 BEAT = 1.0
 """Seconds between two signs of life of a server."""
-HUNG_AFTER = 15.0
-"""Seconds without a sign of life after which a server is killed."""
-START_WITHIN = 120.0
-"""Seconds that a server may take until it serves."""
+_LOAD_WITHIN = 120.0
 
 _STANDBY_AFTER = 1.0
-_QUICK, _QUICK_DEATHS = 0.25, 3
+_QUICK, _QUICK_DEATHS = 0.1, 3
 _MAX_DELAY = 10.0
 _END_WITHIN = 5.0
+_CHECK_WITHIN = 60.0
+_MAX_LOG = 8 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +64,7 @@ class Holder:
 
     def __init__(self, kept: Kept, files: RecordFiles, say: _Say) -> None:
         """Keep ``kept``. ``say`` is called once: with ``mounted`` (a record) or ``error``."""
+        allow_many_files()
         self._kept = kept
         self._files = files
         self._say: _Say | None = say
@@ -66,9 +74,12 @@ class Holder:
         self._standby_at: float | None = None
         self._restart_at: float | None = None
         self._quick_deaths = 0
+        self._standby_failures = 0
         self._failure = ""
+        self._error: dict[str, Any] | None = None
         self._helpers: dict[int, tuple[int, Callable[[int], None]]] = {}
         self._control = Control(kept.files["control"], self._asked)
+        self._checking = False
         self._upgrading: Connection | None = None
         self._unmounting = False
         self._status: int | None = None
@@ -77,9 +88,13 @@ class Holder:
     # --- the loop -------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start the first server of a mount that is still to be made."""
-        self._active = self._start_server()
-        self._active.channel.send("load")
+        """Start the first server of a mount that is still to be made. Raises ``OSError``."""
+        try:
+            self._active = self._start_server()
+            self._active.channel.send("load")
+        except OSError:
+            self._end()
+            raise
 
     def run(self) -> int:
         """Go on until the mount is gone; returns an exit status."""
@@ -119,6 +134,8 @@ class Holder:
         times = [at for at in (self._standby_at, self._restart_at) if at is not None]
         if self._active is not None:
             times.append(self._deadline(self._active))
+        if self._standby is not None and not self._standby.ready:
+            times.append(self._deadline(self._standby))
         return max(0.0, min(times, default=time.monotonic() + 60) - time.monotonic()) * 1000 + 1
 
     def _on_time(self) -> None:
@@ -129,34 +146,69 @@ class Holder:
         if self._standby_at is not None and now >= self._standby_at:
             self._standby_at = None
             self._prepare_standby()
-        if self._active is not None and now >= self._deadline(self._active):
-            _log.error("server %d gives no sign of life: killing it", self._active.pid)
-            self._active.beat = now
-            self._active.kill()
+        for server in filter(None, (self._active, self._standby)):
+            waits = server is self._standby and server.ready  # and says nothing meanwhile
+            if not waits and now >= self._deadline(server):
+                _log.error("server %d gives no sign of life: killing it", server.pid)
+                server.beat = now
+                server.kill()
 
-    @staticmethod
-    def _deadline(server: ServerProcess) -> float:
-        return server.beat + (HUNG_AFTER if server.serving else START_WITHIN)
+    def _deadline(self, server: ServerProcess) -> float:
+        """Return when a server that has said nothing since is taken to hang."""
+        patience = self._kept.request.hung_after
+        if self._kept.fuse < 0:
+            patience = _LOAD_WITHIN
+        elif not server.serving and not server.ready:
+            patience *= 2
+        return server.beat + patience
 
     # --- servers --------------------------------------------------------------------------------
 
     def _start_server(self) -> ServerProcess:
+        """Start a server that knows all there is to know. Raises ``OSError`` if none can be."""
         server = start_server()
-        self._kept.send(server.channel)
-        for key, keepsake in self._kept.keepsakes.items():
-            server.channel.send("keep", keepsake.files, key=key, body=keepsake.body)
+        try:
+            self._kept.send(server.channel)
+            for key, keepsake in self._kept.keepsakes.items():
+                server.channel.send("keep", keepsake.files, key=key, body=keepsake.body)
+        except OSError as error:
+            # Killed or stopped already. Its end is seen to like that of any other.
+            _log.warning("server %d cannot be told what to serve: %s", server.pid, error)
+            server.kill()
         return server
 
     def _prepare_standby(self) -> None:
         """Have a server that only waits for its turn."""
         if self._standby is None and self._kept.fuse >= 0 and not self._unmounting:
             load_server_code()
-            self._standby = self._start_server()
-            self._standby.channel.send("prepare")
+            try:
+                self._standby = self._start_server()
+                self._standby.channel.send("prepare")
+            except OSError as error:
+                self._standby_failed(f"no standby server: {error.strerror}")
+
+    def _standby_failed(self, reason: str) -> None:
+        """Try again to have a standby, later and later; an upgrade cannot do without."""
+        self._standby_failures += 1
+        delay = min(_MAX_DELAY, _STANDBY_AFTER * 2 ** (self._standby_failures - 1))
+        _log.warning("%s: the next one starts in %.0f s", reason, delay)
+        self._standby_at = time.monotonic() + delay
+        if self._upgrading is not None:
+            connection, self._upgrading = self._upgrading, None
+            refused = EnvstoreError(
+                "the new server does not start; the old one goes on", hint="see the mount's log"
+            )
+            connection.answer(error=told(refused))
 
     def _take_over(self) -> None:
         """Let the next server serve."""
-        server, self._standby = self._standby or self._start_server(), None
+        try:
+            server, self._standby = self._standby or self._start_server(), None
+        except OSError as error:
+            self._failure = f"no server can be started: {error.strerror}"
+            self._quick_deaths += 1
+            self._restart_later()
+            return
         server.beat = time.monotonic()
         self._active = server
         self._kept.restarts += 1
@@ -186,6 +238,8 @@ class Holder:
             case "drop":
                 self._drop(server, body["key"])
             case "ready":
+                server.ready = True
+                self._standby_failures = 0
                 if self._upgrading is not None:
                     self._retire()
             case "loaded":
@@ -238,8 +292,7 @@ class Holder:
         how = server.reap()
         if server is self._standby:
             self._standby = None
-            _log.warning("the standby server %d %s", server.pid, how)
-            self._standby_at = time.monotonic() + _STANDBY_AFTER
+            self._standby_failed(f"the standby server {server.pid} {how}")
             return
         if server is not self._active:
             return
@@ -255,10 +308,10 @@ class Holder:
             self._replace(server, how)
 
     def _replace(self, server: ServerProcess, how: str) -> None:
-        now = time.monotonic()
         if not server.retired:
             self._failure = f"server {server.pid} {how}"
-            lived = now - server.serving if server.serving else 0.0
+            lived = time.monotonic() - server.serving if server.serving else 0.0
+            _bound_log()
             self._quick_deaths = self._quick_deaths + 1 if lived < _QUICK else 0
             _log.error("%s after %.1f s of serving", self._failure, lived)
         if not self._kept.flags & Flag.HAS_RESEND:
@@ -270,13 +323,22 @@ class Holder:
         # Now, while nobody reads: with a server at work each request would be answered twice.
         with contextlib.suppress(OSError):
             sessions.resend(self._kept.fuse)
-        excess = self._quick_deaths - _QUICK_DEATHS
-        if excess < 0:
+        if self._quick_deaths < _QUICK_DEATHS:
             self._take_over()
-            return
-        delay = min(_MAX_DELAY, 0.05 * 2**excess)
-        _log.error("it keeps dying at once: the next one starts in %.1f s", delay)
-        self._restart_at = now + delay
+        else:
+            self._restart_later()
+
+    def _restart_later(self) -> None:
+        """Give whatever keeps servers from living time to pass."""
+        delay = min(_MAX_DELAY, 0.05 * 2 ** min(20, max(0, self._quick_deaths - _QUICK_DEATHS)))
+        _log.error("%s: the next one starts in %.1f s", self._failure, delay)
+        self._restart_at = time.monotonic() + delay
+
+    def _failing(self) -> bool:
+        """Whether servers keep dying, and none has lived for long since."""
+        began = self._active.serving if self._active else 0.0
+        lives = began and time.monotonic() - began >= _QUICK
+        return self._restart_at is not None or (self._quick_deaths >= _QUICK_DEATHS and not lives)
 
     # --- the mount ------------------------------------------------------------------------------
 
@@ -348,11 +410,9 @@ class Holder:
             self._status = 1
 
     def _fail(self, error: dict[str, Any]) -> None:
+        """End; whoever waits for the mount is told why when nothing of it is left."""
         _log.error("%s", error["message"])
-        if self._say is not None:
-            say, self._say = self._say, None
-            with contextlib.suppress(OSError):
-                say({"error": error})
+        self._error = error
         self._status = 1
 
     def _on_unmounted(self) -> None:
@@ -386,9 +446,16 @@ class Holder:
             for place in {self._kept.target, self._kept.request.mountpoint}:
                 _ensure_unmounted(place)
         self._files.clear()
-        if self._say is not None:
-            self._fail(told(EnvstoreError("the mount was given up before it answered")))
+        if self._kept.request.node:
+            with contextlib.suppress(OSError):
+                os.unlink(self._kept.request.node)
         self._control.close()
+        for fd in self._kept.files.values():
+            os.close(fd)
+        if self._say is not None:
+            given_up = told(EnvstoreError("the mount was given up before it answered"))
+            with contextlib.suppress(OSError):
+                self._say({"error": self._error or given_up})
 
     # --- questions ------------------------------------------------------------------------------
 
@@ -397,12 +464,12 @@ class Holder:
             case "status":
                 connection.answer(**self._describe())
             case "upgrade":
-                self._upgrade(connection, [str(word) for word in question["program"]])
+                self._upgrade(connection, [str(word) for word in [*question["program"]]])
             case asked:
                 connection.answer(error=told(UsageError(f"{asked!r} is not known here")))
 
     def _describe(self) -> dict[str, Any]:
-        if self._restart_at is not None:
+        if self._failing():
             state = "failing"
         elif self._active is not None and self._active.serving:
             state = "serving"
@@ -412,7 +479,7 @@ class Holder:
             "state": state,
             "holder_pid": os.getpid(),
             "server_pid": self._active.pid if self._active else None,
-            "standby_pid": self._standby.pid if self._standby else None,
+            "standby_pid": self._standby.pid if self._standby and self._standby.ready else None,
             "restarts": self._kept.restarts,
             "last_failure": self._failure,
             "version": envstore.__version__,
@@ -422,8 +489,14 @@ class Holder:
 
     def _upgrade(self, connection: Connection, program: Sequence[str]) -> None:
         """Become the holder that ``program`` is, once it has shown that it can start."""
-        if self._upgrading is not None:
+        if not program:
+            connection.answer(error=told(UsageError("there is no program to upgrade to")))
+            return
+        if self._checking or self._upgrading is not None:
             connection.answer(error=told(UsageError("an upgrade is under way")))
+            return
+        if self._say is not None or self._unmounting:
+            connection.answer(error=told(UsageError("the mount is being made or unmade")))
             return
         if not self._kept.flags & Flag.HAS_RESEND:
             refused = UnsupportedFormatError(
@@ -431,19 +504,29 @@ class Holder:
             )
             connection.answer(error=told(refused))
             return
-        self._upgrading = connection
+        self._checking = True
 
         def check() -> int:
-            done = subprocess.run([*program, "--check"], check=False, stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                [*program, "--check", str(STATE_FORMAT)],
+                check=False,
+                stdin=subprocess.DEVNULL,
+                timeout=_CHECK_WITHIN,
+            )
             return done.returncode
 
         def checked(status: int) -> None:
-            refused = EnvstoreError(f"{program[-1]} does not start", hint="see the mount's log")
+            self._checking = False
+            refused = EnvstoreError(
+                f"{program[-1]} does not start, or cannot go on with this mount",
+                hint="see the mount's log",
+            )
             if not status:
-                refused = EnvstoreError(f"{program[0]} cannot be executed")
-                with contextlib.suppress(OSError):
+                try:
                     self._become(program, connection)
-            self._upgrading = None
+                except OSError as error:
+                    refused = EnvstoreError(f"cannot execute {program[0]}: {error.strerror}")
+                self._standby_at = time.monotonic()
             connection.answer(error=told(refused))
 
         self._help(check, checked)
@@ -466,9 +549,9 @@ class Holder:
             }
             inherited += [self._active.pidfd, self._active.channel.fileno()]
         memory = write_state(state)
-        for fd in (memory, *inherited):
-            os.set_inheritable(fd, True)
         try:
+            for fd in (memory, *inherited):
+                os.set_inheritable(fd, True)
             os.execv(program[0], [*program, "--resume", str(memory)])  # noqa: S606 - no shell meant
         finally:
             for fd in inherited:
@@ -490,7 +573,8 @@ class Holder:
             channel = Channel(socket.socket(fileno=server["channel"]))
             self._active = ServerProcess(server["pid"], server["pidfd"], channel, now, serving=now)
         else:
-            sessions.resend(self._kept.fuse)
+            with contextlib.suppress(OSError):
+                sessions.resend(self._kept.fuse)
             self._take_over()
         if "upgrading" in state:
             self._upgrading = self._control.adopt(state["upgrading"])
@@ -566,6 +650,14 @@ def _ensure_unmounted(mountpoint: str) -> None:
     if mounted is not None and sessions.is_ours(mounted):
         with contextlib.suppress(EnvstoreError):
             sessions.close_mount(mountpoint, lazy=True)
+
+
+def _bound_log() -> None:
+    """Begin the log anew before servers that die for ever fill a disk with it."""
+    with contextlib.suppress(OSError):
+        found = os.fstat(2)
+        if stat.S_ISREG(found.st_mode) and found.st_size > _MAX_LOG:
+            os.ftruncate(2, 0)
 
 
 def _unmounted(device: int) -> bool:

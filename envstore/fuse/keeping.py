@@ -26,6 +26,8 @@ class MountRequest:
     waits for a store that does not answer. ``record`` has every read noted. ``node`` is a path:
     this is then no mount of a REF but a node server with its control socket there.
     ``metrics`` is an address to serve Prometheus' text format on: a path or HOST:PORT.
+    ``hung_after`` is how many seconds a server may give no sign of life, ``lease_grace`` how many
+    a node's mount may be seen nowhere.
     """
 
     store: str
@@ -38,6 +40,8 @@ class MountRequest:
     record: bool = False
     node: str = ""
     metrics: str = ""
+    hung_after: float = 15.0
+    lease_grace: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)

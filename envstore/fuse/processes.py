@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -18,6 +19,8 @@ from envstore.fuse.channel import Channel
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that have a holder unmount."""
 
+_OPEN_FILES = 65_536
+
 _log = logging.getLogger(__name__)
 
 
@@ -25,7 +28,8 @@ _log = logging.getLogger(__name__)
 class ServerProcess:
     """A server: how to talk to it, and when (monotonic seconds) it was heard of last.
 
-    ``serving`` is when it began to serve, 0 before; ``retired`` that it was asked to end.
+    ``serving`` is when it began to serve, 0 before; ``ready`` that it only waits for its turn,
+    ``retired`` that it was asked to end.
     """
 
     pid: int
@@ -33,6 +37,7 @@ class ServerProcess:
     channel: Channel
     beat: float
     serving: float = 0.0
+    ready: bool = False
     retired: bool = False
 
     def kill(self) -> None:
@@ -42,12 +47,11 @@ class ServerProcess:
 
     def ended(self, deadline: float = 0.0) -> bool:
         """Whether it has ended, with all its threads; waits until ``deadline``."""
-        wait = max(0.0, deadline - time.monotonic())
-        return bool(select.select([self.pidfd], [], [], wait)[0])
+        return _readable(self.pidfd, max(0.0, deadline - time.monotonic()))
 
     def speaks(self) -> bool:
         """Whether there is something from it to receive."""
-        return bool(select.select([self.channel], [], [], 0)[0])
+        return _readable(self.channel.fileno(), 0.0)
 
     def reap(self) -> str:
         """Wait for its end and let go of it; returns how it ended, as far as can be known."""
@@ -62,8 +66,22 @@ class ServerProcess:
         return "ended" if not status else f"failed with exit status {status}"
 
 
+def _readable(fd: int, within: float) -> bool:
+    poller = select.poll()  # select(2) knows only the first 1024 descriptors
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(within * 1000))
+
+
+def allow_many_files() -> None:
+    """Let this process and its children have as many open files as many snapshots take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def start_server() -> ServerProcess:
-    """Fork a server, which waits for what it is told."""
+    """Fork a server, which waits for what it is told. Raises ``OSError``."""
     ours, theirs = Channel.pair()
 
     def serve() -> int:
@@ -71,9 +89,14 @@ def start_server() -> ServerProcess:
 
         return run_server(theirs)
 
-    pid = fork(serve, keep=(theirs.fileno(),))
-    theirs.close()
-    return ServerProcess(pid, os.pidfd_open(pid), ours, time.monotonic())
+    try:
+        pid = fork(serve, keep=(theirs.fileno(),))
+        return ServerProcess(pid, os.pidfd_open(pid), ours, time.monotonic())
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
 
 
 def load_server_code() -> None:

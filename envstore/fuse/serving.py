@@ -6,10 +6,12 @@ holder keeps all that the next one needs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -38,6 +40,8 @@ _TASKS = 4096
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
+_MAX_DELAY, _LONG = 10.0, 60.0
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,6 +60,9 @@ class _Server:
     channel: Channel
     kept: Kept = field(init=False)
     volumes: Volumes = field(init=False)
+    holder: subprocess.Popen[bytes] | None = None
+    holder_began: float = -math.inf
+    holders_lost: int = 0
     node: Node | None = None
 
     def run(self) -> int:
@@ -84,13 +91,15 @@ class _Server:
         return 0  # the holder is gone, and somebody else is serving
 
     def _keep(self, key: str, keepsake: Keepsake) -> None:
-        """Have the holder keep something, and keep it here."""
-        self.channel.send("keep", keepsake.files, key=key, body=keepsake.body)
+        """Keep something, and have the holder keep it; one that comes later gets it anyway."""
         self.kept.keepsakes[key] = keepsake
+        with contextlib.suppress(ConnectionError):
+            self.channel.send("keep", keepsake.files, key=key, body=keepsake.body)
 
     def _drop(self, key: str) -> None:
-        self.channel.send("drop", key=key)
         self.kept.keepsakes.pop(key, None)
+        with contextlib.suppress(ConnectionError):
+            self.channel.send("drop", key=key)
 
     def _told(self, message: Message) -> None:
         key = message.body["key"]
@@ -184,7 +193,7 @@ class _Server:
 
     async def _send(self, kind: str) -> None:
         try:
-            self.channel.send(kind)
+            self.channel.signal(kind)
         except OSError as error:
             _log.debug("the holder does not hear: %s", error)
 
@@ -194,7 +203,7 @@ class _Server:
             await trio.lowlevel.wait_readable(self.channel.socket)
             message = self.channel.receive()
             if message is None:
-                await trio.to_thread.run_sync(self._replace_holder)
+                await self._replace_holder()
                 continue
             match message.kind:
                 case "retire":
@@ -204,29 +213,44 @@ class _Server:
                 case "end":
                     return
 
-    def _replace_holder(self) -> None:
-        """Start another holder for this mount, with this server as its server."""
-        _log.error("the holder is gone: starting another")
-        ours, theirs = Channel.pair()
-        pidfd = os.pidfd_open(os.getpid())
-        server = {"pid": os.getpid(), "pidfd": pidfd, "channel": theirs.fileno()}
-        state = write_state({"kept": self.kept.save(), "server": server})
-        inherited = (*self.kept.descriptors(), pidfd, theirs.fileno(), state)
-        program = [sys.executable, "-P", background_script(), "--resume", str(state)]
-        try:
-            subprocess.Popen(
-                program, pass_fds=inherited, start_new_session=True, stdin=subprocess.DEVNULL
-            )
-        except OSError as error:
-            _log.error("no other holder can be started: %s", error)
-            ours.close()
-        else:
-            self.channel.close()
-            self.channel = ours
-        finally:
-            theirs.close()
-            os.close(pidfd)
-            os.close(state)
+    async def _replace_holder(self) -> None:
+        """Start another holder for this mount; if they keep ending, later and later."""
+        if trio.current_time() - self.holder_began > _LONG:
+            self.holders_lost = 0
+        delay = min(_MAX_DELAY, 0.05 * 2**self.holders_lost) if self.holders_lost else 0.0
+        self.holders_lost = min(10, self.holders_lost + 1)
+        _log.error("the holder is gone: starting another in %.1f s", delay)
+        await trio.sleep(delay)
+        self.holder_began = trio.current_time()
+        if self.holder is not None:
+            self.holder.poll()  # collects it
+        self._start_holder()
+
+    def _start_holder(self) -> None:
+        """Start another holder, with this server as its server.
+
+        Without leaving the loop: what is kept while the state is handed over would be lost.
+        """
+        with contextlib.ExitStack() as passed:
+            try:
+                ours, theirs = Channel.pair()
+                passed.callback(theirs.close)
+                pidfd = os.pidfd_open(os.getpid())
+                passed.callback(os.close, pidfd)
+                server = {"pid": os.getpid(), "pidfd": pidfd, "channel": theirs.fileno()}
+                state = write_state({"kept": self.kept.save(), "server": server})
+                passed.callback(os.close, state)
+                self.holder = subprocess.Popen(
+                    [sys.executable, "-P", background_script(), "--resume", str(state)],
+                    pass_fds=(*self.kept.descriptors(), pidfd, theirs.fileno(), state),
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                )
+            except OSError as error:
+                _log.error("no other holder can be started: %s", error)
+                return
+        self.channel.close()
+        self.channel = ours
 
 
 def background_script() -> str:

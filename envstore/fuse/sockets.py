@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def listen(path: str | os.PathLike[str]) -> socket.socket:
             os.unlink(path)
         with short_address(path) as address:
             listener.bind(address)
-        listener.listen(64)
+        listener.listen(1024)
         listener.setblocking(False)
     except BaseException:
         listener.close()
@@ -61,7 +62,7 @@ def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: 
             short_address(path) as address,
         ):
             client.settimeout(timeout)
-            client.connect(address)
+            _connect(client, address, timeout)
             client.sendall(json.dumps(question).encode() + b"\n")
             while piece := client.recv(1 << 16):
                 data += piece
@@ -74,6 +75,20 @@ def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: 
     if "error" in answer:
         raise raised(answer["error"])
     return answer
+
+
+def _connect(client: socket.socket, address: str, timeout: float | None) -> None:
+    """Connect, and wait for room where many others wait, too."""
+    end = None if timeout is None else time.monotonic() + timeout
+    while True:
+        try:
+            client.connect(address)
+        except BlockingIOError:
+            if end is not None and time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def give_back(node: str, lease: str, *, lazy: bool = False) -> None:
