@@ -9,6 +9,7 @@ kernel was told of is noted beside each snapshot, where the next server finds it
 
 from __future__ import annotations
 
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from envstore.errors import CorruptError
 from envstore.fuse.tree import ROOT, Attributes, Tree
 from envstore.store.entries import NORMAL_MTIME_NS
 from envstore.store.source import Kind
@@ -34,6 +34,7 @@ _SLOT_SHIFT = 32
 _NODE = (1 << _SLOT_SHIFT) - 1
 _SHARED = 1 << 62
 _ATTRIBUTES = struct.Struct("<IIQq")
+_HEX = re.compile(rb"[0-9a-f]*")  # and not what else int() and fromhex() would take
 _DIRECTORY = stat.S_IFDIR | 0o755
 
 
@@ -179,13 +180,13 @@ class Forest:
             slot = self._names.get(tree)
             return None if slot is None else self._in(slot, ROOT if tree == name else _OBJECTS)
         slot, node = parent >> _SLOT_SHIFT, parent & _NODE
-        try:
-            key = bytes.fromhex(name.decode("ascii"))
-        except ValueError:
-            return None
         if node == _OBJECTS:
-            return self._in(slot, _SHELVES + key[0]) if len(name) == 2 else None
-        if len(name) != 64 or key[0] != node - _SHELVES:
+            shelf = _HEX.fullmatch(name)
+            return self._in(slot, _SHELVES + int(name, 16)) if shelf and len(name) == 2 else None
+        if not _HEX.fullmatch(name) or len(name) != 64:
+            return None
+        key = bytes.fromhex(name.decode())
+        if key[0] != node - _SHELVES:
             return None
         found = self._trees[slot].find_content(key)
         return None if found is None else self._id(slot, found)
@@ -220,31 +221,27 @@ class Forest:
 
     def _tell(self, plot: Plot, shared: int, node: int) -> None:
         """Note in which node the id is found again; a plot's other equal nodes are not needed."""
-        told = plot.told
-        mask = len(told) - 1
-        at = shared & mask
-        while told[at]:
-            if told[at] == node:
+        for at in _places(plot.told, shared):
+            if plot.told[at] == node:
                 return
-            at = (at + 1) & mask
-        told[at] = node
+            if not plot.told[at]:
+                plot.told[at] = node
+                return
 
     def _find_shared(self, node_id: int) -> tuple[int, int]:
         for slot, plot in self._plots.items():
-            told = plot.told
-            mask = len(told) - 1
-            at = node_id & mask
-            while node := told[at]:
+            for at in _places(plot.told, node_id):
+                node = plot.told[at]
+                if not node:
+                    break
                 # Memory of a server that was killed: a number that makes no sense is skipped.
-                if node in plot.tree and self._shared(plot, node) == node_id:
+                if self.node(slot, node) is not None and self._shared(plot, node) == node_id:
                     return slot, node
-                at = (at + 1) & mask
         raise KeyError(node_id)
 
 
-def open_told(memory: memoryview) -> memoryview:
-    """Return memory of ``told_size`` bytes as ``Plot.told``. Raises ``CorruptError``."""
-    size = len(memory)
-    if size < 16 or size & (size - 1):
-        raise CorruptError("the memory of told ids is not of a size it can have")
-    return memory.cast("I")
+def _places(told: memoryview, shared: int) -> Iterator[int]:
+    """Yield where an id may be noted, from the likeliest on; each place once."""
+    mask = len(told) - 1
+    for step in range(len(told)):
+        yield (shared + step) & mask
