@@ -160,11 +160,17 @@ class Forest:
             for number in range(start, 256):
                 yield b"%02x" % number, self._in(slot, _SHELVES + number)
 
-    def recall(self, slot: int) -> None:
-        """Note again all ids that the kernel may have been told of a snapshot that comes back."""
-        tree = self._trees[slot]
+    def recall(self, plot: Plot) -> None:
+        """Note all ids that the kernel may have been told of a snapshot when it was here before.
+
+        That takes time, and is for any thread before ``plant``.
+        """
+        tree = plot.tree
         for node in range(ROOT, len(tree) + 1):
-            self._id(slot, node)
+            if tree.kind(node) is Kind.FILE and tree.inode(node) == node:
+                shared = self._shared(plot, node)
+                if shared is not None:
+                    self._tell(plot, shared, node)
 
     def _above(self, node_id: int) -> bool:
         """Whether a directory is in no snapshot's tree."""

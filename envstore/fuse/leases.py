@@ -7,7 +7,7 @@ import os
 from datetime import UTC, datetime
 from typing import Any
 
-from envstore.errors import AccessDeniedError, EnvstoreError
+from envstore.errors import AccessDeniedError, EnvstoreError, UnavailableError
 from envstore.fuse.keeping import MountRequest
 from envstore.fuse.mount import check_mountpoint
 from envstore.fuse.records import MountRecord, RecordFiles
@@ -25,8 +25,8 @@ def default_socket() -> str:
 def node_for(choice: str) -> str | None:
     """Return the socket of the node server to use, ``None`` to do without.
 
-    ``choice`` is ``on``, ``off`` or ``auto``. Raises ``NotFoundError``, ``AccessDeniedError`` if
-    it must be used and cannot.
+    ``choice`` is ``on``, ``off`` or ``auto``. Raises ``NotFoundError``, ``AccessDeniedError``,
+    ``UnavailableError`` if it must be used and cannot.
     """
     if choice == "off":
         return None
@@ -34,7 +34,8 @@ def node_for(choice: str) -> str | None:
     try:
         if os.geteuid() != 0:
             raise AccessDeniedError("only root can mount through the node server")
-        ask(path, _WITHIN, ask="status")
+        if ask(path, _WITHIN, ask="status")["state"] != "serving":
+            raise UnavailableError(f"the node server at {path} is ending")
     except EnvstoreError:
         if choice == "on":
             raise

@@ -16,16 +16,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import trio
 
 import envstore
-from envstore.errors import EnvstoreError, UsageError
+from envstore.errors import EnvstoreError, UnavailableError, UsageError
 from envstore.fuse.content import load_content
 from envstore.fuse.fast import prepare_fast_path
 from envstore.fuse.keeping import Keepsake
-from envstore.fuse.mountinfo import mountpoints_in
+from envstore.fuse.mountinfo import find_mount, mountpoints_in
 from envstore.fuse.overlay import probe
 from envstore.fuse.sockets import MAX_LINE, told
 from envstore.fuse.volumes import Volume, Volumes, subtree
@@ -33,9 +34,10 @@ from envstore.fuse.volumes import Volume, Volumes, subtree
 LEASE = "lease/"
 """What the keepsakes of mounts are called, before their ids."""
 
-CHECK_SECONDS = 10.0
-_GRACE_SECONDS = 60.0
+_CHECK_SECONDS = 10.0
 _ASK_WITHIN = 10.0
+_LONGEST = 4096
+_THREADS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -60,15 +62,21 @@ class Node:
         root: str,
         keep: Callable[[str, Keepsake], None],
         drop: Callable[[str], None],
+        grace: float,
     ) -> None:
-        """Serve ``volumes``, whose file system is mounted on ``root``."""
+        """Serve ``volumes``, whose file system is mounted on ``root``.
+
+        A mount that is seen nowhere for ``grace`` seconds is gone.
+        """
         self._volumes = volumes
         self._root = root
         self._keep = keep
         self._drop = drop
+        self._grace = grace
         self._leases: dict[str, Lease] = {}
         self._seen: dict[str, float] = {}
-        self._loading = trio.Lock()
+        # Apart from the threads of readers, whom no store that somebody wants to mount may delay.
+        self._threads = trio.CapacityLimiter(_THREADS)
         self._fast: str | None = "not tried"
 
     def restore(self, key: str, keepsake: Keepsake) -> None:
@@ -91,10 +99,10 @@ class Node:
                     answer = await self._answer(await _question(stream))
                 except EnvstoreError as error:
                     answer = {"error": told(error)}
-                except (ValueError, KeyError, TypeError) as error:
-                    answer = {"error": told(UsageError(f"not a question: {error!r}"))}
                 except OSError as error:
                     answer = {"error": told(EnvstoreError(str(error)))}
+                except Exception as error:  # noqa: BLE001 - whatever was asked, others go on
+                    answer = {"error": told(UsageError(f"not a question: {error!r}"))}
                 await stream.send_all(json.dumps(answer).encode())
 
     async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -110,23 +118,22 @@ class Node:
                 raise UsageError(f"{asked!r} is not known here")
 
     async def _mount(self, question: dict[str, Any]) -> dict[str, Any]:
-        url, ref = str(question["store"]), str(question["ref"])
-        lease = Lease(
-            0,
-            str(question["target"]),
-            ref,
-            int(question["namespace"]),
-            datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        # One at a time: two that want the same snapshot must not both load it.
-        async with self._loading:
-            volume = await self._load(url, ref, str(question.get("profile", "")))
-            # Taken before the answer, so that nobody drops it in between.
-            identity = secrets.token_hex(8)
-            lease = Lease(volume.slot, lease.target, ref, lease.namespace, lease.started)
-            self._leases[identity] = lease
-            self._seen[identity] = time.monotonic()
-            self._keep(LEASE + identity, Keepsake(_encoded(lease)))
+        words = {name: str(question[name]) for name in ("store", "ref", "target")}
+        words["profile"] = str(question.get("profile", ""))
+        for name, word in words.items():
+            if len(word) > _LONGEST:
+                raise UsageError(f"{name} is longer than {_LONGEST}")
+        ref, namespace = words["ref"], int(question["namespace"])
+        if find_mount(self._root) is None:
+            raise UnavailableError("the node server is ending", hint="mount without it: --node off")
+        volume = await self._load(words["store"], ref, words["profile"])
+        # Taken in the same step, so that nobody drops it in between.
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        lease = Lease(volume.slot, words["target"], ref, namespace, started)
+        identity = secrets.token_hex(8)
+        self._leases[identity] = lease
+        self._seen[identity] = time.monotonic()
+        self._keep(LEASE + identity, Keepsake(_encoded(lease)))
         content = volume.content
         found = {
             "id": identity,
@@ -141,25 +148,29 @@ class Node:
             try:
                 found["fast"] = await self._prepare_fast(volume)
             except EnvstoreError as error:
-                if question["fast_path"] == "on":
+                if question.get("fast_path") == "on":
                     self._end(identity)
                     raise
                 _log.warning("no fast path for %s: %s", ref, error)
         return found
 
     async def _load(self, url: str, ref: str, profile: str) -> Volume:
-        volumes = self._volumes
-        repository = await trio.to_thread.run_sync(volumes.repository, url)
-        snapshot = await trio.to_thread.run_sync(repository.resolve, ref)
-        manifest = (await trio.to_thread.run_sync(repository.snapshot, snapshot)).manifest
-        slot = volumes.find(repository.config.id, manifest)
-        volume = volumes.volume(slot)
-        if volume is None:
-            content = await trio.to_thread.run_sync(load_content, repository, snapshot, ref)
-            volume = volumes.add(slot, repository, content)
-            await volumes.run_supplies()
-            volumes.follow_profile(volume, repository, profile)
-        return volume
+        volumes, run = self._volumes, partial(trio.to_thread.run_sync, limiter=self._threads)
+        repository = await run(volumes.repository, url)
+        snapshot = await run(repository.resolve, ref)
+        manifest = (await run(repository.snapshot, snapshot)).manifest
+        domain = repository.config.id
+        served = volumes.volume(volumes.find(domain, manifest))
+        if served is not None:
+            return served
+        async with volumes.loading:
+            slot = volumes.find(domain, manifest)
+            served = volumes.volume(slot)
+            if served is None:
+                content = await run(load_content, repository, snapshot, ref)
+                served = await volumes.plant(slot, repository, content)
+                volumes.follow_profile(served, repository, profile)
+        return served
 
     async def _prepare_fast(self, volume: Volume) -> dict[str, Any]:
         cache = self._volumes.cache
@@ -198,7 +209,7 @@ class Node:
                     }
                 )
         return {
-            "state": "serving",
+            "state": "serving" if find_mount(self._root) else "ending",
             "server_pid": os.getpid(),
             "version": envstore.__version__,
             "mounts": mounts,
@@ -208,7 +219,7 @@ class Node:
     async def _check_leases(self) -> None:
         """Take leases back whose mounts have gone without a word."""
         while True:
-            await trio.sleep(CHECK_SECONDS)
+            await trio.sleep(min(_CHECK_SECONDS, self._grace / 4))
             spaces = {lease.namespace for lease in self._leases.values()}
             with suppress(OSError):
                 mounted = await trio.to_thread.run_sync(mountpoints_in, spaces)
@@ -216,7 +227,7 @@ class Node:
                 for identity, lease in list(self._leases.items()):
                     if lease.target in mounted.get(lease.namespace, ()):
                         self._seen[identity] = now
-                    elif now - self._seen[identity] > _GRACE_SECONDS:
+                    elif now - self._seen[identity] > self._grace:
                         _log.info("the mount on %s has gone", lease.target)
                         self._end(identity)
 

@@ -9,6 +9,7 @@ years.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from functools import wraps
@@ -18,6 +19,7 @@ from typing import Any, Protocol, TypeVar, cast
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FileNameT, FUSEError, InodeT
 
+from envstore.fuse.complaints import Complaints
 from envstore.fuse.forest import Forest
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.tree import Attributes
@@ -31,6 +33,9 @@ _NAME_MAX = 255
 _ENTRIES = 20_000
 _SLOT_SHIFT = 32
 _NODE = (1 << _SLOT_SHIFT) - 1
+
+_log = logging.getLogger(__name__)
+_complaints = Complaints(_log)
 
 
 class Files(Protocol):
@@ -48,8 +53,8 @@ class Files(Protocol):
         """Learn that a file was opened."""
         ...
 
-    async def revive(self, slot: int) -> bool:
-        """Bring back a snapshot that was dropped while the kernel still knew of it."""
+    async def revive(self, slot: int) -> None:
+        """Bring back, if possible, a snapshot that was dropped while the kernel knew of it."""
         ...
 
 
@@ -65,6 +70,13 @@ def _counted(handler: _Handler) -> _Handler:
         started = perf_counter()
         try:
             return await handler(self, *arguments)
+        except FUSEError:
+            raise
+        except Exception as error:
+            # Let through, it would end this server and, asked again, each next one.
+            _complaints.say(f"{kind}: {error!r}")
+            _log.debug("%s", kind, exc_info=error)
+            raise FUSEError(errno.EIO) from error
         finally:
             self.metrics.requests[kind] += 1
             self.metrics.observe(kind, perf_counter() - started)
@@ -138,7 +150,8 @@ class SnapshotOperations(pyfuse3.Operations):
             if self._forest.node(slot, node) is None:
                 raise FUSEError(errno.EINVAL)
         except KeyError:
-            if not await self._files.revive(slot) or self._forest.node(slot, node) is None:
+            await self._files.revive(slot)
+            if slot not in self._forest.slots or self._forest.node(slot, node) is None:
                 raise FUSEError(errno.ESTALE) from None
         try:
             data = self._files.read_now(slot, node, off, size)
@@ -202,8 +215,7 @@ class SnapshotOperations(pyfuse3.Operations):
         try:
             found = self._forest.kind(node)
         except KeyError:
-            if not await self._files.revive(node >> _SLOT_SHIFT):
-                raise FUSEError(errno.ESTALE) from None
+            await self._files.revive(node >> _SLOT_SHIFT)
             try:
                 found = self._forest.kind(node)
             except KeyError:

@@ -147,7 +147,10 @@ class _Server:
             listener = _listener(kept.files["stats"])
             await nursery.start(stats.answer, listener, self._report)
             if kept.request.node:
-                node = Node(volumes, kept.request.mountpoint, self._keep, self._drop)
+                request = kept.request
+                node = Node(
+                    volumes, request.mountpoint, self._keep, self._drop, request.lease_grace
+                )
                 for key, keepsake in kept.keepsakes.items():
                     if key.startswith(LEASE):
                         node.restore(key, keepsake)

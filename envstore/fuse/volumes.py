@@ -93,6 +93,9 @@ class Volumes:
         self._dormant: dict[int, Keepsake] = {}
         self._repositories: dict[str, Repository] = {}
         self._opening = threading.Lock()
+        self._openings: dict[str, threading.Lock] = {}
+        self.loading = trio.Lock()
+        """For whoever adds a snapshot while others are served."""
         self._secret = b""
         self.forest = Forest(b"")
 
@@ -131,8 +134,10 @@ class Volumes:
             "fast": fast,
         }
 
-    def add(self, slot: int, repository: Repository, content: Content) -> Volume:
-        """Serve a snapshot that was loaded, in a slot."""
+    def add(
+        self, slot: int, repository: Repository, content: Content, told: int | None = None
+    ) -> Volume:
+        """Serve a snapshot that was loaded, in a slot; ``told`` is the memory of a former time."""
         self._dormant.pop(slot, None)
         body = {
             "store": repository.objects.url,
@@ -143,7 +148,7 @@ class Volumes:
         }
         files = [content.fd]
         if slot:
-            files.append(_told_memory(content.tree))
+            files.append(_told_memory(content.tree) if told is None else told)
         keepsake = Keepsake(body, tuple(files))
         if body["store"] not in self._supplies:
             self._supplies[body["store"]] = self._supply(repository.objects, repository.fetcher)
@@ -224,27 +229,43 @@ class Volumes:
             content = self._volumes[slot].content
             self._promoter.opened(content.tree, content.locations, node)
 
-    async def revive(self, slot: int) -> bool:
+    async def plant(self, slot: int, repository: Repository, content: Content) -> Volume:
+        """Serve a snapshot that was loaded, while others are served; call with ``loading`` held.
+
+        If it was here before, what the kernel still knows of it leads to it again.
+        """
+        told = None
+        if slot in self._dormant:
+            # In a thread: there may be a million files to be remembered.
+            told = await trio.to_thread.run_sync(self._recalled, repository, content)
+        volume = self.add(slot, repository, content, told)
+        await self.run_supplies()
+        return volume
+
+    def _recalled(self, repository: Repository, content: Content) -> int:
+        fd = _told_memory(content.tree)
+        with mmap.mmap(fd, 0) as memory, memoryview(memory).cast("I") as told:
+            domain = repository.config.id.encode()
+            self.forest.recall(Plot(b"", content.tree, domain, told))
+        return fd
+
+    async def revive(self, slot: int) -> None:
         """Bring back a snapshot that was dropped while the kernel still knew of it.
 
         Of an id that snapshots share it cannot be told which, so all that were dropped come back.
         """
-        wanted = (
-            [slot] if slot in self._dormant else [] if slot in self._volumes else [*self._dormant]
-        )
-        for one in wanted:
-            body = self._dormant[one].body
-            try:
-                repository, content = await trio.to_thread.run_sync(self._reload, body)
-            except EnvstoreError as error:
-                self._complaints.say(str(error), f"cannot bring back {body['name']}")
-                continue
-            if one in self._dormant:
-                _log.info("bringing back %s", body["name"])
-                self.add(one, repository, content)
-                self.forest.recall(one)
-                await self.run_supplies()
-        return slot in self._volumes or bool(wanted)
+        async with self.loading:
+            if slot in self._volumes:
+                return
+            for one in [slot] if slot in self._dormant else [*self._dormant]:
+                body = self._dormant[one].body
+                try:
+                    repository, content = await trio.to_thread.run_sync(self._reload, body)
+                except EnvstoreError as error:
+                    self._complaints.say(str(error), f"cannot bring back {body['name']}")
+                else:
+                    _log.info("bringing back %s", body["name"])
+                    await self.plant(one, repository, content)
 
     def _reload(self, body: dict[str, Any]) -> tuple[Repository, Content]:
         repository = self.repository(body["store"])
@@ -253,6 +274,8 @@ class Volumes:
     def repository(self, url: str) -> Repository:
         """Return the open store at ``url``. Blocking; may be called from any thread."""
         with self._opening:
+            opening = self._openings.setdefault(url, threading.Lock())
+        with opening:  # a store that does not answer keeps nobody from opening another
             found = self._repositories.get(url)
             if found is None:
                 found = self._repositories[url] = Repository.open(url, self.cache)

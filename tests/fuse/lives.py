@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -32,6 +32,7 @@ from envstore.fuse.mountinfo import list_mounts
 from envstore.fuse.overview import MountOverview, overview
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.sockets import ask
+from envstore.fuse.stats import read_stats
 from tests.stores import Store
 from tests.trees import noise, prose
 
@@ -180,6 +181,10 @@ class Live:
         assert isinstance(found, dict)
         return found
 
+    def stats(self) -> dict[str, Any]:
+        assert self.record is not None
+        return read_stats(Path(self.record.stats))
+
     def overview(self) -> MountOverview:
         (found,) = [one for one in overview() if one.mountpoint == str(self.place)]
         return found
@@ -282,11 +287,18 @@ sys.exit(background.main(sys.argv[1:]))
 """
 
 
+_Made = TypeVar("_Made", bound=Live)
+
+
 @contextmanager
-def lived(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
+def lived(
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[_Made] = Live,  # type: ignore[assignment]
+) -> Iterator[_Made]:
     monkeypatch.setenv("ENVSTORE_CACHE_DIR", str(base / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(base / "state"))
-    live = Live(base)
+    live = kind(base)
     try:
         yield live
     finally:

@@ -145,8 +145,8 @@ def test_ids_are_the_same_after_a_snapshot_has_gone_and_come_back() -> None:
                 with pytest.raises(KeyError):
                     ask(one.id)
     plots[0] = plot_of(1, plots[0].tree)
+    forest.recall(plots[0])
     forest.plant(1, plots[0])
-    forest.recall(1)
     check_places(forest, plots, found)
     forest.fell(2)
     forest.plant(2, plots[1])
