@@ -27,8 +27,14 @@ if TYPE_CHECKING:
 @ref_argument()
 @click.argument("command", metavar="-- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--stats", is_flag=True, help="Say on stderr what was fetched, when CMD has ended.")
+@click.option(
+    "--profile",
+    metavar="NAME",
+    default="",
+    help="Start profile to fetch ahead; `none` for none. Default: the one that fits.",
+)
 @click.pass_obj
-def run(settings: Settings, ref: str, command: tuple[str, ...], stats: bool) -> None:
+def run(settings: Settings, ref: str, command: tuple[str, ...], stats: bool, profile: str) -> None:
     """Run a command in an environment, mounted meanwhile.
 
     REF is mounted in a private directory and unmounted when CMD has ended. CMD finds the
@@ -44,7 +50,7 @@ def run(settings: Settings, ref: str, command: tuple[str, ...], stats: bool) -> 
 
     settings.export_cache()
     settings.require_store()
-    ran = run_command(settings.url, ref, command)
+    ran = run_command(settings.url, ref, command, profile=profile)
     if ran.stats is None:
         output.note(settings, f"the mount's server was killed meanwhile; its log is {ran.log}")
     elif ran.stats["errors"]:

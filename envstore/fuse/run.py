@@ -67,10 +67,12 @@ class Ran:
     log: Path | None
 
 
-def run(store: str, ref: str, command: Sequence[str], *, record: bool = False) -> Ran:
+def run(
+    store: str, ref: str, command: Sequence[str], *, profile: str = "", record: bool = False
+) -> Ran:
     """Mount ``ref`` in a private directory, run ``command`` in it, wait, and unmount.
 
-    With ``record`` nothing is fetched by a profile, and the stats hold a ``recording`` of what was
+    ``profile`` names the start profile to follow, see ``MountRequest``. With ``record`` nothing is fetched by a profile, and the stats hold a ``recording`` of what was
     read (see ``Recorder.report``).
 
     Signals that are sent to this process meanwhile are passed on. Call from the main thread.
@@ -79,8 +81,8 @@ def run(store: str, ref: str, command: Sequence[str], *, record: bool = False) -
     with _private_directory() as prefix:
         files = RecordFiles(str(prefix))
         started = time.monotonic()
-        profile = NO_PROFILE if record else ""
-        request = MountRequest(store, ref, str(prefix), profile=profile, record=record)
+        followed = NO_PROFILE if record else profile
+        request = MountRequest(store, ref, str(prefix), profile=followed, record=record)
         mount = start_background(request)
         mounted = time.monotonic()
         space = os.statvfs(prefix)
