@@ -72,8 +72,8 @@ def run(
 ) -> Ran:
     """Mount ``ref`` in a private directory, run ``command`` in it, wait, and unmount.
 
-    ``profile`` names the start profile to follow, see ``MountRequest``. With ``record`` nothing is fetched by a profile, and the stats hold a ``recording`` of what was
-    read (see ``Recorder.report``).
+    ``profile`` names the start profile to follow, see ``MountRequest``. With ``record`` none is
+    followed, and the stats hold a ``recording`` of what was read (see ``Recorder.report``).
 
     Signals that are sent to this process meanwhile are passed on. Call from the main thread.
     Raises what ``start_background`` does, ``CommandNotFoundError``, ``CannotExecuteError``.
