@@ -9,6 +9,7 @@ import click
 from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
+from envstore.errors import AccessDeniedError, UsageError
 
 
 @click.command(
@@ -82,8 +83,6 @@ def node(
         _print_status(settings, socket)
         return
     if os.geteuid() != 0:
-        from envstore.errors import AccessDeniedError
-
         raise AccessDeniedError(
             "only root can serve a node", hint="as another user, mount without it: --node off"
         )
@@ -102,7 +101,10 @@ def node(
         RecordFiles(resolve(directory)).wait()
     clear_dead(directory)
     for place in (os.path.dirname(os.path.abspath(socket)), directory):
-        os.makedirs(place, mode=0o755, exist_ok=True)
+        try:
+            os.makedirs(place, mode=0o755, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the directory {place}: {error.strerror}") from error
     request = MountRequest(
         "",
         "",

@@ -27,7 +27,7 @@ from envstore.fuse.mount import check_mountpoint
 from envstore.fuse.processes import load_server_code
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.session import check_device
-from envstore.fuse.sockets import listen, raised, told
+from envstore.fuse.sockets import claim, listen, raised, told
 
 __all__ = ["MountRequest", "hold", "start_background", "start_mount"]
 
@@ -104,14 +104,14 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
         )
     files.clear()
     request = MountRequest(**{**asdict(request), "mountpoint": mountpoint})
+    node = {"node": claim(request.node).detach()} if request.node else {}
     descriptors = {
         "lock": lock,
         "counters": os.memfd_create("envstore-counters", os.MFD_CLOEXEC),
         "stats": listen(files.stats).detach(),
         "control": listen(files.control).detach(),
+        **node,
     }
-    if request.node:
-        descriptors["node"] = listen(request.node).detach()
     holder = Holder(Kept(request, descriptors), files, say)
     holder.begin()
     return holder.run()

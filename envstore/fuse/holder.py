@@ -29,7 +29,7 @@ from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
 from envstore.fuse import session as sessions
 from envstore.fuse.channel import Channel, Message
 from envstore.fuse.control import Connection, Control
-from envstore.fuse.keeping import STATE_FORMAT, Keepsake, Kept
+from envstore.fuse.keeping import LEASE, STATE_FORMAT, Keepsake, Kept
 from envstore.fuse.mountinfo import find_mount
 from envstore.fuse.processes import (
     SIGNALS,
@@ -481,6 +481,7 @@ class Holder:
             "server_pid": self._active.pid if self._active else None,
             "standby_pid": self._standby.pid if self._standby and self._standby.ready else None,
             "restarts": self._kept.restarts,
+            "leases": sum(key.startswith(LEASE) for key in self._kept.keepsakes),
             "last_failure": self._failure,
             "version": envstore.__version__,
         }

@@ -16,6 +16,9 @@ from envstore.fuse.session import Session
 
 STATE_FORMAT = 1
 
+LEASE = "lease/"
+"""What the keepsakes of a node's mounts are called, before their ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:

@@ -54,7 +54,8 @@ def unmount(path: str | os.PathLike[str], *, lazy: bool = False) -> None:
     """Unmount what is mounted on ``path`` and return when its server has ended.
 
     With ``lazy`` a mount in use is taken out of the name space at once, and its server goes on
-    until the last user is gone. A mount whose server has died is cleared away.
+    until the last user is gone. A mount whose server has died is cleared away. A node server
+    is in use as long as mounts are served from it.
 
     Raises ``NotFoundError`` (nothing mounted there), ``UsageError`` (not ours),
     ``BusyError``, ``EnvstoreError``.
@@ -73,6 +74,11 @@ def unmount(path: str | os.PathLike[str], *, lazy: bool = False) -> None:
     files = RecordFiles(mountpoint)
     record = files.load()
     detached = False
+    leases = _leases(record)
+    if leases and not lazy:
+        raise sessions.BusyError(
+            f"{mountpoint} serves {leases} other mounts", hint="unmount them first, or use --lazy"
+        )
     try:
         sessions.close_mount(mountpoint)
     except sessions.BusyError:
@@ -80,6 +86,7 @@ def unmount(path: str | os.PathLike[str], *, lazy: bool = False) -> None:
             raise
         sessions.close_mount(mountpoint, lazy=True)
         detached = True
+    detached = detached or leases > 0
     if record is not None and record.node:
         give_back(record.node, record.lease, lazy=detached)
     elif detached:
@@ -95,6 +102,16 @@ def clear_dead(path: str | os.PathLike[str]) -> None:
     mounted = find_mount(mountpoint)
     if mounted is not None and sessions.is_ours(mounted) and not _served(RecordFiles(mountpoint)):
         unmount(mountpoint, lazy=True)
+
+
+def _leases(record: MountRecord | None) -> int:
+    """Return how many mounts the node server behind a record has to serve."""
+    if record is None or not record.control:
+        return 0
+    try:
+        return int(ask(record.control, _WITHIN, ask="status")["leases"])
+    except EnvstoreError:
+        return 0  # it has died
 
 
 def active_mounts() -> list[tuple[MountRecord, bool]]:

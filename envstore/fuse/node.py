@@ -25,14 +25,11 @@ import envstore
 from envstore.errors import EnvstoreError, UnavailableError, UsageError
 from envstore.fuse.content import load_content
 from envstore.fuse.fast import prepare_fast_path
-from envstore.fuse.keeping import Keepsake
+from envstore.fuse.keeping import LEASE, Keepsake
 from envstore.fuse.mountinfo import find_mount, mountpoints_in
 from envstore.fuse.overlay import probe
 from envstore.fuse.sockets import MAX_LINE, told
 from envstore.fuse.volumes import Volume, Volumes, subtree
-
-LEASE = "lease/"
-"""What the keepsakes of mounts are called, before their ids."""
 
 _CHECK_SECONDS = 10.0
 _ASK_WITHIN = 10.0

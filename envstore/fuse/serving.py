@@ -27,8 +27,8 @@ from envstore.errors import EnvstoreError
 from envstore.fuse import stats
 from envstore.fuse.channel import Channel, Message
 from envstore.fuse.holder import BEAT, write_state
-from envstore.fuse.keeping import Keepsake, Kept
-from envstore.fuse.node import LEASE, Node
+from envstore.fuse.keeping import LEASE, Keepsake, Kept
+from envstore.fuse.node import Node
 from envstore.fuse.operations import SnapshotOperations
 from envstore.fuse.prometheus import render, serve_metrics
 from envstore.fuse.session import Session

@@ -6,14 +6,39 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from envstore.errors import AccessDeniedError, EnvstoreError, NotFoundError
+from envstore.errors import AccessDeniedError, EnvstoreError, NotFoundError, UsageError
 
 MAX_LINE = 1 << 20
+
+
+def claim(path: str | os.PathLike[str]) -> socket.socket:
+    """Return ``listen(path)`` if nobody listens there and nothing else is there.
+
+    Raises ``UsageError``, ``AccessDeniedError``.
+    """
+    try:
+        try:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise UsageError(f"{path} is in the way: it is not a socket")
+            with (
+                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client,
+                short_address(path) as address,
+            ):
+                client.setblocking(False)
+                client.connect(address)
+            raise UsageError(f"somebody listens at {path} already")
+        except (FileNotFoundError, ConnectionRefusedError):
+            return listen(path)
+    except BlockingIOError:
+        raise UsageError(f"somebody listens at {path} already") from None
+    except OSError as error:
+        raise AccessDeniedError(f"cannot listen at {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

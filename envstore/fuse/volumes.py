@@ -213,7 +213,10 @@ class Volumes:
         content = volume.content
         room = self.cache.capacity // 2
         loader, reader = volume.supply.loader, volume.reader
-        await follow(search, content.tree, content.locations, loader, reader, room)
+        try:
+            await follow(search, content.tree, content.locations, loader, reader, room)
+        except Exception:  # noqa: BLE001 - the mount must go on without this
+            _log.exception("nothing more is fetched ahead of %s", content.name)
 
     def read_now(self, slot: int, node: int, offset: int, size: int) -> bytes | None:
         """Return a range of a file, clipped to its end; ``None`` if that takes waiting."""
