@@ -125,3 +125,63 @@ def test_allow_other_is_explained(ordinary: Cli) -> None:
     place.mkdir()
     os.chown(place, NOBODY, NOBODY)
     ordinary.fails(1, "mount", "--allow-other", "t", place, says=["user_allow_other", "fuse.conf"])
+
+
+_KILLS = """
+import os, signal, subprocess, sys, time
+from envstore.fuse.background import MountRequest, start_background
+from envstore.fuse.mount import unmount
+from envstore.fuse.overview import overview
+from envstore.fuse.sockets import ask
+from envstore.fuse.upgrade import upgrade_mount
+
+url, place = sys.argv[1:]
+record = start_background(MountRequest(url, "t", place, profile="none"))
+
+
+def settled():
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        found = ask(record.control, 60, ask="status")
+        if found["state"] == "serving" and found["standby_pid"]:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(found)
+
+
+def read():
+    subprocess.run(["cmp", place + "/hostname", "/etc/hostname"], check=True, timeout=60)
+    subprocess.run(["ls", "-R", place], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+for name in ("server_pid", "holder_pid", "standby_pid", "server_pid"):
+    before = settled()
+    os.kill(before[name], signal.SIGKILL)
+    while settled()[name] == before[name]:
+        time.sleep(0.01)
+    read()
+upgrade_mount(place)
+read()
+(found,) = overview()
+assert found.restarts == 3, found
+unmount(place)
+assert os.listdir(place) == []
+print(os.getuid(), overview())
+"""
+
+
+def test_an_ordinary_users_mount_outlives_its_processes(ordinary: Cli) -> None:
+    ordinary.ok("init")
+    ordinary.ok("push", "t", "/etc/hostname")
+    place = ordinary.root / "place"
+    place.mkdir()
+    os.chown(place, NOBODY, NOBODY)
+    script = ordinary.root / "kills.py"
+    script.write_text(_KILLS)
+    argv = ordinary.argv()
+    argv[argv.index("-m") :] = [str(script), f"file://{ordinary.store}", str(place)]
+    done = subprocess.run(
+        argv, env=ordinary.env, cwd=ordinary.root, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == f"{NOBODY} []\n".encode()
