@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import IO, Any
 
 if __name__ == "__main__":  # at the end, so that it can hide nothing
@@ -103,7 +103,7 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
             f"{mountpoint} is being served already", hint=f"envstore umount {mountpoint}"
         )
     files.clear()
-    request = MountRequest(**{**asdict(request), "mountpoint": mountpoint})
+    request = replace(request, mountpoint=mountpoint, metrics=_lasting(request.metrics))
     node = {"node": claim(request.node).detach()} if request.node else {}
     descriptors = {
         "lock": lock,
@@ -115,6 +115,16 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
     holder = Holder(Kept(request, descriptors), files, say)
     holder.begin()
     return holder.run()
+
+
+def _lasting(address: str) -> str:
+    """Return an address of metrics that means the same in any directory."""
+    if address:
+        from envstore.fuse.prometheus import check_address
+
+        if check_address(address) is None:
+            return os.path.abspath(address)
+    return address
 
 
 def main(arguments: list[str]) -> int:

@@ -64,7 +64,9 @@ class MountRecord:
 
 def state_directory() -> Path:
     """Return the directory of this user's mount records."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):  # to be ignored, says the standard
+        base = os.path.expanduser("~/.local/state")
     return Path(base) / "envstore" / "mounts"
 
 

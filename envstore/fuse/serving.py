@@ -135,6 +135,7 @@ class _Server:
 
     def _serve(self) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.chdir("/")  # as the first server, too, which began where the mount was asked for
         _hold_little_memory()
         trio.run(self._main)
         return 0

@@ -593,3 +593,63 @@ def test_killed_while_a_reader_waits_for_the_store(
             assert live.settled()["restarts"] == 4
         finally:
             proxy.restore()
+
+
+def test_no_process_stays_in_anybodys_directory(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live.push(files=3)
+    home = live.base / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    live.mount(metrics="./metrics.sock")
+    status = live.settled()
+    for name in ("holder_pid", "server_pid", "standby_pid"):
+        assert os.readlink(f"/proc/{status[name]}/cwd") == "/"
+    until((home / "metrics.sock").exists)
+    (home / "metrics.sock").unlink()
+    live.kill_server()
+    live.check()
+    until((home / "metrics.sock").exists)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the fast path takes root")
+@pytest.mark.parametrize("name", ["server_pid", "holder_pid"])
+def test_the_fast_path_outlives_its_processes(live: Live, name: str) -> None:
+    live.push()
+    try:
+        live.mount(fast_path="on")
+    except EnvstoreError as error:
+        pytest.skip(str(error))
+    with live.readers(4) as readers:
+        for _ in range(3):
+            pid = live.settled()[name]
+            kill(pid)
+            until(lambda pid=pid: gone(pid))  # type: ignore[misc]
+        upgrade_mount(live.place)
+    assert readers.done
+    live.settled()
+    assert live.overview().fast_path
+    unmount(live.place)
+    until(lambda: live.left() == [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the fast path takes root")
+def test_the_fast_path_with_nobody_left(live: Live) -> None:
+    live.push(files=4)
+    try:
+        live.mount(fast_path="on")
+    except EnvstoreError as error:
+        pytest.skip(str(error))
+    status = live.settled()
+    for name in ("holder_pid", "server_pid"):
+        kill(status[name], signal.SIGSTOP)
+    for name in ("server_pid", "holder_pid", "standby_pid"):
+        kill(status[name])
+    until(lambda: not live.processes())
+    assert live.overview().state == "dead"
+    done = subprocess.run(["cat", live.place / "file 1"], timeout=PATIENCE, check=False,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    assert done.returncode
+    unmount(live.place)
+    assert live.left() == []
