@@ -204,9 +204,12 @@ class Live:
 
     def kill_server(self) -> None:
         """Kill the one that serves, when another stands by, and see it end."""
-        pid = self.settled()["server_pid"]
-        kill(pid)
-        until(lambda: not alive(pid))
+        self.kill_server_of(self.settled())
+
+    def kill_server_of(self, status: dict[str, Any]) -> None:
+        """Kill the one that serves, and see it end."""
+        kill(status["server_pid"])
+        until(lambda: not alive(status["server_pid"]))
 
     def processes(self) -> list[int]:
         """Return every process that has this mount's lock open: its holder and servers."""

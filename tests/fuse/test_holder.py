@@ -653,3 +653,108 @@ def test_the_fast_path_with_nobody_left(live: Live) -> None:
     assert done.returncode
     unmount(live.place)
     assert live.left() == []
+
+
+_NO_FORK = """
+import os
+from envstore.fuse import holder
+start = holder.start_server
+def failing():
+    if os.path.exists({flag!r}):
+        raise OSError(12, "Cannot allocate memory")
+    return start()
+holder.start_server = failing
+"""
+
+
+def test_when_no_process_can_be_started(live: Live) -> None:
+    live.push(files=5)
+    live.mount()
+    live.settled()
+    flag = live.base / "full"
+    live.upgrade_to(_NO_FORK.format(flag=str(flag)))
+    status = live.settled()
+    flag.touch()
+    with live.readers(2) as readers:
+        live.kill_server()
+        until(lambda: live.status()["server_pid"] not in (status["server_pid"], None))
+        live.kill_server_of(live.status())
+        until(lambda: "Cannot allocate memory" in live.status()["last_failure"])
+        assert live.status()["state"] == "failing"
+        assert live.status()["holder_pid"] == status["holder_pid"]
+        flag.unlink()
+        until(lambda: live.status()["state"] == "serving")
+    assert readers.done
+    live.settled()
+
+
+def test_the_log_of_servers_that_die_for_ever_has_an_end(live: Live) -> None:
+    live.push(files=3)
+    live.mount()
+    live.settled()
+    live.upgrade_to("from envstore.fuse import holder\nholder._MAX_LOG = 2000")
+    for _ in range(40):
+        live.kill_server()
+    assert len(live.log()) < 4000
+    live.kill_server()
+    assert "SIGKILL" in live.log()
+
+
+_NO_HOLDER = """
+import os
+from envstore.fuse import serving
+script = serving.background_script
+def missing():
+    return "/no/such/program" if os.path.exists({flag!r}) else script()
+serving.background_script = missing
+"""
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_when_no_holder_can_be_started(live: Live, comes: bool) -> None:
+    live.push(files=5)
+    live.mount()
+    live.settled()
+    flag = live.base / "broken"
+    live.upgrade_to(_NO_HOLDER.format(flag=str(flag)))
+    status = live.settled()
+    flag.touch()
+    with live.readers(2) as readers:
+        kill(status["holder_pid"])
+        until(lambda: live.log().count("starting another") > 3)
+        assert children(status["server_pid"]).count("Z") <= 1
+        live.check()
+        if comes:
+            flag.unlink()
+            assert live.settled()["holder_pid"] != status["holder_pid"]
+    assert readers.done
+    if comes:
+        live.kill_server()
+        live.check()
+    unmount(live.place)
+    until(lambda: live.left() == [])
+
+
+def test_unmounted_by_somebody_else(live: Live) -> None:
+    live.push(files=3)
+    live.mount()
+    holder = live.settled()["holder_pid"]
+    command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    subprocess.run([*command, live.place], timeout=PATIENCE, check=True)
+    until(lambda: gone(holder))
+    assert live.left() == []
+    live.mount()
+    server = live.settled()["server_pid"]
+    kill(server)
+    subprocess.run([*command, live.place], timeout=PATIENCE, check=True)
+    until(lambda: live.left() == [])
+
+
+def test_unmounted_while_servers_are_killed(live: Live) -> None:
+    live.push(files=3)
+    for name in ("server_pid", "holder_pid", "standby_pid"):
+        live.mount()
+        status = live.settled()
+        kill(status[name])
+        unmount(live.place)
+        until(lambda: live.left() == [])
