@@ -21,8 +21,8 @@ if __name__ == "__main__":  # at the end, so that it can hide nothing
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from envstore.errors import EnvstoreError, UsageError
-from envstore.fuse.holder import Holder, read_state
-from envstore.fuse.keeping import STATE_FORMAT, Kept, MountRequest
+from envstore.fuse.holder import Holder
+from envstore.fuse.keeping import STATE_FORMAT, Kept, MountRequest, read_state
 from envstore.fuse.mount import check_mountpoint
 from envstore.fuse.processes import load_server_code
 from envstore.fuse.records import MountRecord, RecordFiles

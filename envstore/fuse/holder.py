@@ -10,7 +10,6 @@ would wait for an answer of the server (mounting an overlay, unmounting) is done
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import select
@@ -29,7 +28,7 @@ from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
 from envstore.fuse import session as sessions
 from envstore.fuse.channel import Channel, Message
 from envstore.fuse.control import Connection, Control
-from envstore.fuse.keeping import LEASE, STATE_FORMAT, Keepsake, Kept
+from envstore.fuse.keeping import LEASE, STATE_FORMAT, Keepsake, Kept, write_state
 from envstore.fuse.mountinfo import find_mount
 from envstore.fuse.processes import (
     SIGNALS,
@@ -615,21 +614,6 @@ class Holder:
                 signal.signal(number, handler)
             os.close(writer)
             os.close(self._wake)
-
-
-def write_state(state: dict[str, Any]) -> int:
-    """Return a descriptor from which another holder can read ``state`` and ``adopt`` it."""
-    memory = os.memfd_create("envstore-state", os.MFD_CLOEXEC)
-    os.write(memory, json.dumps(state).encode())
-    return memory
-
-
-def read_state(memory: int) -> dict[str, Any]:
-    """Return what ``write_state`` has written, and close it."""
-    with os.fdopen(memory, "rb") as file:
-        file.seek(0)
-        found: dict[str, Any] = json.loads(file.read())
-    return found
 
 
 def _ignore(number: int, frame: object) -> None:

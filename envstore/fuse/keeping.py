@@ -6,6 +6,7 @@ replaced by one that the server starts.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -149,3 +150,18 @@ class Kept:
         for fd in kept.descriptors():
             os.set_inheritable(fd, False)
         return kept
+
+
+def write_state(state: dict[str, Any]) -> int:
+    """Return a descriptor of ``state``, for another holder to ``read_state`` and ``adopt``."""
+    memory = os.memfd_create("envstore-state", os.MFD_CLOEXEC)
+    os.write(memory, json.dumps(state).encode())
+    return memory
+
+
+def read_state(memory: int) -> dict[str, Any]:
+    """Return what ``write_state`` has written, and close it."""
+    with os.fdopen(memory, "rb") as file:
+        file.seek(0)
+        found: dict[str, Any] = json.loads(file.read())
+    return found

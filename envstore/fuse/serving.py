@@ -26,8 +26,8 @@ import trio
 from envstore.errors import EnvstoreError
 from envstore.fuse import stats
 from envstore.fuse.channel import Channel, Message
-from envstore.fuse.holder import BEAT, write_state
-from envstore.fuse.keeping import LEASE, Keepsake, Kept
+from envstore.fuse.holder import BEAT
+from envstore.fuse.keeping import LEASE, Keepsake, Kept, write_state
 from envstore.fuse.node import Node
 from envstore.fuse.operations import SnapshotOperations
 from envstore.fuse.prometheus import render, serve_metrics

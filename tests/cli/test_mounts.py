@@ -185,3 +185,27 @@ def test_an_ordinary_users_mount_outlives_its_processes(ordinary: Cli) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == f"{NOBODY} []\n".encode()
+
+
+def test_a_mount_is_upgraded_and_says_what_failed(stored: Cli, place: Path, tree: Path) -> None:
+    stored.fails(1, "remount", "--upgrade", place, says=["no mount of yours"])
+    stored.fails(2, "remount", place, says=["--upgrade"])
+    stored.ok("mount", "--node", "off", "tree", place)
+    try:
+        (before,) = stored.json("mounts")["mounts"]
+        assert before["last_failure"] == ""
+        done = stored.json("remount", "--upgrade", place)
+        assert done["mountpoint"] == str(place)
+        assert done["server_pid"] != before["server_pid"]
+        (after,) = stored.json("mounts")["mounts"]
+        assert after["server_pid"] == done["server_pid"]
+        assert after["holder_pid"] == before["holder_pid"]
+        assert after["version"] == done["version"] == before["version"]
+        os.kill(after["server_pid"], signal.SIGKILL)
+        assert describe(place, times=False) == describe(tree, times=False)
+        (last,) = stored.json("mounts")["mounts"]
+        assert last["last_failure"] == f"server {after['server_pid']} was killed by SIGKILL"
+        assert last["restarts"] == 2
+        assert f"process {last['server_pid']}" not in stored.ok("remount", "--upgrade", place)
+    finally:
+        stored.ok("umount", place)

@@ -15,8 +15,14 @@ import pytest
 
 from envstore.errors import UnsupportedFormatError
 from envstore.fuse.channel import MAX_MESSAGE, Channel
-from envstore.fuse.holder import read_state, write_state
-from envstore.fuse.keeping import STATE_FORMAT, Keepsake, Kept, MountRequest
+from envstore.fuse.keeping import (
+    STATE_FORMAT,
+    Keepsake,
+    Kept,
+    MountRequest,
+    read_state,
+    write_state,
+)
 
 
 @pytest.fixture
