@@ -564,7 +564,10 @@ class Holder:
         self._failure = state.get("failure", "")
         if self._record is not None:
             self._record = self._record.with_holder(os.getpid())
-            self._files.save(self._record)
+            try:
+                self._files.save(self._record)
+            except EnvstoreError as error:
+                _log.warning("the record names another holder: %s", error)
         server = state.get("server")
         now = time.monotonic()
         if server is not None:

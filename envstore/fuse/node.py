@@ -207,6 +207,7 @@ class Node:
                 )
         return {
             "state": "serving" if find_mount(self._root) else "ending",
+            "root": self._root,
             "server_pid": os.getpid(),
             "version": envstore.__version__,
             "mounts": mounts,

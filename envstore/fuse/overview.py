@@ -8,7 +8,7 @@ from typing import Any
 
 from envstore.errors import EnvstoreError, NotFoundError
 from envstore.fuse.mount import active_mounts
-from envstore.fuse.records import MountRecord
+from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.sockets import ask
 from envstore.fuse.stats import read_stats
 
@@ -80,6 +80,9 @@ def _describe(record: MountRecord, alive: bool) -> MountOverview:
             status = ask(record.node, _WITHIN, ask="status")
             mounts = {one["id"]: one for one in status["mounts"]}
             stats = mounts.get(record.lease, {})
+            own = RecordFiles(status["root"]).load()
+            if own is not None:
+                status = {**status, **ask(own.control, _WITHIN, ask="status")}
         elif alive:
             status = ask(record.control, _WITHIN, ask="status")
             if status["state"] == "serving":

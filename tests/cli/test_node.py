@@ -51,6 +51,7 @@ def test_mounts_through_it(node: Cli, tree: Path) -> None:
     assert set(listed) == {str(place) for place in (node.root / "node", first, second, apart)}
     assert {one["state"] for one in listed.values()} == {"serving"}
     assert listed[str(first)]["server_pid"] == listed[str(node.root / "node")]["server_pid"]
+    assert listed[str(first)]["holder_pid"] == listed[str(node.root / "node")]["holder_pid"]
     assert listed[str(first)]["server_pid"] != listed[str(apart)]["server_pid"]
     status = node.json("node", "--status")
     assert {one["mountpoint"] for one in status["mounts"]} == {str(first), str(second)}

@@ -19,6 +19,7 @@ import pytest
 from envstore.errors import EnvstoreError, NotFoundError, UsageError
 from envstore.fuse.mount import unmount
 from envstore.fuse.mountinfo import find_mount
+from envstore.fuse.records import RecordFiles
 from envstore.fuse.session import BusyError
 from envstore.fuse.sockets import ask, short_address
 from envstore.fuse.upgrade import upgrade_mount
@@ -758,3 +759,19 @@ def test_unmounted_while_servers_are_killed(live: Live) -> None:
         kill(status[name])
         unmount(live.place)
         until(lambda: live.left() == [])
+
+
+def test_a_new_holder_that_cannot_write_its_record(live: Live) -> None:
+    live.push(files=3)
+    live.mount()
+    status = live.settled()
+    obstacle = RecordFiles(str(live.place)).record.with_suffix(".tmp")
+    obstacle.mkdir()
+    kill(status["holder_pid"])
+    until(lambda: live.status()["holder_pid"] != status["holder_pid"])
+    found = live.settled()
+    assert live.overview().holder_pid == found["holder_pid"]
+    live.kill_server()
+    live.check()
+    assert live.settled()["holder_pid"] == found["holder_pid"]
+    obstacle.rmdir()
