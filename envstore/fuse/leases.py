@@ -12,7 +12,7 @@ from envstore.fuse.keeping import MountRequest
 from envstore.fuse.mount import check_mountpoint
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.session import bind, close_mount
-from envstore.fuse.sockets import ask, give_back
+from envstore.fuse.sockets import ask_lasting, give_back
 
 _WITHIN = 120.0
 
@@ -34,7 +34,7 @@ def node_for(choice: str) -> str | None:
     try:
         if os.geteuid() != 0:
             raise AccessDeniedError("only root can mount through the node server")
-        if ask(path, _WITHIN, ask="status")["state"] != "serving":
+        if ask_lasting(path, _WITHIN, ask="status")["state"] != "serving":
             raise UnavailableError(f"the node server at {path} is ending")
     except EnvstoreError:
         if choice == "on":
@@ -52,7 +52,7 @@ def mount_through(node: str, request: MountRequest) -> MountRecord:
     mountpoint = check_mountpoint(request.mountpoint)
     files = RecordFiles(mountpoint)
     files.prepare()
-    found = ask(
+    found = ask_lasting(
         node,
         _WITHIN,
         ask="mount",

@@ -9,7 +9,7 @@ from typing import Any
 from envstore.errors import EnvstoreError, NotFoundError
 from envstore.fuse.mount import active_mounts
 from envstore.fuse.records import MountRecord, RecordFiles
-from envstore.fuse.sockets import ask
+from envstore.fuse.sockets import ask_lasting
 from envstore.fuse.stats import read_stats
 
 _WITHIN = 5.0
@@ -60,7 +60,7 @@ def mount_stats(record: MountRecord) -> dict[str, Any]:
     ``NotFoundError`` if no server can tell.
     """
     if record.node:
-        mounts = ask(record.node, _WITHIN, ask="status")["mounts"]
+        mounts = ask_lasting(record.node, _WITHIN, ask="status")["mounts"]
         for mount in mounts:
             if mount["id"] == record.lease:
                 found: dict[str, Any] = mount
@@ -77,14 +77,14 @@ def _describe(record: MountRecord, alive: bool) -> MountOverview:
         if not record.served:
             status = {"state": "local"}
         elif alive and record.node:
-            status = ask(record.node, _WITHIN, ask="status")
+            status = ask_lasting(record.node, _WITHIN, ask="status")
             mounts = {one["id"]: one for one in status["mounts"]}
             stats = mounts.get(record.lease, {})
             own = RecordFiles(status["root"]).load()
             if own is not None:
-                status = {**status, **ask(own.control, _WITHIN, ask="status")}
+                status = {**status, **ask_lasting(own.control, _WITHIN, ask="status")}
         elif alive:
-            status = ask(record.control, _WITHIN, ask="status")
+            status = ask_lasting(record.control, _WITHIN, ask="status")
             if status["state"] == "serving":
                 stats = read_stats(Path(record.stats))
     except EnvstoreError as error:

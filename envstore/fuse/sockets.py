@@ -15,6 +15,7 @@ from typing import Any
 from envstore.errors import AccessDeniedError, EnvstoreError, NotFoundError, UsageError
 
 MAX_LINE = 1 << 20
+_TIMES = 5
 
 
 def claim(path: str | os.PathLike[str]) -> socket.socket:
@@ -74,11 +75,15 @@ def listen(path: str | os.PathLike[str]) -> socket.socket:
     return listener
 
 
+class CutOffError(NotFoundError):
+    """Whoever was asked has ended before the answer; another may be there by now."""
+
+
 def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: object) -> Any:
     """Send one question to the socket at ``path`` and return the answer.
 
-    ``timeout`` is in seconds. Raises ``NotFoundError`` when nobody answers there, and whatever
-    error the answer is, see ``errors.EnvstoreError``.
+    ``timeout`` is in seconds. Raises ``NotFoundError`` when nobody answers there, ``CutOffError``,
+    and whatever error the answer is, see ``errors.EnvstoreError``.
     """
     data = bytearray()
     try:
@@ -94,12 +99,22 @@ def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: 
         answer = json.loads(data)
     except PermissionError as error:
         raise AccessDeniedError(f"no permission to use {path}: {error.strerror}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it was cut off"
+    except (ConnectionResetError, BrokenPipeError, ValueError) as error:
+        raise CutOffError(f"nobody answers at {path}: it was cut off") from error
+    except OSError as error:
+        reason = error.strerror or "it takes too long"
         raise NotFoundError(f"nobody answers at {path}: {reason}") from error
     if "error" in answer:
         raise raised(answer["error"])
     return answer
+
+
+def ask_lasting(path: str | os.PathLike[str], timeout: float, **question: object) -> Any:
+    """``ask`` those who replace each other at ``path``; the question may be heard several times."""
+    for _ in range(_TIMES - 1):
+        with contextlib.suppress(CutOffError):
+            return ask(path, timeout, **question)
+    return ask(path, timeout, **question)
 
 
 def _connect(client: socket.socket, address: str, timeout: float | None) -> None:
@@ -119,7 +134,7 @@ def _connect(client: socket.socket, address: str, timeout: float | None) -> None
 def give_back(node: str, lease: str, *, lazy: bool = False) -> None:
     """Tell the node server that a mount is gone; with ``lazy`` it may still be in use."""
     with contextlib.suppress(NotFoundError):  # no server, no lease
-        ask(node, 30.0, ask="unmounted", id=lease, lazy=lazy)
+        ask_lasting(node, 30.0, ask="unmounted", id=lease, lazy=lazy)
 
 
 def told(error: EnvstoreError) -> dict[str, Any]:

@@ -514,3 +514,22 @@ def test_who_may_not(site: Site) -> None:
         check=True,
     )
     assert "only root" in done.stdout
+
+
+def test_mounting_while_servers_are_killed(site: Site) -> None:
+    for number in range(3):
+        site.add(f"r{number}", {"n": b"%d" % number, "big": BIG})
+    with ThreadPoolExecutor(4) as pool:
+
+        def use(turn: int) -> None:
+            place = site.show(f"r{turn % 3}", f"place {turn}")
+            same(site.base / f"source r{turn % 3}", place)
+            unmount(place)
+
+        turns = [pool.submit(use, turn) for turn in range(60)]
+        while not all(turn.done() for turn in turns):
+            site.kill_server()
+            time.sleep(0.15)
+        for turn in turns:
+            turn.result()
+    until(lambda: site.told()["mounts"] == [])
