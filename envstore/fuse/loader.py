@@ -214,7 +214,14 @@ class FrameLoader:
         """Make flights for frames that have none, and queue those that nobody waits for."""
         missing = {frame.digest: frame for frame in needed if frame.digest not in self._flights}
         extra = {
-            frame.digest: frame for frame in self._missing(ahead) if frame.digest not in missing
+            frame.digest: frame
+            for frame in ahead
+            # What is cached may still lie on a disk that takes its time.
+            if not (
+                frame.digest in self._flights
+                or frame.digest in missing
+                or self._cache.expect(frame.digest)
+            )
         }
         self._metrics.ahead += len(extra)
         for found in self._fetcher.plan(

@@ -294,6 +294,6 @@ def _hold_little_memory() -> None:
     gc.freeze()
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(_M_MMAP_THRESHOLD, 256 << 10)
-        library.mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+        library.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
         library.mallopt(_M_ARENA_MAX, 2)

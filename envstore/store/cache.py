@@ -124,6 +124,18 @@ class BlobCache:
         """Return whether the blob is there."""
         return os.path.exists(self.path(name))
 
+    def expect(self, name: bytes) -> bool:
+        """Have the disk begin to read a blob that will be asked for soon; whether it is there."""
+        try:
+            fd = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
+        return True
+
     def read(
         self, name: bytes, offset: int = 0, length: int | None = None, *, nowait: bool = False
     ) -> bytes | None:
