@@ -14,6 +14,8 @@ import trio
 from envstore.errors import NotFoundError
 from envstore.fuse.sockets import short_address
 
+_WITHIN = 10.0
+
 
 async def answer(
     listener: trio.SocketListener,
@@ -42,6 +44,7 @@ def read_stats(path: Path) -> dict[str, Any]:
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client,
             short_address(path) as address,
         ):
+            client.settimeout(_WITHIN)
             client.connect(address)
             while piece := client.recv(1 << 16):
                 data += piece
