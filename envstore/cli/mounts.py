@@ -6,18 +6,17 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
+from envstore.cli.holding import hold_here, metrics_option, patience_option
 from envstore.cli.params import PathType, ref_argument
-from envstore.errors import EnvstoreError
 
 if TYPE_CHECKING:
-    from envstore.fuse.keeping import MountRequest
     from envstore.fuse.records import MountRecord
 
 _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
@@ -62,22 +61,8 @@ _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
     help="Use the node server, which shares memory and cache between mounts. Needs root, and lets"
     " other users in.",
 )
-@click.option(
-    "--timeout",
-    "patience",
-    type=click.FloatRange(min=0),
-    metavar="SECONDS",
-    envvar="ENVSTORE_READ_TIMEOUT",
-    default=300.0,
-    show_default=True,
-    help="How long a read waits for a store that does not answer.",
-)
-@click.option(
-    "--metrics",
-    metavar="ADDRESS",
-    default="",
-    help="Serve Prometheus metrics on HOST:PORT or at the path of a socket.",
-)
+@patience_option
+@metrics_option
 @click.pass_obj
 def mount(
     settings: Settings,
@@ -103,10 +88,6 @@ def mount(
     started = time.monotonic()
     from envstore.fuse.keeping import MountRequest
 
-    if metrics:
-        from envstore.fuse.prometheus import check_address
-
-        check_address(metrics)
     request = MountRequest(
         settings.url,
         ref,
@@ -118,33 +99,12 @@ def mount(
         metrics=metrics,
     )
     if foreground:
-        raise SystemExit(_hold(settings, request, started))
+        raise SystemExit(
+            hold_here(settings, request, lambda record: _print_mounted(settings, record, started))
+        )
     from envstore.fuse.background import start_mount
 
     _print_mounted(settings, start_mount(request, node), started)
-
-
-def _hold(settings: Settings, request: MountRequest, started: float) -> int:
-    from envstore.fuse.background import hold
-    from envstore.fuse.records import MountRecord
-    from envstore.fuse.sockets import raised
-
-    if not settings.verbose:
-        import logging
-
-        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    failed: list[EnvstoreError] = []
-
-    def say(answer: dict[str, Any]) -> None:
-        if "error" in answer:
-            failed.append(raised(answer["error"]))
-        else:
-            _print_mounted(settings, MountRecord(**answer["mounted"]), started)
-
-    status = hold(request, say)
-    if failed:
-        raise failed[0]
-    return status
 
 
 def _print_mounted(settings: Settings, record: MountRecord, started: float) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
+from envstore.cli.holding import hold_here, metrics_option, patience_option
 from envstore.errors import AccessDeniedError, UsageError
 
 
@@ -43,22 +42,8 @@ from envstore.errors import AccessDeniedError, UsageError
     help="If one is serving there already, wait for its end and take its place.",
 )
 @click.option("--status", is_flag=True, help="Ask the one that runs.")
-@click.option(
-    "--metrics",
-    metavar="ADDRESS",
-    default="",
-    help="Serve Prometheus metrics on HOST:PORT or at the path of a socket.",
-)
-@click.option(
-    "--timeout",
-    "patience",
-    type=click.FloatRange(min=0),
-    metavar="SECONDS",
-    envvar="ENVSTORE_READ_TIMEOUT",
-    default=300.0,
-    show_default=True,
-    help="How long a read waits for a store that does not answer.",
-)
+@patience_option
+@metrics_option
 @click.pass_obj
 def node(
     settings: Settings,
@@ -87,11 +72,7 @@ def node(
             "only root can serve a node", hint="as another user, mount without it: --node off"
         )
     settings.export_cache()
-    if metrics:
-        from envstore.fuse.prometheus import check_address
-
-        check_address(metrics)
-    from envstore.fuse.background import hold, start_background
+    from envstore.fuse.background import start_background
     from envstore.fuse.keeping import MountRequest
     from envstore.fuse.mount import clear_dead
     from envstore.fuse.mountinfo import resolve
@@ -118,29 +99,11 @@ def node(
         record = start_background(request)
         _print_started(settings, socket, record.mountpoint)
         return
-    _hold(settings, hold, request, socket)
-
-
-def _hold(settings: Settings, hold: Any, request: Any, socket: str) -> None:
-    from envstore.errors import EnvstoreError
-    from envstore.fuse.sockets import raised
-
-    if not settings.verbose:
-        import logging
-
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    failed: list[EnvstoreError] = []
-
-    def say(answer: dict[str, Any]) -> None:
-        if "error" in answer:
-            failed.append(raised(answer["error"]))
-        else:
-            _print_started(settings, socket, answer["mounted"]["mountpoint"])
-
-    status = hold(request, say)
-    if failed:
-        raise failed[0]
-    raise SystemExit(status)
+    raise SystemExit(
+        hold_here(
+            settings, request, lambda record: _print_started(settings, socket, record.mountpoint)
+        )
+    )
 
 
 def _print_started(settings: Settings, socket: str, mountpoint: str) -> None:

@@ -14,9 +14,6 @@ import logging
 import os
 import select
 import signal
-import socket
-import stat
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -26,14 +23,15 @@ from typing import Any, NoReturn
 import envstore
 from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
 from envstore.fuse import session as sessions
-from envstore.fuse.channel import Channel, Message
+from envstore.fuse import succession
+from envstore.fuse.channel import Message
 from envstore.fuse.control import Connection, Control
-from envstore.fuse.keeping import LEASE, STATE_FORMAT, Keepsake, Kept, write_state
-from envstore.fuse.mountinfo import find_mount
+from envstore.fuse.keeping import LEASE, Keepsake, Kept
 from envstore.fuse.processes import (
     SIGNALS,
     ServerProcess,
     allow_many_files,
+    bound_log,
     fork,
     load_server_code,
     start_server,
@@ -50,8 +48,6 @@ _STANDBY_AFTER = 1.0
 _QUICK, _QUICK_DEATHS = 0.1, 3
 _MAX_DELAY = 10.0
 _END_WITHIN = 5.0
-_CHECK_WITHIN = 60.0
-_MAX_LOG = 8 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -301,7 +297,7 @@ class Holder:
         if self._say is not None:
             # Nobody has got this mount yet, so nobody has to be kept waiting for it.
             self._fail(told(EnvstoreError(f"the mount server {how}", hint="see its log")))
-        elif _unmounted(self._kept.fuse):
+        elif sessions.is_gone(self._kept.fuse):
             self._status = 0
         else:
             self._replace(server, how)
@@ -310,7 +306,7 @@ class Holder:
         if not server.retired:
             self._failure = f"server {server.pid} {how}"
             lived = time.monotonic() - server.serving if server.serving else 0.0
-            _bound_log()
+            bound_log()
             self._quick_deaths = self._quick_deaths + 1 if lived < _QUICK else 0
             _log.error("%s after %.1f s of serving", self._failure, lived)
         if not self._kept.flags & Flag.HAS_RESEND:
@@ -410,7 +406,7 @@ class Holder:
 
     def _fail(self, error: dict[str, Any]) -> None:
         """End; whoever waits for the mount is told why when nothing of it is left."""
-        _log.error("%s", error["message"])
+        _log.log(logging.ERROR if self._say is None else logging.DEBUG, "%s", error["message"])
         self._error = error
         self._status = 1
 
@@ -426,12 +422,12 @@ class Holder:
         self._unmounting = True
         mountpoint = self._kept.request.mountpoint
         _log.info("unmounting %s", mountpoint)
-        self._help(partial(_detach, mountpoint), lambda status: None)
+        self._help(partial(sessions.detach, mountpoint), lambda status: None)
 
     def _end(self) -> None:
         """Leave nothing behind: no process, no mount that nobody answers, no record."""
         servers = [server for server in (self._active, self._standby) if server is not None]
-        gone = self._kept.fuse >= 0 and _unmounted(self._kept.fuse)
+        gone = self._kept.fuse >= 0 and sessions.is_gone(self._kept.fuse)
         deadline = time.monotonic() + _END_WITHIN
         for server in servers:
             with contextlib.suppress(OSError):
@@ -443,7 +439,7 @@ class Holder:
             # First the device: with nobody to answer, an unmount might wait for ever.
             os.close(self._kept.fuse)
             for place in {self._kept.target, self._kept.request.mountpoint}:
-                _ensure_unmounted(place)
+                sessions.leave_no_mount(place)
         self._files.clear()
         if self._kept.request.node:
             with contextlib.suppress(OSError):
@@ -507,13 +503,7 @@ class Holder:
         self._checking = True
 
         def check() -> int:
-            done = subprocess.run(
-                [*program, "--check", str(STATE_FORMAT)],
-                check=False,
-                stdin=subprocess.DEVNULL,
-                timeout=_CHECK_WITHIN,
-            )
-            return done.returncode
+            return succession.try_program(program)
 
         def checked(status: int) -> None:
             self._checking = False
@@ -538,25 +528,7 @@ class Holder:
             self._standby.kill()
             self._standby.reap()
             self._standby = None
-        state: dict[str, Any] = {"kept": self._kept.save(), "failure": self._failure}
-        state["upgrading"] = asking.fileno()
-        inherited = [*self._kept.descriptors(), asking.fileno()]
-        if self._active is not None:
-            state["server"] = {
-                "pid": self._active.pid,
-                "pidfd": self._active.pidfd,
-                "channel": self._active.channel.fileno(),
-            }
-            inherited += [self._active.pidfd, self._active.channel.fileno()]
-        memory = write_state(state)
-        try:
-            for fd in (memory, *inherited):
-                os.set_inheritable(fd, True)
-            os.execv(program[0], [*program, "--resume", str(memory)])  # noqa: S606 - no shell meant
-        finally:
-            for fd in inherited:
-                os.set_inheritable(fd, False)
-            os.close(memory)
+        succession.become(program, self._kept, self._active, asking, self._failure)
 
     def adopt(self, state: dict[str, Any]) -> None:
         """Go on with the server that another holder has left; see ``write_state``."""
@@ -568,14 +540,9 @@ class Holder:
                 self._files.save(self._record)
             except EnvstoreError as error:
                 _log.warning("the record names another holder: %s", error)
-        server = state.get("server")
         now = time.monotonic()
-        if server is not None:
-            for name in ("pidfd", "channel"):
-                os.set_inheritable(server[name], False)
-            channel = Channel(socket.socket(fileno=server["channel"]))
-            self._active = ServerProcess(server["pid"], server["pidfd"], channel, now, serving=now)
-        else:
+        self._active = succession.server_left(state)
+        if self._active is None:
             with contextlib.suppress(OSError):
                 sessions.resend(self._kept.fuse)
             self._take_over()
@@ -621,35 +588,3 @@ class Holder:
 
 def _ignore(number: int, frame: object) -> None:
     """Be there, so that the signal only wakes the loop."""
-
-
-def _detach(mountpoint: str) -> int:
-    try:
-        sessions.close_mount(mountpoint)
-    except sessions.BusyError:
-        _log.warning("%s is in use: detached, served until the last user is gone", mountpoint)
-        sessions.close_mount(mountpoint, lazy=True)
-    return 0
-
-
-def _ensure_unmounted(mountpoint: str) -> None:
-    """Leave no dead mount behind when serving ends for another reason than an unmount."""
-    mounted = find_mount(mountpoint)
-    if mounted is not None and sessions.is_ours(mounted):
-        with contextlib.suppress(EnvstoreError):
-            sessions.close_mount(mountpoint, lazy=True)
-
-
-def _bound_log() -> None:
-    """Begin the log anew before servers that die for ever fill a disk with it."""
-    with contextlib.suppress(OSError):
-        found = os.fstat(2)
-        if stat.S_ISREG(found.st_mode) and found.st_size > _MAX_LOG:
-            os.ftruncate(2, 0)
-
-
-def _unmounted(device: int) -> bool:
-    """Whether the kernel has given up the mount behind a device."""
-    poller = select.poll()
-    poller.register(device, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))

@@ -8,6 +8,7 @@ import os
 import resource
 import select
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that have a holder unmount."""
 
 _OPEN_FILES = 65_536
+
+_MAX_LOG = 8 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +100,14 @@ def start_server() -> ServerProcess:
         raise
     finally:
         theirs.close()
+
+
+def bound_log() -> None:
+    """Begin the log anew before servers that die for ever fill a disk with it."""
+    with contextlib.suppress(OSError):
+        found = os.fstat(2)
+        if stat.S_ISREG(found.st_mode) and found.st_size > _MAX_LOG:
+            os.ftruncate(2, 0)
 
 
 def load_server_code() -> None:

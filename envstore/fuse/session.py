@@ -6,10 +6,12 @@ it is handed to. No server of a mount ever differs from the first.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
 import os
+import select
 import socket
 import subprocess
 from dataclasses import dataclass
@@ -200,6 +202,31 @@ def close_mount(mountpoint: str, *, lazy: bool = False) -> None:
             if "busy" in error.message:
                 raise _busy(mountpoint) from error
             raise
+
+
+def detach(mountpoint: str) -> int:
+    """Take a mount away, from under its users if there are any; returns 0."""
+    try:
+        close_mount(mountpoint)
+    except BusyError:
+        _log.warning("%s is in use: detached, served until the last user is gone", mountpoint)
+        close_mount(mountpoint, lazy=True)
+    return 0
+
+
+def leave_no_mount(mountpoint: str) -> None:
+    """Leave no dead mount behind when serving ends for another reason than an unmount."""
+    mounted = find_mount(mountpoint)
+    if mounted is not None and is_ours(mounted):
+        with contextlib.suppress(EnvstoreError):
+            close_mount(mountpoint, lazy=True)
+
+
+def is_gone(device: int) -> bool:
+    """Whether the kernel has given up the mount behind a device."""
+    poller = select.poll()
+    poller.register(device, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))
 
 
 def is_ours(mounted: MountInfo) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from contextlib import chdir
@@ -493,9 +494,13 @@ def test_a_message_is_one_line_whatever_it_names(stored: Cli) -> None:
 def test_umount_clears_away_a_dead_mount(stored: Cli) -> None:
     place = stored.root / "place"
     place.mkdir()
-    server = stored.json("mount", "tree", place)["pid"]
+    stored.json("mount", "tree", place)
+    (found,) = stored.json("mounts")["mounts"]
     try:
-        os.kill(server, 9)
+        # Stopped first, or one would replace the other before it is killed, too.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for name in ("holder_pid", "server_pid"):
+                os.kill(found[name], number)
         listed = stored.json("mounts")["mounts"]
         assert [item["mountpoint"] for item in listed] == [str(place)]
     finally:

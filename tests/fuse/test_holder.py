@@ -693,7 +693,7 @@ def test_the_log_of_servers_that_die_for_ever_has_an_end(live: Live) -> None:
     live.push(files=3)
     live.mount()
     live.settled()
-    live.upgrade_to("from envstore.fuse import holder\nholder._MAX_LOG = 2000")
+    live.upgrade_to("from envstore.fuse import processes\nprocesses._MAX_LOG = 2000")
     for _ in range(40):
         live.kill_server()
     assert len(live.log()) < 4000
