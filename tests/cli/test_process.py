@@ -174,7 +174,7 @@ def test_interrupting_a_push_at_any_moment(stored: Cli, tree: Path) -> None:
                 # Too late: the ref had moved already, and then to a whole snapshot.
                 assert stored.json("verify", "tree")["ok"] is True
         else:
-            assert (push.returncode, err) == (0, b"")
+            assert (push.returncode, err.decode()) == (0, "")
     assert stored.json("verify", "--read-data")["ok"] is True
     stored.ok("push", "tree", tree, "--kind", "dir")
 

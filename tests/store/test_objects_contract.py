@@ -44,8 +44,10 @@ def open_prefix(
 
 
 @pytest.fixture
-def objects(open_prefix: OpenStore) -> ObjectStore:
+def objects(open_prefix: OpenStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """An empty store, of each backend in turn."""
+    # A server on a busy machine may take its time over many writers of one key.
+    monkeypatch.setenv("ENVSTORE_S3_TIMEOUT", "120")
     return open_prefix("some/prefix")
 
 
