@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _failed(error: BaseException, arguments: list[str], settings: Settings) -> int:
     from envstore.cli import failures
 
+    error = _interrupt_behind(error) or error
     if isinstance(error, OSError):
         # Without a buffer (PYTHONUNBUFFERED) it does not fail again; nothing else that fails
         # for want of space comes here without the name of a file.
@@ -53,6 +54,14 @@ def _failed(error: BaseException, arguments: list[str], settings: Settings) -> i
     if failures.wants_traceback(settings):
         failures.show_traceback(error)
     return failures.report(error, settings)
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the Ctrl-C that ``error`` came of: cleaning up in its wake may fail in many ways."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _run(arguments: list[str], settings: Settings) -> int:

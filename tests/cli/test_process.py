@@ -252,3 +252,17 @@ def test_run_as_a_module_and_as_a_script(cli: Cli) -> None:
     assert done.stdout.decode() == cli.ok("--version")
     assert (REPOSITORY / "envstore" / "__main__.py").is_file()
     assert os.access(sys.executable, os.X_OK)
+
+
+def test_what_fails_in_the_wake_of_an_interrupt_is_the_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    monkeypatch.setattr(entry, "_run", interrupted)
+    assert entry.main(["ls"]) == 130
+    assert capsys.readouterr().err == "envstore: interrupted\n"
