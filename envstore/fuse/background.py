@@ -77,7 +77,15 @@ def start_mount(request: MountRequest, node: str = "auto") -> MountRecord:
     from envstore.fuse.complete import mount_complete
     from envstore.fuse.leases import mount_through, node_for
 
-    record = mount_complete(request)
+    if request.metrics:
+        # Only a server of the mount's own can serve its counts at an address of its own.
+        if node == "on":
+            raise UsageError(
+                "a mount through the node server has no metrics of its own",
+                hint="see: envstore node --metrics",
+            )
+        return start_background(request)
+    record = mount_complete(request) if node != "on" else None
     if record is not None:
         return record
     path = node_for(node)

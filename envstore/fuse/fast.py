@@ -30,17 +30,26 @@ def prepare_fast_path(content: Content, cache: BlobCache) -> dict[str, Any]:
 
 
 def lay_fast_path(
-    parts: dict[str, Any], server: str, subtree: str, mountpoint: str, source: str
+    parts: dict[str, Any],
+    server: str,
+    subtree: str,
+    mountpoint: str,
+    source: str,
+    *,
+    required: bool,
 ) -> bool:
     """Mount a snapshot on ``mountpoint`` over ``parts`` and the server mounted on ``server``.
 
     Where the kernel cannot, the server's ``subtree`` of the snapshot is shown instead, and
-    ``False`` returned. Call from another process than the server's. Raises ``EnvstoreError``.
+    ``False`` returned, unless the fast path is ``required``. Call from another process than the
+    server's. Raises ``EnvstoreError``.
     """
     objects = Path(server) / (subtree + os.fsdecode(OBJECTS))
     try:
         mount_fast(Path(parts["image"]), Path(parts["local"]), objects, mountpoint, source=source)
     except EnvstoreError as error:
+        if required:
+            raise
         _log.warning("no fast path: %s", error)
         bind(os.path.join(server, subtree), mountpoint)
         return False

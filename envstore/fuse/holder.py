@@ -16,6 +16,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn
@@ -48,6 +49,7 @@ _STANDBY_AFTER = 1.0
 _QUICK, _QUICK_DEATHS = 0.1, 3
 _MAX_DELAY = 10.0
 _END_WITHIN = 5.0
+_SLOW = 3  # exit status of who could lay no fast path, but showed the snapshot without
 
 _log = logging.getLogger(__name__)
 
@@ -375,20 +377,23 @@ class Holder:
             return
         server = self._kept.target
         parts = self._kept.keepsakes["fast"].body
+        required = self._kept.request.fast_path == "on"
 
         def lay() -> int:
             from envstore.fuse.fast import hide, lay_fast_path
 
             source = f"envstore:{record.name}"
-            lay_fast_path(parts, server, parts["subtree"], record.mountpoint, source)
+            where = (server, parts["subtree"], record.mountpoint, source)
+            fast = lay_fast_path(parts, *where, required=required)
             hide(server)
-            return 0
+            return 0 if fast else _SLOW
 
         def laid(status: int) -> None:
-            if status:
+            if status not in (0, _SLOW):
                 self._fail(told(EnvstoreError("the fast path cannot be laid", hint="see the log")))
-            else:
-                self._announce(record)
+                return
+            self._record = replace(record, fast_path=not status)
+            self._announce(self._record)
 
         self._help(lay, laid)
 

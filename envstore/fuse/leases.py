@@ -34,7 +34,7 @@ def node_for(choice: str) -> str | None:
     try:
         if os.geteuid() != 0:
             raise AccessDeniedError("only root can mount through the node server")
-        if ask_lasting(path, _WITHIN, ask="status")["state"] != "serving":
+        if ask_lasting(path, _WITHIN, ask="state")["state"] != "serving":
             raise UnavailableError(f"the node server at {path} is ending")
     except EnvstoreError:
         if choice == "on":
@@ -64,7 +64,7 @@ def mount_through(node: str, request: MountRequest) -> MountRecord:
         namespace=os.stat("/proc/self/ns/mnt").st_ino,
     )
     try:
-        fast = _show(found, mountpoint, request.ref)
+        fast = _show(found, mountpoint, request)
         record = MountRecord(
             mountpoint=mountpoint,
             name=request.ref,
@@ -89,11 +89,17 @@ def mount_through(node: str, request: MountRequest) -> MountRecord:
     return record
 
 
-def _show(found: dict[str, Any], mountpoint: str, ref: str) -> bool:
+def _show(found: dict[str, Any], mountpoint: str, request: MountRequest) -> bool:
     if found["fast"] is not None:
         from envstore.fuse.fast import lay_fast_path
 
-        source = f"envstore:{ref}"
-        return lay_fast_path(found["fast"], found["root"], found["subtree"], mountpoint, source)
+        return lay_fast_path(
+            found["fast"],
+            found["root"],
+            found["subtree"],
+            mountpoint,
+            f"envstore:{request.ref}",
+            required=request.fast_path == "on",
+        )
     bind(os.path.join(found["root"], found["subtree"]), mountpoint)
     return False

@@ -135,7 +135,7 @@ def _served(files: RecordFiles) -> bool:
     if record is None or not record.node:
         return files.alive()
     try:
-        ask(record.node, _WITHIN, ask="status")
+        ask(record.node, _WITHIN, ask="state")
     except EnvstoreError:
         return False
     return True

@@ -109,6 +109,8 @@ class Node:
             case "unmounted":
                 self._end(str(question["id"]), lazy=bool(question.get("lazy")))
                 return {}
+            case "state":
+                return {"state": self._state()}
             case "status":
                 return self.describe()
             case asked:
@@ -187,13 +189,21 @@ class Node:
         if not lazy and all(other.slot != lease.slot for other in self._leases.values()):
             self._volumes.retire(lease.slot)
 
+    def _state(self) -> str:
+        return "serving" if find_mount(self._root) else "ending"
+
     def describe(self) -> dict[str, Any]:
         """Return every mount and what was counted of its snapshot, as JSON."""
         mounts = []
+        counts: dict[int, dict[str, Any]] = {}
         for identity, lease in self._leases.items():
             volume = self._volumes.volume(lease.slot)
             if volume is not None:
-                counted = volume.metrics.report(volume.reader.used())
+                counted = counts.get(lease.slot)
+                if counted is None:
+                    # Takes milliseconds, and many mounts may be of one snapshot.
+                    counted = volume.metrics.report(volume.reader.used())
+                    counts[lease.slot] = counted
                 mounts.append(
                     {
                         "id": identity,
@@ -206,7 +216,7 @@ class Node:
                     }
                 )
         return {
-            "state": "serving" if find_mount(self._root) else "ending",
+            "state": self._state(),
             "root": self._root,
             "server_pid": os.getpid(),
             "version": envstore.__version__,

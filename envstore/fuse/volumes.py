@@ -116,14 +116,11 @@ class Volumes:
         snapshot = repository.resolve(request.ref)
         repository.snapshot(snapshot)  # two will want it now, and find it in the cache
         self._search = ProfileSearch(repository, snapshot, request.profile)
-        fast = self._wants_fast_path()
         content = load_content(repository, snapshot, request.ref)
-        self.add(1 if fast else 0, repository, content)
-        if fast:
-            parts = {
-                **prepare_fast_path(content, self.cache),
-                "subtree": subtree(1, content).decode(),
-            }
+        parts = self._fast_parts(content)
+        self.add(0 if parts is None else 1, repository, content)
+        if parts is not None:
+            parts["subtree"] = subtree(1, content).decode()
             self._keep(FAST, Keepsake(parts))
             self._laid = True
         return {
@@ -131,7 +128,7 @@ class Volumes:
             "snapshot": content.snapshot.hex(),
             "manifest": content.manifest.hex(),
             "store": repository.objects.url,
-            "fast": fast,
+            "fast": parts is not None,
         }
 
     def add(
@@ -362,6 +359,18 @@ class Volumes:
         apart = [volume.metrics for slot, volume in self._volumes.items() if slot]
         found = self.metrics.including(apart).report(total)
         return {**found, "recording": self._recorder.report()} if self._recorder else found
+
+    def _fast_parts(self, content: Content) -> dict[str, Any] | None:
+        """Return what the fast path is laid of, ``None`` to do without."""
+        if not self._wants_fast_path():
+            return None
+        try:
+            return prepare_fast_path(content, self.cache)
+        except EnvstoreError as error:
+            if self._request.fast_path == "on":
+                raise
+            _log.warning("no fast path: %s", error)
+            return None
 
     def _wants_fast_path(self) -> bool:
         """Whether the mount is to be laid over an image; raises if it must be and cannot.

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from envstore.errors import EnvstoreError, UsageError
 from envstore.fuse.background import MountRequest, start_background, start_mount
+from envstore.fuse.fast import lay_fast_path
 from envstore.fuse.hydrate import hydrate
 from envstore.fuse.mount import active_mounts, unmount
 from envstore.fuse.mountinfo import find_mount
@@ -176,3 +178,49 @@ def test_a_killed_server_is_not_missed(site: Site) -> None:
     for child in children:
         os.kill(int(child), signal.SIGKILL)
     assert {name: (place / name).read_bytes() for name in contents} == contents
+
+
+def test_without_an_image_the_mount_is_plain_unless_it_must_not_be(site: Site) -> None:
+    site.tree.mkdir()
+    (site.tree / "file").write_bytes(b"content")
+    site.push()
+    (site.cache.root / "images").write_text("in the way of the images")
+    place = site.place()
+    request = MountRequest(site.store.url, "tree", str(place), True, fast_path="auto")
+    record = start_background(request)
+    mounted = find_mount(str(place))
+    assert mounted is not None
+    assert (record.fast_path, mounted.type) == (False, "fuse.envstore")
+    assert (place / "file").read_bytes() == b"content"
+    with pytest.raises(EnvstoreError, match="image"):
+        site.mount()
+
+
+def test_what_cannot_be_laid_is_shown_by_the_server_unless_it_must_be_laid(tmp_path: Path) -> None:
+    for name in ("server/tree", "server/tree.objects", "local", "place"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "server" / "tree" / "file").write_text("content")
+    parts = {"image": str(tmp_path / "none"), "local": str(tmp_path / "local")}
+    place = str(tmp_path / "place")
+    where = (str(tmp_path / "server"), "tree", place, "envstore:x")
+    with pytest.raises(EnvstoreError):
+        lay_fast_path(parts, *where, required=True)
+    assert find_mount(place) is None
+    assert lay_fast_path(parts, *where, required=False) is False
+    try:
+        assert (tmp_path / "place" / "file").read_text() == "content"
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_metrics_of_a_mount_take_a_server_of_its_own(site: Site) -> None:
+    site.tree.mkdir()
+    (site.tree / "file").write_bytes(b"content")
+    site.push()
+    place = site.place()
+    socket = str(site.base / "metrics")
+    request = MountRequest(site.store.url, "tree", str(place), metrics=socket)
+    with pytest.raises(UsageError, match="no metrics of its own"):
+        start_mount(request, "on")
+    assert find_mount(str(place)) is None
+    assert start_mount(request, "auto").control
