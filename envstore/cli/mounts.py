@@ -80,7 +80,8 @@ def mount(
 
     Returns when the mount answers. Files are fetched when they are read, verified, and kept in
     the cache. The mount is of the snapshot that REF points at now; it stays the same if REF
-    moves. It outlives the process that serves it: see `envstore mounts`.
+    moves. It outlives the process that serves it: see `envstore mounts`. Through the node server
+    the node's --timeout holds; with --metrics the mount has a server of its own.
     """
     settings.export_cache()
     if not ref.startswith("@"):  # a hydrated snapshot needs no store
