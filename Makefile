@@ -37,9 +37,9 @@ bench: bench-setup ## Measure envstore beside its peers (ARGS=... goes to the be
 bench-setup: setup ## Install the peers and the plotting that only `make bench` needs
 	@scripts/setup-bench.sh
 
-# The resolver and csi extras are not locked: nothing in the tests or the demo uses them yet.
+# The csi extra is not locked: nothing in the tests or the demo uses it yet.
 lock: setup ## Pin every dependency again by version and hash (ARGS=--upgrade for newer ones)
-	$(COMPILE) --extra fuse --group dev pyproject.toml --output-file requirements.lock
+	$(COMPILE) --extra fuse --extra resolver --group dev pyproject.toml --output-file requirements.lock
 	$(COMPILE) --group build --output-file requirements-build.lock
 	$(COMPILE) --group bench --constraint requirements.lock --output-file requirements-bench.lock
 	@! grep -nE '://|^-' requirements*.lock || { echo "error: a lock file names an index" >&2; exit 1; }

@@ -1,0 +1,1 @@
+"""Packages: archives of conda and PyPI, and interpreters, turned into trees."""
