@@ -108,7 +108,7 @@ class Lock:
     packages: tuple[Package, ...]
     virtual: dict[str, str] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
-    request: Request = Request()
+    request: Request = field(default_factory=Request)
     tools: dict[str, str] = field(default_factory=dict)
     sources: tuple[SourceFile, ...] = ()
 
