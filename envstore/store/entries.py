@@ -22,7 +22,8 @@ class Entry:
 
     ``refs`` are the ``(digest, size)`` of its chunks in order, a hole having the digest ``HOLE``.
     ``link`` is the path of the first name of a hard-linked file on every further name. ``mode``
-    and ``mtime_ns`` are ``None`` in normalised trees.
+    and ``mtime_ns`` are ``None`` in normalised trees. ``relocation`` is an encoded ``Relocation``
+    of a file that holds the path it was made for; of a link, that path at the start of its target.
     """
 
     path: bytes
@@ -35,6 +36,7 @@ class Entry:
     mode: int | None = None
     mtime_ns: int | None = None
     link: bytes = b""
+    relocation: bytes = b""
 
 
 def sort_key(path: bytes) -> bytes:

@@ -63,7 +63,8 @@ class SourceEntry:
     ``path`` is relative, ``/``-separated raw bytes. ``mode`` holds the permission bits to store.
     ``link`` is shared by the names of one hard-linked file and ``None`` for all others.
     ``signature`` changes whenever the content may have changed. ``settled`` is false when the
-    file changed so recently that another change could leave the signature as it is.
+    file changed so recently that another change could leave the signature as it is. ``relocation``
+    is that of ``Entry``.
     """
 
     path: bytes
@@ -75,6 +76,7 @@ class SourceEntry:
     link: tuple[int, int] | None = None
     signature: bytes = b""
     settled: bool = True
+    relocation: bytes = b""
 
 
 class Source(Protocol):
