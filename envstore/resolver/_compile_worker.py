@@ -30,7 +30,7 @@ SIGNATURE = struct.Struct("<QQQqqI")
 REQUEST = struct.Struct("<BBHH")
 ANSWER = struct.Struct("<BI")
 
-FOLLOW, HAS_CACHE, CREATE = 1, 2, 4
+FOLLOW, HAS_CACHE, CREATE, INNER = 1, 2, 4, 8
 HELLO, DONE, OMITTED, CHANGED, FAILED = range(5)
 
 _HEADER = struct.Struct("<4sI8s")
@@ -161,7 +161,8 @@ def make(
     """
     source, status = read_file(path, signature, bool(flags & FOLLOW))
     source_hash = importlib.util.source_hash(source)
-    name = os.fsdecode(path)
+    # Of several trees below one directory, each has names of its own.
+    name = os.fsdecode(path.partition(b"/")[2] if flags & INNER else path)
     code = None
     if flags & HAS_CACHE:
         try:

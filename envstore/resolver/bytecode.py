@@ -54,7 +54,8 @@ class Job(NamedTuple):
     """One ``.pyc`` to make. Paths are relative to the root, signatures those of ``stat``.
 
     ``cache`` and ``cache_signature`` are empty when no bytecode is there; ``level`` is the
-    optimisation level; without ``create`` bytecode is rewritten only if it is there and valid.
+    optimisation level; without ``create`` bytecode is rewritten only if it is there and valid;
+    with ``inner`` the first component of ``source`` is not part of the name in the bytecode.
     A named tuple because there is one for each module of an environment.
     """
 
@@ -66,6 +67,7 @@ class Job(NamedTuple):
     level: int = 0
     create: bool = True
     size: int = 0
+    inner: bool = False
 
     def request(self) -> bytes:
         """Return the frame that asks a worker for it."""
@@ -73,6 +75,7 @@ class Job(NamedTuple):
             self.follow * protocol.FOLLOW
             | bool(self.cache) * protocol.HAS_CACHE
             | self.create * protocol.CREATE
+            | self.inner * protocol.INNER
         )
         head = protocol.REQUEST.pack(flags, self.level, len(self.source), len(self.cache))
         last = self.cache_signature or _NO_SIGNATURE

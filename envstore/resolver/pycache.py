@@ -7,6 +7,7 @@ The rules for ``__pycache__``:
   only where a valid one is there; so are the variants ``.opt-1`` and ``.opt-2`` everywhere.
 - Sources that are not programs of this language version (templates, test data) have none. That
   shows only when one is compiled, so they are planned and then left out.
+- Sources that hold the path of their environment have none either: nothing would relocate it.
 - A link to a source has bytecode only if it leads to a file of the tree: the bytecode is never
   checked against its source, and one outside may change.
 - Bytecode of other interpreters and of sources that are gone is left out. Its validity would
@@ -45,11 +46,18 @@ class Plan:
     dropped: int
 
 
-def plan(entries: Iterable[SourceEntry], base: bytes, interpreter: Interpreter | None) -> Plan:
+def plan(
+    entries: Iterable[SourceEntry],
+    base: bytes,
+    interpreter: Interpreter | None,
+    *,
+    inner: bool = False,
+) -> Plan:
     """Return what becomes of ``entries``, which lie below ``base``.
 
     Without an interpreter all bytecode is left out. The size of an entry that will be made is an
-    estimate; its signature changes whenever its content may.
+    estimate; its signature changes whenever its content may. With ``inner`` the directories
+    directly below ``base`` are trees of their own, not part of the names in the bytecode.
     """
     found = _sort_out(entries)
     kept, there, jobs = found.kept, found.bytecode, dict[bytes, Job]()
@@ -58,6 +66,8 @@ def plan(entries: Iterable[SourceEntry], base: bytes, interpreter: Interpreter |
         below = tuple(path + b"/" for path in interpreter.libraries)
         for source in found.sources:
             path = source.path
+            if source.relocation:
+                continue
             slash = path.rfind(b"/") + 1
             parent = path[:slash] + _CACHE
             stem = b"%b/%b.%b" % (parent, path[slash:-3], interpreter.tag.encode())
@@ -70,6 +80,8 @@ def plan(entries: Iterable[SourceEntry], base: bytes, interpreter: Interpreter |
                 if old is None and (level or not create):
                     continue
                 job = _job(source, old, level, create and not level, base)
+                if job is not None and inner:
+                    job = job._replace(inner=True)
                 if job is not None and parent not in found.blocked and _fits(name):
                     jobs[name] = job
                     used.add(parent)
