@@ -13,6 +13,7 @@ from pathlib import Path
 
 from envstore.resolver.bytecode import BytecodePool, InterpreterError, Job
 from envstore.resolver.interpreter import Interpreter, facts, find_interpreter, own_interpreter
+from envstore.resolver.layout import layout_order
 from envstore.resolver.pycache import plan
 from envstore.store.source import WINDOW, DirectorySource, OmitEntry, SourceEntry
 
@@ -59,23 +60,8 @@ class PrefixSource:
         return planned.entries
 
     def order(self, entry: SourceEntry) -> tuple[int, bytes]:
-        """See ``Source.order``: what a start reads first (bytecode), then programs, then the rest.
-
-        Sources and test suites are rarely read at all, so they should not lie between what is: a
-        package's bytecode is then one run of frames, fetched with one request.
-        """
-        path = entry.path
-        if b"/tests/" in path or b"/test/" in path:
-            return 3, path
-        if path.endswith((b".pth", b"pyvenv.cfg")) or b"/_distutils_hack/" in path:
-            # What every start reads, before the first import: one frame, at the front.
-            return 0, b"\0" + path
-        if path.endswith(b".pyc"):
-            return 0, path
-        name = path[path.rfind(b"/") + 1 :]
-        if path.startswith(b"bin/") or name.endswith(b".so") or b".so." in name:
-            return 1, path
-        return 2, path
+        """See ``Source.order``."""
+        return layout_order(entry.path)
 
     def expect(self, entries: Sequence[SourceEntry]) -> None:
         """See ``Source.expect``: the workers start on the bytecode among ``entries``."""
