@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def layout_order(path: bytes) -> tuple[int, bytes]:
-    """Return the key of ``path``: what a start reads first (bytecode), then programs, then the rest.
+    """Return the key of ``path``: what a start reads first, then programs, then the rest.
 
     Sources and test suites are rarely read at all, so they should not lie between what is: a
     package's bytecode is then one run of frames, fetched with one request.
