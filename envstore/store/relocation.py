@@ -217,7 +217,7 @@ def plan(
         return None
     made = Relocation(mode, width, len(data), tuple(offsets), tuple(ends), shebang, package)
     if len(made.encode()) > MAX_ENCODED:
-        raise CorruptError(f"{package or 'a package'}: a file holds its prefix too often")
+        raise CorruptError(f"{package or 'a package'}: a file holds its prefix in too many places")
     return made
 
 
@@ -226,7 +226,7 @@ def _first_line(data: bytes | mmap.mmap) -> bytes:
     if data[:2] != b"#!":
         return b""
     end = data.find(b"\n")
-    return data[:end] if end >= 0 else b""
+    return data[:end] if end >= 0 else data[:]
 
 
 def _is_utf8(line: bytes) -> bool:
