@@ -21,6 +21,11 @@ _STATEMENTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^(.*?),? (?:which )?can(?:not)? be installed .*:$"), r"\1"),
     (re.compile(r"^(.*) would (?:require|constrain)$"), r"\1"),
     (
+        re.compile(r"^(.*) is excluded because due to strict channel priority .* from: '(.*?)'$"),
+        r"\1, which is in \2 behind a channel with other versions",
+    ),
+    (re.compile(r"^(.*) is excluded because (candidate not .*)$"), r"\1, \2"),
+    (
         re.compile(r"^(.*) is excluded because the package is uploaded after (.*)$"),
         r"\1 is newer than \2",
     ),
@@ -63,6 +68,8 @@ def _hint(report: str) -> str:
         return f"the target has no such {name}"
     if "uploaded after the cutoff" in report:
         return "--exclude-newer leaves it out"
+    if "strict channel priority" in report:
+        return "name that channel first, or ask for a channel priority of disabled"
     if "No candidates were found for" in report:
         return "check its name and version, and the channels"
     return "loosen or remove one of these"
