@@ -57,7 +57,7 @@ def solve(
     strict = rattler.ChannelPriority.Strict
     cutoff = cutoff_time(exclude_newer)
     virtual = _virtual(target.virtual)
-    locked = _records(keep)
+    locked = records_of(keep)
     records = call(
         lambda: rattler.solve(
             sources,
@@ -121,7 +121,7 @@ def _virtual(versions: Mapping[str, str]) -> list[GenericVirtualPackage]:
     return checked(make)
 
 
-def _records(packages: Iterable[CondaPackage]) -> list[RepoDataRecord]:
+def records_of(packages: Iterable[CondaPackage]) -> list[RepoDataRecord]:
     """Return locked packages as rattler's own records."""
     from rattler import PackageRecord, RepoDataRecord
 
