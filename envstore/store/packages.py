@@ -141,25 +141,35 @@ def decode_package(data: bytes, what: str) -> StoredPackage:
         )
         for i in range(count)
     )  # fmt: skip
-    if any(frame >= count and frame != NOWHERE for frame in locations.ref_frames):
-        raise CorruptError(f"{what}: a chunk in no frame")
     entries = tuple(read_entries(parts))
-    if sum(len(entry.refs) for entry in entries) != refs:
+    chunks = [ref for entry in entries for ref in entry.refs]
+    if len(chunks) != refs:
         raise CorruptError(f"{what}: not as many places as chunks")
+    places = zip(locations.ref_frames, locations.ref_offsets, strict=True)
+    for (name, size), (frame, offset) in zip(chunks, places, strict=True):
+        if (name == HOLE) != (frame == NOWHERE):
+            raise CorruptError(f"{what}: a chunk in no frame")
+        if frame != NOWHERE and (frame >= count or offset + size > raw[frame]):
+            raise CorruptError(f"{what}: a chunk beyond its frame")
     return StoredPackage(entries, locations, facts)
 
 
-def load_packages(objects: ObjectStore, keys: Sequence[str]) -> list[StoredPackage | None]:
+def load_packages(
+    objects: ObjectStore, keys: Sequence[str], warnings: list[str]
+) -> list[StoredPackage | None]:
     """Return the stored packages called ``keys``, ``None`` for those that are not there.
 
     One request each, ``PARALLEL`` at a time. What is damaged or of another format counts as not
-    there: it will be stored anew.
+    there, as it can be stored anew; ``warnings`` then gets a line.
     """
 
     def load(key: str) -> StoredPackage | None:
         try:
             return decode_package(objects.get(key), key)
-        except (NotFoundError, CorruptError, UnsupportedFormatError):
+        except NotFoundError:
+            return None
+        except (CorruptError, UnsupportedFormatError) as error:
+            warnings.append(f"a package is stored again: {error.message}")
             return None
 
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="packages") as pool:

@@ -2,8 +2,8 @@
 
 Structure: ref -> snapshot -> manifest -> parts -> locations -> packs present, long enough, and
 listing the very frames and chunks the locations name. With data: every pack used is read whole,
-and its name, every frame and every chunk are hashed. Of the whole store also the index is checked,
-and every pack it lists: the next push will rely on them; and so are profiles.
+and its name, every frame and every chunk are hashed. Of the whole store also the index and stored
+packages are checked, and every pack they name: the next push will rely on them. So are profiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from envstore.errors import CorruptError, EnvstoreError, NotFoundError, Unsuppor
 from envstore.store.digest import digest, parse_hex
 from envstore.store.frames import Frame, decode_frame
 from envstore.store.locations import FrameRef, Locations
+from envstore.store.locks import load_lock_bytes
 from envstore.store.manifest import HOLE, Entry, Root, read_entries
+from envstore.store.packages import decode_package
 from envstore.store.packs import FOOTER_SIZE, Pack, frame_bytes, pack_key, parse_pack, read_table
 from envstore.store.profiles import open_profile
 from envstore.store.repository import PARALLEL, Repository
@@ -128,6 +130,9 @@ def _check_metadata(
         root, locations = repository.located(snapshot.manifest)
         entries = read_entries(repository.parts(root, locations))
         _expect(plans, user, root, locations, entries, snapshot)
+        if snapshot.lock is not None:
+            what = f"lock {snapshot.lock.hex()}"
+            load_lock_bytes(repository.objects, snapshot.lock)
     except DAMAGE as error:
         return what, error.message
     return None
@@ -156,14 +161,21 @@ def _check_index(repository: Repository, plans: dict[bytes, _Plan]) -> list[Prob
                 plan.frames.add(FrameRef(pack.digest, offset, *facts))
 
     each("index/", segment)
+
+    def package(data: bytes, key: str) -> None:
+        for frame in decode_package(data, key).locations.frames:
+            plans[frame.pack].frames.add(frame)
+
     each("samples/", lambda name: open_sample(objects.get(sample_key(name)), name))
-    for info in objects.list("profiles/"):
-        try:
-            open_profile(objects.get(info.key), info.key)
-        except NotFoundError:
-            continue  # removed since it was listed
-        except DAMAGE as error:
-            found.append(Problem(info.key, error.message, ()))
+    each("locks/", lambda name: load_lock_bytes(objects, name))
+    for prefix, check in (("profiles/", open_profile), ("packages/", package)):
+        for info in objects.list(prefix):
+            try:
+                check(objects.get(info.key), info.key)
+            except NotFoundError:
+                continue  # removed since it was listed
+            except DAMAGE as error:
+                found.append(Problem(info.key, error.message, ()))
     return found
 
 
