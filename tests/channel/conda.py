@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,9 +22,7 @@ from pathlib import Path
 
 from tests.channel.content import RECIPES, Recipe
 from tests.channel.packing import JANUARY, Package, pack
-
-# Read when this is imported: the tests themselves run without such variables.
-CACHE = Path(os.environ.get("ENVSTORE_TESTS_CACHE") or Path.home() / ".cache" / "envstore-tests")
+from tests.channel.wheelhouse import CACHE, link_or_copy
 
 _INDEX = """
 import asyncio, sys
@@ -102,14 +99,6 @@ def write_repodata(directory: Path, packages: Sequence[Package]) -> Channel:
         }
         (directory / subdir / "repodata.json").write_text(json.dumps(document))
     return Channel(directory, {package.path.name: package for package in packages})
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source`` where that can be, else a copy of it."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _wanted(names: Iterable[str] | None) -> list[Recipe]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.channel.conda import Channel, build_channel
+from tests.channel.pypi import Index, build_index
+from tests.channel.wheelhouse import locked_names
 
 
 @pytest.fixture(scope="session")
@@ -20,4 +22,16 @@ def numpy_channel(tmp_path_factory: pytest.TempPathFactory) -> Channel:
     return build_channel(tmp_path_factory.mktemp("conda") / "numpy channel", names)
 
 
-__all__ = ["conda_channel", "numpy_channel"]
+@pytest.fixture(scope="session")
+def wheel_index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """The small distributions of ``pypi``, made in a moment; serve it with ``serving``."""
+    return build_index(tmp_path_factory.mktemp("index") / "small")
+
+
+@pytest.fixture(scope="session")
+def real_index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """The small ones and the real wheels of wheels.lock, which may have to be fetched."""
+    return build_index(tmp_path_factory.mktemp("index") / "real", real=locked_names())
+
+
+__all__ = ["conda_channel", "numpy_channel", "real_index", "wheel_index"]

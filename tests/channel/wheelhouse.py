@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,6 +74,14 @@ def wheel(name: str) -> Path:
 def wheels(*names: str) -> list[Path]:
     """Return the wheels of ``names``, of everything in wheels.lock if there are none."""
     return [wheel(name) for name in names or locked_names()]
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source`` where that can be, else a copy of it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def is_pure(path: Path) -> bool:
