@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from envstore.store.manifest import Entry, sort_key
+from envstore.store.relocation import Relocation
+from envstore.store.source import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class Change:
 def diff(old: Iterable[Entry], new: Iterable[Entry]) -> Iterator[Change]:
     """Yield the changes from ``old`` to ``new``, both in path order; holds nothing in memory.
 
-    Content, kind, executable bit, link target and stored mode count; time stamps do not.
+    Content, kind, executable bit, link target, stored mode and how a file is relocated count; time
+    stamps do not.
     """
     left, right = iter(old), iter(new)
     a, b = next(left, None), next(right, None)
@@ -51,4 +54,7 @@ def diff(old: Iterable[Entry], new: Iterable[Entry]) -> Iterator[Change]:
 
 
 def _facts(entry: Entry) -> tuple[object, ...]:
-    return entry.kind, entry.executable, entry.digest, entry.target, entry.mode
+    relocation = entry.relocation
+    if relocation and entry.kind is Kind.FILE:
+        relocation = Relocation.decode(relocation).nameless()
+    return entry.kind, entry.executable, entry.digest, entry.target, entry.mode, relocation

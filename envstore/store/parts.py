@@ -17,6 +17,7 @@ from envstore.errors import CorruptError, UnsupportedFormatError
 from envstore.store.binary import U32, Cursor, pack_array, unpack_array
 from envstore.store.digest import DIGEST_SIZE, EMPTY, digest
 from envstore.store.entries import HOLE, Entry, sort_key
+from envstore.store.relocation import Relocation, link_relocation
 from envstore.store.source import Kind
 
 MAX_PART_REFS = 16_384
@@ -44,12 +45,16 @@ class _Column:
     MODE = 11
     MTIME = 12
     LINK = 13
+    RELOCATION = 14
     OPTIONAL = 0x8000
 
 
 @dataclass(slots=True)
 class Part:
-    """Decoded columns of one part; ``files`` columns hold one item for each file entry."""
+    """Decoded columns of one part; ``files`` columns hold one item for each file entry.
+
+    ``links`` and ``relocations`` are by entry number; ``plans`` are the relocations of files.
+    """
 
     base: bytes
     kinds: bytes
@@ -64,6 +69,8 @@ class Part:
     modes: array[int] | None = None
     mtimes: array[int] | None = None
     links: dict[int, bytes] = field(default_factory=dict)
+    relocations: dict[int, bytes] = field(default_factory=dict)
+    plans: dict[int, Relocation] = field(default_factory=dict)
 
     @property
     def continued(self) -> bool:
@@ -94,7 +101,7 @@ def build_parts(entries: Iterable[Entry]) -> Iterator[tuple[PartInfo, bytes]]:
         if batch and (cut or full):
             yield _encode_part(batch)
             batch, refs, text = [], 0, 0
-        text += len(entry.path) + len(entry.target) + len(entry.link)
+        text += len(entry.path) + len(entry.target) + len(entry.link) + len(entry.relocation)
         start = 0
         while True:
             batch.append((entry, start))
@@ -121,7 +128,7 @@ def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
     digests: list[bytes] = []
     file_digests: list[bytes] = []
     targets: list[bytes] = []
-    links = bytearray()
+    links, relocations = bytearray(), bytearray()
     modes, mtimes = array("H"), array("q")
     room = MAX_PART_REFS
     for number, (entry, start) in enumerate(batch):
@@ -132,6 +139,8 @@ def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
         if entry.mode is not None and entry.mtime_ns is not None:
             modes.append(entry.mode)
             mtimes.append(entry.mtime_ns)
+        if entry.relocation and not start:
+            relocations += _record(number, entry.relocation)
         if entry.kind is Kind.SYMLINK:
             targets.append(entry.target)
         elif entry.kind is Kind.FILE:
@@ -146,7 +155,7 @@ def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
                 if not _named_by_chunk(entry.size, part):
                     file_digests.append(entry.digest)
                 if entry.link:
-                    links += U32.pack(number) + U32.pack(len(entry.link)) + entry.link
+                    links += _record(number, entry.link)
     base = batch[0][0].path.rpartition(b"/")[0]
     columns = {
         _Column.KIND: bytes(kinds),
@@ -162,6 +171,7 @@ def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
         _Column.MODE: pack_array(modes),
         _Column.MTIME: pack_array(mtimes),
         _Column.LINK: bytes(links),
+        _Column.RELOCATION: bytes(relocations),
     }
     body = [U32.pack(sum(1 for value in columns.values() if value))]
     for column, value in columns.items():
@@ -169,6 +179,10 @@ def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
             body += (U32.pack(column), U32.pack(len(value)), value)
     raw = b"".join(body)
     return PartInfo(digest(raw), len(raw), len(batch), len(digests)), raw
+
+
+def _record(number: int, value: bytes) -> bytes:
+    return U32.pack(number) + U32.pack(len(value)) + value
 
 
 def decode_part(raw: bytes | memoryview) -> Part:
@@ -180,7 +194,7 @@ def decode_part(raw: bytes | memoryview) -> Part:
         value = bytes(cursor.take(length))
         if column in columns:
             raise CorruptError(f"manifest part: column {column} twice")
-        if not 1 <= column <= _Column.LINK and column < _Column.OPTIONAL:
+        if not 1 <= column <= _Column.RELOCATION and column < _Column.OPTIONAL:
             raise UnsupportedFormatError(
                 f"manifest part holds column {column}, unknown here", hint="upgrade envstore"
             )
@@ -200,7 +214,8 @@ def decode_part(raw: bytes | memoryview) -> Part:
         ref_sizes=unpack_array(columns.get(_Column.REF_SIZE, b""), 4),
         file_digests=columns.get(_Column.FILE_DIGEST, b""),
         targets=target_blob.split(b"\0") if target_blob is not None else [],
-        links=_decode_links(columns.get(_Column.LINK, b"")),
+        links=_decode_records(columns.get(_Column.LINK, b"")),
+        relocations=_decode_records(columns.get(_Column.RELOCATION, b"")),
     )
     if _Column.MODE in columns:
         part.modes = unpack_array(columns[_Column.MODE], 2)
@@ -209,15 +224,19 @@ def decode_part(raw: bytes | memoryview) -> Part:
     return part
 
 
-def _decode_links(data: bytes) -> dict[int, bytes]:
+def _decode_records(data: bytes) -> dict[int, bytes]:
     found = {}
     cursor = Cursor(data)
     left = len(data)
+    last = -1
     while left:
         number = cursor.u32()
-        path = bytes(cursor.take(cursor.u32()))
-        found[number] = path
-        left -= 8 + len(path)
+        value = bytes(cursor.take(cursor.u32()))
+        if number <= last:
+            raise CorruptError("manifest part: links or relocations are not in order")
+        found[number] = value
+        last = number
+        left -= 8 + len(value)
     return found
 
 
@@ -247,6 +266,7 @@ def _check_part(part: Part) -> None:
         raise CorruptError("manifest part: file or link columns of different length")
     if any(number >= count or what[number] != Kind.FILE for number in part.links):
         raise CorruptError("manifest part: a hard link that is no file")
+    _check_relocations(part, what)
     refs = sum(part.counts)
     if len(part.ref_sizes) != refs or len(part.ref_digests) != refs * DIGEST_SIZE:
         raise CorruptError("manifest part: chunk columns of different length")
@@ -260,6 +280,25 @@ def _check_part(part: Part) -> None:
     deepest = map(add, part.depths, what.translate(_IS_DIRECTORY))
     if any(map(gt, islice(part.depths, 1, None), deepest)):
         raise CorruptError("manifest part: an entry without its directory")
+
+
+def _check_relocations(part: Part, what: bytes) -> None:
+    """Fill in ``part.plans``, refusing what does not fit the entry that it is of."""
+    if not part.relocations:
+        return
+    files = list(accumulate((kind == Kind.FILE for kind in what), initial=0))
+    links = list(accumulate((kind == Kind.SYMLINK for kind in what), initial=0))
+    for number, value in part.relocations.items():
+        if number >= len(what) or (part.continued and not number):
+            raise CorruptError("manifest part: a relocation of no entry")
+        if what[number] == Kind.FILE:
+            plan = part.plans[number] = Relocation.decode(value)
+            fits = plan.size == part.sizes[files[number]]
+        else:
+            link = what[number] == Kind.SYMLINK
+            fits = link and bool(link_relocation(part.targets[links[number]], value))
+        if not fits:
+            raise CorruptError("manifest part: a relocation that does not fit its entry")
 
 
 def read_entries(parts: Iterable[Part]) -> Iterator[Entry]:
@@ -299,7 +338,7 @@ def read_entries(parts: Iterable[Part]) -> Iterator[Entry]:
 def _joined(first: Entry, more: Entry) -> Entry:
     return Entry(
         first.path, first.kind, first.executable, first.size, first.digest,
-        first.refs + more.refs, b"", first.mode, first.mtime_ns, first.link,
+        first.refs + more.refs, b"", first.mode, first.mtime_ns, first.link, first.relocation,
     )  # fmt: skip
 
 
@@ -321,6 +360,7 @@ def _part_entries(part: Part) -> Iterator[tuple[Entry, bool]]:
         path = b"/".join(stack)
         mode = part.modes[i] if part.modes is not None else None
         mtime = part.mtimes[i] if part.mtimes is not None else None
+        relocation = part.relocations.get(i, b"")
         if kind is Kind.FILE:
             first, end = starts[file_no], starts[file_no + 1]
             names, sizes = part.ref_digests, part.ref_sizes
@@ -339,13 +379,16 @@ def _part_entries(part: Part) -> Iterator[tuple[Entry, bool]]:
             link = part.links.get(i, b"")
             entry = Entry(
                 path, kind, executable, part.sizes[file_no], whole, refs,
-                b"", mode, mtime, link,
+                b"", mode, mtime, link, relocation,
             )  # fmt: skip
             file_no += 1
             yield entry, continued
         elif kind is Kind.SYMLINK:
             target = part.targets[link_no]
             link_no += 1
-            yield Entry(path, kind, target=target, mode=mode, mtime_ns=mtime), False
+            yield (
+                Entry(path, kind, target=target, mode=mode, mtime_ns=mtime, relocation=relocation),
+                False,
+            )
         else:
             yield Entry(path, kind, mode=mode, mtime_ns=mtime), False

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import enum
 import mmap
-import re
-from array import array
+import os
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from envstore.errors import CorruptError, UsageError
-from envstore.store.binary import Cursor
 
 PLACEHOLDER = b"/envstore-prefix-0b1d6f6e7c5a4f0f9f6b2e43d0a7c981"
 """Stands for the prefix in text files that envstore makes itself."""
@@ -27,15 +26,13 @@ MAX_PREFIX = 4095
 """Bytes of a prefix or placeholder: what Linux takes for a path."""
 
 _MAX_PACKAGE = 255
-_MAX_SHEBANG = 127
+MAX_SHEBANG = 127
+"""Bytes of a script's first line that Linux reads."""
 _MAX_NUMBER = (1 << 64) - 1
-_MARK = b"\n"  # the one byte that no first line holds
-_STANDIN = "\ud800"  # what it becomes in text: no text that was decoded holds it
-_SHEBANG = re.compile("#! *([/\ud800](?:\\\\ |[^ \n\r\t])*)(.*)")
-_PYTHON = re.compile(r"python(?:\d+(?:\.\d+)?)?")
+MARK = b"\n"
+"""Stands for a placeholder in a first line: the one byte that none holds."""
 
-Source = Callable[[int, int], bytes]
-"""Returns as many bytes from an offset of the stored file as are asked for."""
+_Key = TypeVar("_Key")
 
 
 class Mode(enum.IntEnum):
@@ -65,7 +62,7 @@ class Relocation:
 
     def head(self) -> int:
         """Return the length of the stored first line that ``shebang`` stands for."""
-        return len(self.shebang) + self.shebang.count(_MARK) * (self.placeholder - 1)
+        return len(self.shebang) + self.shebang.count(MARK) * (self.placeholder - 1)
 
     def encode(self) -> bytes:
         """Return the bytes that ``decode`` reads: about 30 and 1-3 for each occurrence."""
@@ -91,81 +88,87 @@ class Relocation:
                 at, number = end, last
         return bytes(out)
 
+    def nameless(self) -> bytes:
+        """Return what ``encode`` would without the package, which changes no byte of the file."""
+        return replace(self, package="").encode()
+
     @classmethod
     def decode(cls, data: bytes | memoryview) -> Relocation:
         """Return what ``encode`` made ``data`` of. Raises ``CorruptError`` for all else."""
         if len(data) > MAX_ENCODED:
             raise CorruptError(f"relocation: {len(data)} bytes are too many")
-        found = _Decoder(data).read()
-        if found.encode() != data:
-            raise CorruptError("relocation: not in its shortest form")
-        return found
+        return _Decoder(bytes(data)).read()
 
 
 class _Decoder:
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._cursor = Cursor(data)
-        self._length = len(data)
+    """Reads the fields of one plan off ``data``, never past its end."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
 
     def read(self) -> Relocation:
-        take = self._cursor.take
         number = self._number()
         if number not in (Mode.TEXT, Mode.BINARY):
             raise CorruptError(f"relocation: mode {number} is unknown")
         mode = Mode(number)
         try:
-            package = bytes(take(self._number(_MAX_PACKAGE))).decode()
+            package = self._take(self._number(_MAX_PACKAGE)).decode()
         except UnicodeDecodeError:
             raise CorruptError("relocation: the package's name is no UTF-8") from None
         placeholder, size = self._number(MAX_PREFIX), self._number()
-        shebang = b""
-        ends: list[int] = []
         if not placeholder:
             raise CorruptError("relocation: an empty placeholder")
+        shebang = b""
+        offsets: list[int] = []
+        ends: list[int] = []
+        at = 0
         if mode is Mode.TEXT:
-            shebang = bytes(take(self._number(self._length)))
-            plan = Relocation(mode, placeholder, size, shebang=shebang)
-            offsets = self._offsets(plan.head(), placeholder, self._number(self._length))
-            at = offsets[-1] + placeholder if offsets else plan.head()
+            shebang = self._take(self._number())
             if shebang and not shebang.startswith(b"#!"):
                 raise CorruptError("relocation: a first line that is no shebang")
-            if at > size or not (offsets or shebang):
-                raise CorruptError("relocation: a place outside of the file")
+            at = Relocation(mode, placeholder, size, shebang=shebang).head()
+            at = self._offsets(offsets, at, placeholder)
         else:
-            offsets = []
-            at = 0
-            for _ in range(self._number(self._length)):
-                some = self._offsets(at, placeholder, self._number(self._length))
-                if not some:
+            for _ in range(self._number(len(self._data))):
+                before = len(offsets)
+                at = self._offsets(offsets, at, placeholder) + self._number()
+                if len(offsets) == before:
                     raise CorruptError("relocation: a string without a placeholder")
-                offsets += some
-                at = some[-1] + placeholder + self._number()
                 ends.append(at)
-            if at > size or not offsets:
-                raise CorruptError("relocation: a place outside of the file")
-        self._cursor.finish()
+        if at > size or not (offsets or shebang):
+            raise CorruptError("relocation: a place outside of the file, or none")
+        if self._at != len(self._data):
+            raise CorruptError("relocation: stray bytes at the end")
         return Relocation(mode, placeholder, size, tuple(offsets), tuple(ends), shebang, package)
 
-    def _offsets(self, at: int, placeholder: int, count: int) -> list[int]:
-        offsets = []
-        for _ in range(count):
+    def _offsets(self, offsets: list[int], at: int, placeholder: int) -> int:
+        """Append some offsets to ``offsets``; returns where the last placeholder ends."""
+        for _ in range(self._number(len(self._data))):
             at += self._number()
             offsets.append(at)
             at += placeholder
-        return offsets
+        return at
+
+    def _take(self, size: int) -> bytes:
+        start, self._at = self._at, self._at + size
+        if self._at > len(self._data):
+            raise CorruptError("relocation: cut off")
+        return self._data[start : self._at]
 
     def _number(self, limit: int = _MAX_NUMBER) -> int:
         value = shift = 0
         while True:
-            (byte,) = self._cursor.take(1)
+            if self._at >= len(self._data):
+                raise CorruptError("relocation: cut off")
+            byte = self._data[self._at]
+            self._at += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 break
             shift += 7
-            if shift > 63:
-                raise CorruptError("relocation: a number is too long")
-        if value > limit:
-            raise CorruptError(f"relocation: {value} is more than {limit}")
+        if value > limit or (shift and not byte) or shift > 63:
+            raise CorruptError("relocation: a number too large, or not in its shortest form")
         return value
 
 
@@ -199,8 +202,8 @@ def plan(
     at = 0
     if mode is Mode.TEXT:
         line = _first_line(data)
-        if placeholder in line or len(line) > _MAX_SHEBANG or not _is_utf8(line):
-            shebang = line.replace(placeholder, _MARK)
+        if placeholder in line or len(line) > MAX_SHEBANG or not _is_utf8(line):
+            shebang = line.replace(placeholder, MARK)
             at = len(line)
     while (found := data.find(placeholder, at)) >= 0:
         offsets.append(found)
@@ -250,152 +253,27 @@ def relocated_target(target: bytes, relocation: bytes, prefix: bytes) -> bytes:
 
 def check_prefix(prefix: bytes) -> None:
     """See that files can be relocated to ``prefix``. Raises ``UsageError``."""
-    if not prefix.startswith(b"/") or not {0, 10}.isdisjoint(prefix):
+    if prefix[:1] != b"/" or prefix[-1:] == b"/" or not {0, 10}.isdisjoint(prefix):
         raise UsageError(
-            f"{prefix.decode(errors='replace')!r} is no prefix", hint="give an absolute path"
+            f"{os.fsdecode(prefix)!r} is no prefix to relocate to",
+            hint="it must be an absolute path of one line, without / at its end",
         )
     if len(prefix) > MAX_PREFIX:
         raise UsageError(f"a prefix of {len(prefix)} bytes is too long for a path")
 
 
-def check_room(relocation: Relocation, prefix: bytes, path: bytes) -> None:
+def tightest(plans: Mapping[_Key, Relocation]) -> _Key | None:
+    """Return which of the files bounds how long a prefix may be, ``None`` if none does."""
+    binaries = (key for key, plan in plans.items() if plan.mode is Mode.BINARY)
+    return min(binaries, key=lambda key: plans[key].placeholder, default=None)
+
+
+def check_room(relocation: Relocation, prefix: bytes, path: bytes = b"one of its files") -> None:
     """See that there is room for ``prefix`` in the file at ``path``. Raises ``UsageError``."""
     if relocation.mode is Mode.BINARY and len(prefix) > relocation.placeholder:
-        where = path.decode(errors="replace")
-        package = relocation.package or "a package"
         raise UsageError(
-            f"the prefix {prefix.decode(errors='replace')} has {len(prefix)} bytes, and {package} "
-            f"has room for {relocation.placeholder} in {where}",
-            hint="choose a shorter path",
+            f"the prefix {os.fsdecode(prefix)} has {len(prefix)} characters, and "
+            f"{relocation.package or 'a package'} has room for {relocation.placeholder} only "
+            f"(in {os.fsdecode(path)})",
+            hint="use a shorter path, or give a shorter --prefix",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A range of a relocated file: what to read of the stored one, and what to make of that.
-
-    ``pieces`` are literal bytes, and ``(start, end)`` in the ``size`` bytes read from ``start``.
-    """
-
-    start: int
-    size: int
-    pieces: tuple[bytes | tuple[int, int], ...]
-
-    def join(self, stored: bytes | memoryview) -> bytes:
-        """Return the range, given the ``size`` stored bytes from ``start`` on."""
-        if len(stored) != self.size:
-            raise CorruptError(
-                f"relocation: {len(stored)} stored bytes where {self.size} should be"
-            )
-        return b"".join(
-            one if isinstance(one, bytes) else stored[one[0] : one[1]] for one in self.pieces
-        )
-
-
-_STORED, _PREFIX, _ZEROS, _HEAD = range(4)
-
-
-class Relocated:
-    """A file as it is at ``prefix``: its ``size``, and how to read it. Thread-safe."""
-
-    def __init__(self, relocation: Relocation, prefix: bytes) -> None:
-        """Raises ``UsageError`` if ``prefix`` is longer than a binary has room for."""
-        check_room(relocation, prefix, b"one of its files")
-        self._prefix = prefix
-        self._head = b""
-        # Segment i is what lies from starts[i] up to starts[i + 1]; stored bytes from sources[i].
-        self._starts = array("Q", [0])
-        self._sources = array("Q")
-        self._kinds = bytearray()
-        at = 0
-        if relocation.shebang:
-            self._head = _shebang(relocation.shebang, prefix)
-            self._add(_HEAD, len(self._head))
-            at = relocation.head()
-        ends = iter(relocation.ends)
-        end = next(ends, None)
-        for offset in relocation.offsets:
-            if end is not None and offset >= end:
-                at = self._finish_string(at, end)
-                end = next(ends, None)
-            self._add(_STORED, offset - at, at)
-            self._add(_PREFIX, len(prefix))
-            at = offset + relocation.placeholder
-        if end is not None:
-            at = self._finish_string(at, end)
-        self._add(_STORED, relocation.size - at, at)
-        self.size = self._starts[-1]
-
-    def _finish_string(self, at: int, end: int) -> int:
-        self._add(_STORED, end - at, at)
-        self._add(_ZEROS, end - self._starts[-1])
-        return end
-
-    def _add(self, kind: int, length: int, source: int = 0) -> None:
-        if length:
-            self._kinds.append(kind)
-            self._sources.append(source)
-            self._starts.append(self._starts[-1] + length)
-
-    def cut(self, offset: int, size: int) -> Cut:
-        """Return how to read a range, clipped to the end of the file."""
-        starts = self._starts
-        stop = min(offset + size, self.size)
-        found: list[tuple[int, int, int]] = []
-        number = bisect_right(starts, offset) - 1
-        low = high = -1
-        while offset < stop:
-            end = min(starts[number + 1], stop)
-            kind = self._kinds[number]
-            at = offset - starts[number]
-            if kind == _STORED:
-                at += self._sources[number]
-                low = at if low < 0 else low
-                high = at + end - offset
-            found.append((kind, at, end - offset))
-            offset = end
-            number += 1
-        pieces = tuple(self._piece(kind, at, length, low) for kind, at, length in found)
-        return Cut(max(low, 0), high - low, pieces)
-
-    def _piece(self, kind: int, at: int, length: int, low: int) -> bytes | tuple[int, int]:
-        if kind == _STORED:
-            return at - low, at - low + length
-        if kind == _ZEROS:
-            return bytes(length)
-        whole = self._prefix if kind == _PREFIX else self._head
-        return whole[at : at + length]
-
-    def read(self, offset: int, size: int, source: Source) -> bytes:
-        """Return a range, clipped to the end of the file. Raises ``CorruptError``."""
-        cut = self.cut(offset, size)
-        return cut.join(source(cut.start, cut.size) if cut.size else b"")
-
-
-def _shebang(template: bytes, prefix: bytes) -> bytes:
-    """Return the first line of a script at ``prefix``: one that the kernel can follow.
-
-    It cannot where the path holds a blank, or the line is longer than 127 bytes.
-    """
-    line = template.decode(errors="replace").replace("\n", _STANDIN)
-    path = prefix.decode(errors="surrogateescape")
-    if " " in path:
-        # In this order, as only one of the two detours lets a blank follow.
-        line = _detour(line) if _STANDIN in line else line
-    found = line.replace(_STANDIN, path).encode(errors="surrogateescape")
-    if " " not in path and len(found) > _MAX_SHEBANG:
-        found = _detour(line.replace(_STANDIN, path)).encode(errors="surrogateescape")
-    return found
-
-
-def _detour(line: str) -> str:
-    """Return a first line that finds its interpreter without the kernel's help."""
-    match = _SHEBANG.fullmatch(line)
-    if match is None:
-        return line
-    path, rest = match.groups()
-    name = path.rpartition("/")[2]
-    if _PYTHON.fullmatch(name):
-        # For sh the start of a command, for Python that of a string.
-        return f"#!/bin/sh\n'''exec' \"{path}\"{rest} \"$0\" \"$@\" #'''"
-    return f"#!/usr/bin/env {name}{rest}"
