@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from envstore.errors import UsageError
 from envstore.store.manifest import Entry, sort_key
@@ -31,8 +32,12 @@ class Clobber:
 
 @dataclass(slots=True)
 class Composition:
-    """Entries by path, and by path the number of the package that each comes from."""
+    """Entries by path, and by path the number of the package that each comes from.
 
+    ``names`` are what the packages are called; -1 is nobody's number.
+    """
+
+    names: Sequence[str]
     entries: dict[bytes, Entry] = field(default_factory=dict)
     owners: dict[bytes, int] = field(default_factory=dict)
     clobbers: list[Clobber] = field(default_factory=list)
@@ -42,15 +47,43 @@ class Composition:
         return sorted(self.entries.values(), key=lambda entry: sort_key(entry.path))
 
     def add(self, owner: int, entry: Entry) -> None:
-        """Put ``entry`` of the package ``owner`` where it belongs, over what is there."""
+        """Put ``entry`` of the package ``owner`` where it belongs, over what is there.
+
+        Raises ``UsageError`` if only one of the two is a directory.
+        """
         path = entry.path
         old = self.entries.get(path)
-        if old is not None and entry.kind is Kind.DIRECTORY and old.kind is Kind.DIRECTORY:
+        if old is not None and Kind.DIRECTORY in (entry.kind, old.kind):
+            if entry.kind is not old.kind:
+                self._refuse(path, *sorted((owner, self.owners[path])))
             return
         if old is not None and not _same(old, entry):
             self.clobbers.append(Clobber(path, owner, self.owners[path]))
         self.entries[path] = entry
         self.owners[path] = owner
+
+    def complete(self) -> None:
+        """Add the directories that no package lists. Raises ``UsageError`` as ``add`` does."""
+        missing: set[bytes] = set()
+        for path in self.entries:
+            parent = path.rpartition(b"/")[0]
+            while parent and parent not in missing:
+                above = self.entries.get(parent)
+                if above is not None and above.kind is Kind.DIRECTORY:
+                    break
+                if above is not None:
+                    self._refuse(parent, self.owners[path], self.owners[parent])
+                missing.add(parent)
+                parent = parent.rpartition(b"/")[0]
+        for path in missing:
+            self.add(-1, Entry(path, Kind.DIRECTORY))
+
+    def _refuse(self, path: bytes, one: int, other: int) -> NoReturn:
+        names = [self.names[number] if number >= 0 else "envstore" for number in (one, other)]
+        raise UsageError(
+            f"{os.fsdecode(path)} is a directory in only one of {names[0]} and {names[1]}",
+            hint="these packages cannot be in one environment",
+        )
 
 
 def compose(packages: Sequence[Sequence[Entry]], names: Sequence[str]) -> Composition:
@@ -59,11 +92,11 @@ def compose(packages: Sequence[Sequence[Entry]], names: Sequence[str]) -> Compos
     Raises ``UsageError`` where one has a directory and another something else: then files of
     the one would lie in the other's.
     """
-    composed = Composition()
+    composed = Composition(names)
     for number, entries in enumerate(packages):
         for entry in entries:
             composed.add(number, entry)
-    _check_directories(composed, names)
+    composed.complete()
     for path in list(_stale_bytecode(composed)):
         del composed.entries[path], composed.owners[path]
     return composed
@@ -73,28 +106,6 @@ def _same(one: Entry, other: Entry) -> bool:
     return (one.kind, one.executable, one.refs, one.target, one.relocation) == (
         other.kind, other.executable, other.refs, other.target, other.relocation,
     )  # fmt: skip
-
-
-def _check_directories(composed: Composition, names: Sequence[str]) -> None:
-    entries, owners = composed.entries, composed.owners
-    missing: set[bytes] = set()
-    for path in entries:
-        parent = path.rpartition(b"/")[0]
-        while parent and parent not in missing:
-            above = entries.get(parent)
-            if above is not None and above.kind is Kind.DIRECTORY:
-                break
-            if above is not None:
-                raise UsageError(
-                    f"{os.fsdecode(parent)} is a directory in {names[owners[path]]}, "
-                    f"but not in {names[owners[parent]]}",
-                    hint="these packages cannot be in one environment",
-                )
-            missing.add(parent)
-            parent = parent.rpartition(b"/")[0]
-    for path in missing:
-        entries[path] = Entry(path, Kind.DIRECTORY)
-        owners[path] = -1
 
 
 def _stale_bytecode(composed: Composition) -> Iterator[bytes]:
