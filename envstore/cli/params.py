@@ -67,6 +67,20 @@ class PathType(click.Path):
         return super().convert(value, param, ctx)
 
 
+class PrefixType(click.ParamType[str]):
+    """An absolute path that need not be there, without / at its end."""
+
+    name = "PATH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the path as ``check_prefix`` does."""
+        from envstore.store.relocation import check_prefix
+
+        prefix: str = os.path.normpath(value) if value.startswith("/") else value
+        check_prefix(os.fsencode(prefix))
+        return prefix
+
+
 REF = RefType()
 
 

@@ -11,7 +11,7 @@ import click
 from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
-from envstore.cli.params import REF, PathType, ref_argument
+from envstore.cli.params import REF, PathType, PrefixType, ref_argument
 from envstore.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -152,16 +152,24 @@ def _push_fields(done: PushResult) -> dict[str, Any]:
     examples="""
         envstore pull analysis ./analysis        write the tree to a new directory
         envstore pull @3f2a9c1b ./as-it-was      a snapshot by its digest
+        envstore pull analysis ./env --prefix /opt/env    for an image that has it in /opt/env
     """,
 )
 @ref_argument()
 @click.argument("directory", metavar="DIR", type=PathType(path_type=Path, file_okay=False))
+@click.option(
+    "--prefix",
+    type=PrefixType(),
+    default="",
+    help="Where the tree will be used, if not in DIR: files that hold its path are made for there.",
+)
 @click.pass_obj
-def pull(settings: Settings, ref: str, directory: Path) -> None:
+def pull(settings: Settings, ref: str, directory: Path, prefix: str) -> None:
     """Write the whole tree of REF to a new directory.
 
     DIR must be absent or empty. It appears when it is complete; until then the tree
-    grows in a hidden directory beside it.
+    grows in a hidden directory beside it. Scripts and other files that hold the path of their
+    environment are written for DIR, or for --prefix.
     """
     import time
 
@@ -172,7 +180,11 @@ def pull(settings: Settings, ref: str, directory: Path) -> None:
         snapshot = repository.resolve(ref)
         with progress(settings) as report:
             done = pull_tree(
-                repository, snapshot, directory, lambda at, total: report("writing", at, total)
+                repository,
+                snapshot,
+                directory,
+                lambda at, total: report("writing", at, total),
+                prefix=os.fsencode(prefix),
             )
     seconds = time.monotonic() - started
     if settings.json:

@@ -3,7 +3,8 @@
 Every frame is fetched once, in large requests and in parallel, and its chunks are written to
 wherever they belong; nothing is held but the frames being written. The tree grows in a hidden
 directory beside the destination, or in it if that exists (it may be a mount point, or where a
-shell stands), and takes its place only when it is complete.
+shell stands), and takes its place only when it is complete. Files that hold their own prefix are
+relocated to where the tree will be.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ from envstore.store.digest import digest
 from envstore.store.fetch import FrameFetcher
 from envstore.store.locations import FrameRef, Locations
 from envstore.store.manifest import HOLE, NORMAL_MTIME_NS, Entry, Root, read_entries
+from envstore.store.relocated import Relocated
+from envstore.store.relocation import (
+    Relocation,
+    check_prefix,
+    check_room,
+    relocated_target,
+    tightest,
+)
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.source import Kind
 
@@ -68,11 +77,17 @@ class _Write:
 
 
 def pull(
-    repository: Repository, snapshot: bytes, destination: Path, progress: Progress | None = None
+    repository: Repository,
+    snapshot: bytes,
+    destination: Path,
+    progress: Progress | None = None,
+    *,
+    prefix: bytes = b"",
 ) -> PullResult:
     """Write the tree of ``snapshot`` to ``destination``, which must be absent or empty.
 
-    Raises ``UsageError`` (destination in use), ``CorruptError``, ``NoSpaceError``,
+    It is made to work at ``prefix``, by default the absolute path of ``destination``. Raises
+    ``UsageError`` (destination in use, prefix too long), ``CorruptError``, ``NoSpaceError``,
     ``AccessDeniedError``; the destination is then as it was.
     """
     destination = Path(os.path.abspath(destination))
@@ -81,6 +96,7 @@ def pull(
     requests, received = traffic.requests, traffic.bytes_in
     root, locations = repository.located(repository.snapshot(snapshot).manifest)
     entries = list(read_entries(repository.parts(root, locations)))
+    place = _Place(entries, prefix or os.fsencode(destination))
     exists = destination.exists()
     home = destination if exists else destination.parent
     partial = home / f".envstore-{secrets.token_hex(8)}.partial"
@@ -89,7 +105,7 @@ def pull(
             partial.mkdir()
             top = os.open(partial, _DIRECTORY)
             try:
-                _write_tree(repository, top, root, entries, locations, progress)
+                _write_tree(repository, top, root, entries, locations, place, progress)
                 if exists:
                     _move_up(top, partial, root)
                 else:
@@ -105,6 +121,29 @@ def pull(
     return PullResult(
         root.files, root.logical, traffic.bytes_in - received, traffic.requests - requests
     )
+
+
+class _Place:
+    """Where a tree will be used, and what it makes of its entries. Raises ``UsageError``."""
+
+    def __init__(self, entries: Sequence[Entry], prefix: bytes) -> None:
+        self._prefix = prefix
+        if any(entry.relocation for entry in entries):
+            check_prefix(prefix)
+        plans = {
+            entry.path: Relocation.decode(entry.relocation)
+            for entry in entries
+            if entry.relocation and entry.kind is Kind.FILE
+        }
+        path = tightest(plans)
+        if path is not None:
+            check_room(plans[path], prefix, path)
+        self.files = {path: Relocated(plan, prefix) for path, plan in plans.items()}
+
+    def target(self, entry: Entry) -> bytes:
+        if not entry.relocation:
+            return entry.target
+        return relocated_target(entry.target, entry.relocation, self._prefix)
 
 
 def _check_destination(destination: Path) -> None:
@@ -175,6 +214,7 @@ def _write_tree(
     root: Root,
     entries: Sequence[Entry],
     locations: Locations,
+    place: _Place,
     progress: Progress | None,
 ) -> None:
     linked = {entry.link for entry in entries if entry.link}
@@ -184,20 +224,25 @@ def _write_tree(
             if entry.kind is Kind.DIRECTORY:
                 os.mkdir(name, dir_fd=fd)
             elif entry.kind is Kind.SYMLINK:
-                os.symlink(entry.target, name, dir_fd=fd)
+                os.symlink(place.target(entry), name, dir_fd=fd)
             elif entry.link:
                 _make_link(top, originals.get(entry.link), entry, fd, name)
             else:
-                _make_file(fd, name, entry.size)
+                relocated = place.files.get(entry.path)
+                _make_file(fd, name, entry.size + (relocated.base if relocated else 0))
         if entry.path in linked and entry.kind is Kind.FILE and not entry.link:
             originals[entry.path] = entry
-    writes = _plan(entries, locations)
+    writes = _plan(entries, locations, place)
     paths = [entry.path for entry in entries]
     done = 0
     for written in _in_parallel(repository.fetcher, locations, writes, top, paths):
         done += written
         if progress:
             progress(done, root.logical)
+    for entry in entries:
+        if entry.path in place.files and not entry.link:
+            with _reach(top, entry.path) as (folder, name):
+                _relocate(folder, name, place.files[entry.path])
     # Children first: writing into a directory would move its time stamp again.
     for entry in reversed(entries):
         with _reach(top, entry.path) as (fd, name):
@@ -213,8 +258,16 @@ def _make_file(folder: int, name: bytes, size: int) -> None:
         os.close(fd)
 
 
+def _relocate(folder: int, name: bytes, relocated: Relocated) -> None:
+    fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        relocated.settle(fd)
+    finally:
+        os.close(fd)
+
+
 def _make_link(top: int, original: Entry | None, entry: Entry, folder: int, name: bytes) -> None:
-    if original is None or original.refs != entry.refs:
+    if original is None or original.refs != entry.refs or original.relocation != entry.relocation:
         raise CorruptError(f"manifest: {entry.path!r} is a further name of no such file")
     with _reach(top, original.path) as (source, first):
         os.link(first, name, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
@@ -234,12 +287,13 @@ def _set_root(fd: int, root: Root) -> None:
         os.utime(fd, ns=(root.mtime_ns, root.mtime_ns))
 
 
-def _plan(entries: Sequence[Entry], locations: Locations) -> dict[int, list[_Write]]:
+def _plan(entries: Sequence[Entry], locations: Locations, place: _Place) -> dict[int, list[_Write]]:
     """Return what is to be written from each frame."""
     writes: dict[int, list[_Write]] = defaultdict(list)
     number = 0
     for i, entry in enumerate(entries):
-        at = 0
+        relocated = place.files.get(entry.path)
+        at = relocated.base if relocated else 0
         for name, size in entry.refs:
             if name != HOLE and not entry.link:
                 frame = locations.ref_frames[number]
