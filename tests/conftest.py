@@ -9,10 +9,23 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from tests.channel.fixtures import conda_channel, numpy_channel, real_index, wheel_index
+from tests.channel.fixtures import (
+    broken_channel,
+    conda_channel,
+    numpy_channel,
+    real_index,
+    wheel_index,
+)
 from tests.s3server import s3_server
 
-__all__ = ["conda_channel", "numpy_channel", "real_index", "s3_server", "wheel_index"]
+__all__ = [
+    "broken_channel",
+    "conda_channel",
+    "numpy_channel",
+    "real_index",
+    "s3_server",
+    "wheel_index",
+]
 
 # A shared machine may stall for longer than any deadline; `timeout` still bounds a whole test.
 settings.register_profile("envstore", deadline=None, print_blob=True)

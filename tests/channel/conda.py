@@ -23,6 +23,7 @@ from pathlib import Path
 from tests.channel.content import RECIPES, Recipe
 from tests.channel.packing import JANUARY, Package, pack
 from tests.channel.wheelhouse import CACHE, link_or_copy
+from tests.s3server import S3Server
 
 _INDEX = """
 import asyncio, sys
@@ -99,6 +100,20 @@ def write_repodata(directory: Path, packages: Sequence[Package]) -> Channel:
         }
         (directory / subdir / "repodata.json").write_text(json.dumps(document))
     return Channel(directory, {package.path.name: package for package in packages})
+
+
+def upload_channel(channel: Channel, server: S3Server) -> str:
+    """Put a channel into a new bucket; returns its ``s3://`` URL (see rattler's S3Middleware)."""
+    bucket = server.new_bucket()
+    client = server.client()
+    try:
+        for path in channel.path.rglob("*"):
+            if path.is_file():
+                key = f"channel/{path.relative_to(channel.path).as_posix()}"
+                client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    finally:
+        client.close()
+    return f"s3://{bucket}/channel"
 
 
 def _wanted(names: Iterable[str] | None) -> list[Recipe]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.channel.broken import build_broken
 from tests.channel.conda import Channel, build_channel
 from tests.channel.pypi import Index, build_index
 from tests.channel.wheelhouse import locked_names
@@ -23,6 +24,13 @@ def numpy_channel(tmp_path_factory: pytest.TempPathFactory) -> Channel:
 
 
 @pytest.fixture(scope="session")
+def broken_channel(tmp_path_factory: pytest.TempPathFactory) -> Channel:
+    """Packages that must be refused, see ``broken.NAMES``."""
+    folder = tmp_path_factory.mktemp("broken")
+    return build_broken(folder / "channel", folder / "scratch")
+
+
+@pytest.fixture(scope="session")
 def wheel_index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     """The small distributions of ``pypi``, made in a moment; serve it with ``serving``."""
     return build_index(tmp_path_factory.mktemp("index") / "small")
@@ -34,4 +42,4 @@ def real_index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return build_index(tmp_path_factory.mktemp("index") / "real", real=locked_names())
 
 
-__all__ = ["conda_channel", "numpy_channel", "real_index", "wheel_index"]
+__all__ = ["broken_channel", "conda_channel", "numpy_channel", "real_index", "wheel_index"]

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.s3server import S3Server
+
 _INSTALL = """
 import asyncio, json, sys
+from urllib.parse import urlsplit
 from rattler import Channel, Gateway, VirtualPackage, install, solve
+from rattler.networking import Client
+from rattler.networking.middleware import AuthenticationMiddleware, S3Config, S3Middleware
 
 async def main():
     asked = json.loads(sys.argv[1])
-    gateway = Gateway(cache_dir=asked["cache"] + "/repodata")
+    client = None
+    if asked["s3"]:
+        layers = {
+            urlsplit(url).hostname: S3Config(asked["s3"], "us-east-1", "path")
+            for url in asked["channels"]
+        }
+        client = Client([AuthenticationMiddleware(), S3Middleware(layers)])
+    gateway = Gateway(cache_dir=asked["cache"] + "/repodata", client=client)
     records = await solve(
         [Channel(url) for url in asked["channels"]], asked["specs"], gateway=gateway,
         platforms=[asked["platform"], "noarch"], virtual_packages=VirtualPackage.detect(),
@@ -22,7 +35,7 @@ async def main():
     if asked["prefix"]:
         await install(
             records, asked["prefix"], cache_dir=asked["cache"] + "/pkgs", show_progress=False,
-            execute_link_scripts=asked["scripts"],
+            client=client, execute_link_scripts=asked["scripts"],
         )
     print(json.dumps({r.name.normalized: str(r.version) for r in records}))
     await asyncio.sleep(0.05)
@@ -43,6 +56,7 @@ def install(
     *,
     platform: str,
     scripts: bool = False,
+    s3: S3Server | None = None,
 ) -> dict[str, str]:
     """Solve ``specs`` and install them into ``prefix`` if there is one, as rattler does it.
 
@@ -55,9 +69,13 @@ def install(
         "cache": str(cache),
         "platform": platform,
         "scripts": scripts,
+        "s3": s3.endpoint if s3 else "",
     }
+    env = {**os.environ, **(s3.env if s3 else {}), "AWS_REGION": "us-east-1"}
     command = [sys.executable, "-c", _INSTALL, json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env=env
+    )
     if not done.stdout:
         raise UnsolvableError(done.stderr[-4000:])
     found: dict[str, str] = json.loads(done.stdout)

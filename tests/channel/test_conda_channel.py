@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from conda_package_streaming.package_streaming import stream_conda_component
 
-from tests.channel.conda import Channel, build_channel
+from tests.channel.broken import NAMES
+from tests.channel.conda import Channel, build_channel, upload_channel
 from tests.channel.interpreter import MINOR, SITE_PACKAGES, VERSION
 from tests.channel.packing import PLACEHOLDER, SUBDIR
+from tests.channel.server import serving
 from tests.channel.solving import UnsolvableError, install
+from tests.s3server import S3Server
 
 LEAN = ["python", "hello-pkg", "binprefix", "shortprefix", "speedup", "settings", "legacy"]
 
@@ -120,6 +125,43 @@ def test_real_numpy_and_click(numpy_channel: Channel, cache: Path, tmp_path: Pat
     assert run(prefix, "python", "-c", program) == "6\n"
     assert run(prefix, "hello").startswith("hello 1.1 from")
     assert str(prefix) in run(prefix, "numpy-config", "--pkgconfigdir")
+
+
+def test_a_channel_on_s3(conda_channel: Channel, s3_server: S3Server, tmp_path: Path) -> None:
+    prefix = tmp_path / "env"
+    channels = [upload_channel(conda_channel, s3_server)]
+    install(channels, ["legacy"], prefix, tmp_path / "cache", platform=SUBDIR, s3=s3_server)
+    assert (prefix / "share/legacy/conf").read_text() == f"prefix = {prefix}\n"
+
+
+@pytest.mark.parametrize("name", ["wrong-sha256", "truncated", "garbage", "vanished"])
+def test_rattler_refuses_broken_packages_too(
+    broken_channel: Channel, tmp_path: Path, name: str
+) -> None:
+    # Over HTTP: it does not compare the hashes of packages in a directory.
+    with serving(broken_channel.path) as server:
+        channels, cache = [server.url], tmp_path / "cache"
+        install(channels, ["sound"], tmp_path / "env", cache, platform=SUBDIR)
+        assert (tmp_path / "env/share/sound/file.txt").is_file()
+        with pytest.raises(UnsolvableError, match=name):
+            install(channels, [name], tmp_path / "other", cache, platform=SUBDIR)
+
+
+def test_hostile_packages_are_what_they_are_called(broken_channel: Channel) -> None:
+    def members(name: str) -> dict[str, tarfile.TarInfo]:
+        path = broken_channel.package(name).path
+        with path.open("rb") as archive:
+            streamed = stream_conda_component(path.name, archive, "pkg")
+            return {member.name: member for _, member in streamed}
+
+    assert "../envstore-tests-escaped" in members("escaping")
+    assert "/tmp/envstore-tests-escaped" in members("absolute")
+    assert members("device")["share/null"].ischr()
+    assert members("hardlink-outside")["share/passwd"].linkname == "/etc/passwd"
+    through = members("through-symlink")
+    assert through["share/way-out"].linkname == "../../.."
+    assert "share/way-out/envstore-tests-escaped" in through
+    assert set(NAMES) == {one.about.name for one in broken_channel.packages.values()}
 
 
 def test_packages_are_the_same_bytes_whenever_they_are_packed(
