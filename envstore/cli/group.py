@@ -10,7 +10,7 @@ from envstore.cli.context import PROGRAM
 
 _COMMANDS = {
     "init": "store",
-    "push": "transfer",
+    "push": "push",
     "pull": "transfer",
     "hydrate": "hydrate",
     "mount": "mounts",

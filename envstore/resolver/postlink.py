@@ -17,7 +17,7 @@ from pathlib import Path
 from envstore.errors import EnvstoreError
 from envstore.resolver.layout import layout_order
 from envstore.resolver.lock import CondaPackage
-from envstore.store.relocation import PLACEHOLDER, Mode, plan
+from envstore.store.relocation import PLACEHOLDER, Mode, link_relocation, plan
 from envstore.store.source import WINDOW, DirectorySource, Kind, SourceEntry
 
 PATIENCE = 600
@@ -142,10 +142,10 @@ class ChangesSource:
         """Return ``entry`` as it is to be stored: a placeholder for the scratch copy's path."""
         own = os.fsencode(self.root)
         if entry.kind is Kind.SYMLINK:
-            if entry.target != own and not entry.target.startswith(own + b"/"):
+            if not link_relocation(entry.target, own):
                 return entry
             target = PLACEHOLDER + entry.target.removeprefix(own)
-            return replace(entry, target=target, relocation=PLACEHOLDER)
+            return replace(entry, target=target, relocation=link_relocation(target, PLACEHOLDER))
         if entry.size > _MOST_TEXT:
             return entry
         data = b"".join(self._tree.read(entry))

@@ -267,9 +267,11 @@ class _LockPush:
     ) -> list[Entry]:
         """Return the entries after the packages' post-link scripts have run, if there are any."""
         scripts = [
-            (package, str(stored.facts["post_link"]))
+            (package, path)
             for package, stored in zip(self._lock.packages, packages, strict=True)
-            if isinstance(package, CondaPackage) and stored.facts.get("post_link")
+            if isinstance(package, CondaPackage)
+            for path in stored.facts["link_scripts"]
+            if path.endswith("-post-link.sh")
         ]
         if not scripts:
             return entries

@@ -80,7 +80,7 @@ def test_help_imports_nothing_heavy(cli: Cli) -> None:
         [sys.executable, "-c", listing], env=cli.env, capture_output=True, text=True, check=True
     )
     imported = set(done.stderr.split())
-    assert "envstore.cli.transfer" in imported
+    assert "envstore.cli.push" in imported
     assert imported & _HEAVY == set()
     assert {name for name in imported if name.startswith("envstore.")} <= {
         name for name in imported if name.startswith("envstore.cli")
