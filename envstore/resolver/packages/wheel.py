@@ -16,6 +16,7 @@ from typing import Any
 from envstore.resolver.lock import PypiPackage, PythonFacts
 from envstore.resolver.packages.entry_points import parse_groups, scripts
 from envstore.resolver.packages.extract import PackageError, Tree, unpacking
+from envstore.resolver.packages.generated import stdlib
 from envstore.resolver.packages.metadata import MAX_METADATA, first, headers
 from envstore.resolver.packages.records import Row, read_record, write_record
 from envstore.resolver.packages.unpacked import Unpacked
@@ -189,7 +190,7 @@ class _Wheel:
         if scheme == "data":
             return ""
         if scheme == "headers":
-            return f"include/{_stdlib(self.python)}/{self.package.name}"
+            return f"include/{posixpath.basename(stdlib(self.python))}/{self.package.name}"
         return self.python.site_packages
 
     def _verified(self, path: bytes, name: str, member: ZipMember, executable: bool) -> None:
@@ -253,9 +254,3 @@ class _Wheel:
             "tags": wheel.get("tag", []),
             "distributions": [{"name": name, "version": version, "path": dist_info}],
         }
-
-
-def _stdlib(python: PythonFacts) -> str:
-    """Return the name of the directories of this interpreter, ``python3.11`` or ``python3.13t``."""
-    parent = posixpath.basename(posixpath.dirname(python.site_packages))
-    return parent if parent.startswith("python") else f"python{python.minor}"
