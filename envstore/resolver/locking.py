@@ -1,0 +1,151 @@
+"""From specifications to a complete lock: read, resolve, and fetch or build what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from envstore.errors import UsageError
+from envstore.resolver.lock import Lock, Package
+from envstore.resolver.request import Request
+from envstore.resolver.specs import Prefix, read_specs
+from envstore.resolver.target import DEFAULT_GLIBC, Target, make_target
+
+DEFAULT_CHANNELS = ("conda-forge",)
+
+Progress = Callable[[str, int, int], None]
+"""Told a phase, how much of it is done, and how much there is, 0 if unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user says besides the specifications; an empty value says nothing.
+
+    ``python`` is a version, ``interpreter`` a program to take it from instead of a channel.
+    ``channels`` and ``indexes`` come before those of the specifications, ``default_index`` and
+    ``exclude_newer`` (RFC 3339) replace theirs. The rest is as ``read_specs`` and ``make_target``
+    have it. Nothing holds credentials.
+    """
+
+    platform: str | None = None
+    glibc: str | None = None
+    cuda: str | None = None
+    python: str = ""
+    interpreter: Path | None = None
+    channels: tuple[str, ...] = ()
+    exclude_newer: str = ""
+    environment: str = ""
+    extras: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    default_index: str = ""
+    indexes: tuple[str, ...] = ()
+    find_links: tuple[str, ...] = ()
+
+    def target(self) -> Target:
+        """Return the machine to resolve for. Raises ``UsageError``."""
+        return make_target(self.platform, glibc=self.glibc, cuda=self.cuda)
+
+    def change(self, request: Request) -> Request:
+        """Return ``request`` with what the user says of channels, indexes and time."""
+        conda, pypi = request.conda, request.pypi
+        return replace(
+            request,
+            conda=replace(conda, channels=_joined(self.channels, conda.channels)),
+            pypi=replace(
+                pypi,
+                default_index=self.default_index or pypi.default_index,
+                indexes=_joined(self.indexes, pypi.indexes),
+                find_links=_joined(self.find_links, pypi.find_links),
+            ),
+            exclude_newer=self.exclude_newer or request.exclude_newer,
+        )
+
+    def refuse_for(self, lock: Lock) -> None:
+        """Refuse what cannot be wished of a lock, which is never resolved again.
+
+        Raises ``UsageError``.
+        """
+        for option, value in (
+            ("--channel", self.channels),
+            ("--exclude-newer", self.exclude_newer),
+            ("--index-url", self.default_index),
+            ("--extra-index-url", self.indexes),
+            ("--find-links", self.find_links),
+        ):
+            if value:
+                raise UsageError(
+                    f"{option} changes nothing: a lock is taken as it is",
+                    hint="name the specification that it was made from instead",
+                )
+        if self.platform is not None and self.platform != lock.platform:
+            raise UsageError(f"this lock is for {lock.platform}, not {self.platform}")
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """A complete lock, and where the wheels lie that were built for it, by SHA-256."""
+
+    lock: Lock
+    local: Mapping[str, Path] = field(default_factory=dict)
+
+
+def read(
+    paths: Sequence[Path],
+    wishes: Wishes,
+    warnings: list[str],
+    *,
+    conda: Sequence[Path] = (),
+    pip: Sequence[Path] = (),
+) -> Request | Lock | Prefix:
+    """Read what an environment is to be made of, with ``wishes``; adds to ``warnings``.
+
+    Raises as ``read_specs``.
+    """
+    target = wishes.target()
+    found = read_specs(
+        paths,
+        conda=conda,
+        pip=pip,
+        platform=target.platform,
+        python=wishes.python,
+        glibc=target.virtual.get("__glibc", DEFAULT_GLIBC),
+        environment=wishes.environment,
+        extras=wishes.extras,
+        groups=wishes.groups,
+        default_channels=wishes.channels or DEFAULT_CHANNELS,
+        warnings=warnings,
+    )
+    if isinstance(found, Lock):
+        wishes.refuse_for(found)
+    return wishes.change(found) if isinstance(found, Request) else found
+
+
+def make_lock(
+    found: Request | Lock,
+    wishes: Wishes,
+    cache: Path,
+    warnings: list[str],
+    *,
+    keep: Sequence[Package] = (),
+    progress: Progress,
+) -> Locked:
+    """Return the complete lock of a request, or of a lock that may lack something.
+
+    ``keep`` are packages that stay as they are if that is possible. What is fetched is kept below
+    ``cache``. Raises what the resolvers, downloads and builds raise.
+    """
+    from envstore.resolver.completing import complete
+    from envstore.resolver.resolving import resolve
+
+    if isinstance(found, Request):
+        target = wishes.target().wanting(found.virtual)
+        progress("resolve", 0, 0)
+        found = resolve(
+            found, target, cache=cache, python=wishes.interpreter, keep=keep, warnings=warnings
+        )
+    return complete(found, cache, progress)
+
+
+def _joined(first: Sequence[str], then: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*first, *then)))
