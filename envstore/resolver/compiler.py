@@ -12,13 +12,7 @@ import sys
 from pathlib import Path
 
 from envstore.resolver.lock import CondaPackage, Lock, PythonFacts, python_of
-
-_MACHINES = {"x86_64": "linux-64", "aarch64": "linux-aarch64", "ppc64le": "linux-ppc64le"}
-
-
-def host_platform() -> str:
-    """Return the conda subdir of this machine, as far as environments are made for it."""
-    return _MACHINES.get(platform.machine(), f"linux-{platform.machine()}")
+from envstore.resolver.target import own_platform
 
 
 def base_interpreter() -> Path:
@@ -45,7 +39,7 @@ class Compiler:
             self.program = local or base_interpreter()
         elif platform.python_version() == self.python.version and _is_cpython():
             self.program = base_interpreter()
-        elif lock.platform == host_platform():
+        elif lock.platform == own_platform():
             self.package = next(item for item in lock.conda() if item.name == "python")
         else:
             self.able = False

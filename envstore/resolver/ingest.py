@@ -276,7 +276,9 @@ def unpack(
             facts = elf_facts(unpacked.root / os.fsdecode(entry.path))
             if facts is not None:
                 elf[os.fsdecode(entry.path)] = facts
-    return replace(unpacked, facts={**unpacked.facts, "elf": to_json(elf)}) if elf else unpacked
+    if not elf:
+        return unpacked
+    return replace(unpacked, facts={**unpacked.facts, "elf": to_json(elf)})
 
 
 def _store(

@@ -17,13 +17,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from envstore.errors import EnvstoreError
 from envstore.resolver import ingest, postlink
-from envstore.resolver.compiler import Compiler, host_platform
+from envstore.resolver.abi.check import check
+from envstore.resolver.abi.findings import ERROR, Finding
+from envstore.resolver.compiler import Compiler
 from envstore.resolver.compose import Composition, compose
+from envstore.resolver.libraries import target_of, tree_of, versions_of
 from envstore.resolver.lock import CondaPackage, Lock
 from envstore.resolver.lockfile import encode_lock
 from envstore.resolver.packages.generated import generate
 from envstore.resolver.packages.memory import MemorySource
+from envstore.resolver.target import own_platform
 from envstore.store.describing import store_manifest
 from envstore.store.digest import digest
 from envstore.store.filing import Progress, entries_of, scan, silent, store_files
@@ -50,6 +55,19 @@ COMPOSER = "1"
 """Changes whenever the same lock would become another manifest."""
 
 _MOST_NAMED = 5
+
+
+class AbiError(EnvstoreError):
+    """Libraries of an environment do not fit together; ``findings`` are all that is wrong."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        first = findings[0]
+        more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
+        super().__init__(
+            f"{first.package}: {first.path}: {first.message}{more}",
+            hint=f"{first.hint or 'change what it is made of'}; or push with --allow-abi-errors",
+        )
+        self.findings = tuple(findings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +264,19 @@ class _LockPush:
             self._warnings.append(f"{len(clobbers) - _MOST_NAMED} more paths are in two packages")
         return composed
 
+    def _check_abi(self, composed: Composition, packages: Sequence[StoredPackage]) -> None:
+        """Raise ``AbiError`` if libraries lack what they need of each other."""
+        self._progress("check", 0, 0)
+        tree = tree_of(self._lock, packages, composed)
+        findings = check(tree, target_of(self._lock), versions_of(self._lock))
+        errors = [finding for finding in findings if finding.level == ERROR]
+        if errors:
+            raise AbiError(errors)
+        if findings:
+            self._warnings.append(
+                f"{len(findings)} things about libraries to know of: envstore check {self._ref}"
+            )
+
     def _with_generated(
         self, writer: PackWriter, composed: Composition, packages: Sequence[StoredPackage]
     ) -> list[Entry]:
@@ -298,7 +329,7 @@ class _LockPush:
         scripts: Sequence[tuple[CondaPackage, str]],
     ) -> StoredPackage:
         """Run the scripts in a copy of the environment and store what they changed."""
-        platform = host_platform()
+        platform = own_platform()
         if platform != self._lock.platform:
             raise postlink.ScriptError(
                 f"the post-link script of {scripts[0][0].name} for {self._lock.platform} "
