@@ -12,13 +12,14 @@ class Context:
     """For whom specifications are read.
 
     ``platform`` is a conda subdir, ``python`` a version (``3.11`` or ``3.11.7``, empty: that of
-    the interpreter envstore runs under, where a lock leaves the choice), ``glibc`` the oldest one
-    that wheels may need. ``environment`` is pixi's. ``warnings`` and ``sources`` are added to.
+    the interpreter envstore runs under, where a lock leaves the choice), ``glibc`` the newest one
+    that wheels may need (empty: see ``make_target``). ``environment`` is pixi's. ``warnings`` and
+    ``sources`` are added to.
     """
 
     platform: str
     python: str = ""
-    glibc: str = "2.28"
+    glibc: str = ""
     environment: str = ""
     extras: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()

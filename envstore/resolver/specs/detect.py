@@ -36,12 +36,13 @@ _CANDIDATES = (
     "pixi.toml",
     "conda-lock.yml",
     "pylock.toml",
-    "uv.lock",
     "pyproject.toml",
+    "uv.lock",
     "environment.yml",
     "environment.yaml",
     "requirements.txt",
 )
+_NAMES = {name: name for name in _CANDIDATES[1:]} | {"environment.yaml": "environment.yml"}
 _YAML_KEY = re.compile(r"^([A-Za-z_][\w-]*|\"[\w-]+\"|'[\w-]+')[ \t]*:(?=\s|$)", re.MULTILINE)
 _TOML_KEY = re.compile(r"^([A-Za-z_][\w-]*)[ \t]*=[ \t]*(?=[\"'\[{0-9tf])", re.MULTILINE)
 _TOML_TABLE = re.compile(
@@ -100,7 +101,10 @@ def format_of(text: str, name: str) -> str:
     found = _of_yaml(keys)
     if found:
         return found
-    return "requirements.txt" if _is_requirements(text, name) else ""
+    if _is_requirements(text, name):
+        return "requirements.txt"
+    # Too broken to be anything: what it is called says as what it is to be found broken.
+    return _NAMES.get(name, "")
 
 
 def _of_json(text: str, name: str) -> str:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from envstore.errors import UsageError
-from envstore.resolver.lock import Build, Lock, PypiPackage
+from envstore.resolver.lock import Lock, PypiPackage
 from envstore.resolver.request import Request
-from envstore.resolver.specs import targets
+from envstore.resolver.specs.artefacts import pypi_package
 from envstore.resolver.specs.context import Context
 from envstore.resolver.specs.files import (
     file_url,
     parse_toml,
     read_text,
-    refuse_secrets,
     wrong,
 )
+from envstore.resolver.specs.pythons import chosen_python
+from envstore.resolver.target import make_target
 
 if TYPE_CHECKING:
-    from packaging.pylock import Package, PackageArchive, PackageSdist, PackageWheel
+    from packaging.markers import Environment
+    from packaging.pylock import Package
 
 
 def read_pylock(path: Path, context: Context) -> Lock:
@@ -44,32 +46,29 @@ def lock_of(content: dict[str, Any], path: Path, context: Context) -> Lock:
     extras = [canonicalize_name(name) for name in context.extras]
     _check_names("extra", extras, pylock.extras or (), path)
     _check_names("group", context.groups, pylock.dependency_groups or (), path)
-    version = targets.python_version(context.python, pylock.requires_python, str(path))
-    full = targets.full_version(version, pylock.requires_python)
+    full, python = chosen_python(context.python, pylock.requires_python, str(path))
+    target = make_target(context.platform, glibc=context.glibc or None)
     try:
         selected = list(
             pylock.select(
-                environment=targets.markers(context.platform, full),
-                tags=targets.wheel_tags(context.platform, version, context.glibc),
+                environment=cast("Environment", target.markers(full)),
+                tags=target.wheel_tags(full),
                 extras=extras,
                 dependency_groups=context.groups or None,
             )
         )
     except PylockSelectError as error:
-        target = f"{context.platform}, Python {version}, glibc {context.glibc}"
-        raise wrong(path, f"has nothing for {target}: {_plain(error)}") from error
+        what = f"{context.platform}, glibc {target.virtual['__glibc']} and Python {full}"
+        raise wrong(path, f"does not fit {what}: {error}") from error
     packages = sorted(
         (_package(package, chosen, path) for package, chosen in selected), key=lambda p: p.name
     )
-    minor = ".".join(version.split(".")[:2])
-    request = Request(
-        python=f"=={version}" if version.count(".") > 1 and context.python else f"=={minor}.*"
+    return Lock(
+        platform=context.platform,
+        packages=tuple(packages),
+        virtual={"__glibc": target.virtual["__glibc"]},
+        request=Request(python=python),
     )
-    return Lock(platform=context.platform, packages=tuple(packages), request=request)
-
-
-def _plain(error: Exception) -> str:
-    return str(error).replace(" matching the provided tags", "")
 
 
 def _check_names(kind: str, asked: Sequence[str], known: Sequence[str], path: Path) -> None:
@@ -88,60 +87,25 @@ def _package(package: Package, chosen: object, path: Path) -> PypiPackage:
             f"{where} is the directory {chosen.path}, which can change",
             hint="build a wheel of it, and lock that",
         )
-    if isinstance(chosen, PackageArchive | PackageSdist | PackageWheel):
-        location = _location(chosen, path, where)
-        version = str(package.version or _version_of(location, where))
-        sha256 = _sha256(chosen.hashes, where)
-        if location.endswith(".whl"):
-            name = (
-                chosen.filename if isinstance(chosen, PackageWheel) else location.rpartition("/")[2]
-            )
-            size = chosen.size or 0
-            direct = location if isinstance(chosen, PackageArchive) else ""
-            return PypiPackage(package.name, version, name, location, sha256, size, direct=direct)
-        direct = location if isinstance(chosen, PackageArchive) else ""
-        if getattr(chosen, "subdirectory", None):
-            raise UsageError(
-                f"{where} is built in a directory of its archive, which is not supported",
-                hint="lock a wheel of it",
-            )
-        return PypiPackage(
-            package.name, version, "", "", "", direct=direct, build=Build(location, sha256)
-        )
-    raise UsageError(
-        f"{where} comes from a version control system, without a digest of its content",
-        hint="build a wheel of it, and lock that",
-    )
-
-
-def _location(chosen: PackageArchive | PackageSdist | PackageWheel, path: Path, where: str) -> str:
-    if chosen.url:
-        return refuse_secrets(chosen.url.partition("#")[0], where)
-    local = path.parent / (chosen.path or "")
-    return file_url(local)
-
-
-def _version_of(location: str, where: str) -> str:
-    from packaging.utils import (
-        InvalidSdistFilename,
-        InvalidWheelFilename,
-        parse_sdist_filename,
-        parse_wheel_filename,
-    )
-
-    name = location.rpartition("/")[2]
-    try:
-        if name.endswith(".whl"):
-            return str(parse_wheel_filename(name)[1])
-        return str(parse_sdist_filename(name)[1])
-    except (InvalidSdistFilename, InvalidWheelFilename):
+    if not isinstance(chosen, PackageArchive | PackageSdist | PackageWheel):
         raise UsageError(
-            f"{where} has no version", hint="neither its entry nor its file's name says one"
-        ) from None
-
-
-def _sha256(hashes: Mapping[str, str], where: str) -> str:
-    digest = hashes.get("sha256", "").lower()
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise UsageError(f"{where} has no valid SHA-256", hint="lock it again with one")
-    return digest
+            f"{where} comes from a version control system, without a digest of its content",
+            hint="build a wheel of it, and lock that",
+        )
+    location = chosen.url or file_url(path.parent / (chosen.path or ""))
+    direct = ""
+    if isinstance(chosen, PackageArchive):
+        direct = location
+        if chosen.subdirectory:
+            location += f"#subdirectory={chosen.subdirectory}"
+    return pypi_package(
+        package.name,
+        str(package.version or ""),
+        location,
+        chosen.hashes.get("sha256", ""),
+        where,
+        filename=chosen.filename if isinstance(chosen, PackageWheel) else "",
+        size=chosen.size or 0,
+        requires_python=str(package.requires_python or ""),
+        direct=direct,
+    )

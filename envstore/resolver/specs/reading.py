@@ -38,7 +38,7 @@ def read_specs(
     pip: Sequence[Path] = (),
     platform: str,
     python: str = "",
-    glibc: str = "2.28",
+    glibc: str = "",
     environment: str = "",
     extras: Sequence[str] = (),
     groups: Sequence[str] = (),
@@ -117,6 +117,30 @@ def _reader(kind: str) -> Callable[[Path, Context], Request | Lock]:
             from envstore.resolver.specs.pylock import read_pylock
 
             return read_pylock
+        case "pixi.lock" | "conda-lock.yml":
+            from envstore.resolver.specs.rattler_locks import read_rattler_lock
+
+            return read_rattler_lock
+        case "pyproject.toml":
+            from envstore.resolver.specs.pyproject import read_pyproject
+
+            return read_pyproject
+        case "uv.lock":
+            from envstore.resolver.specs.uv_lock import read_uv_lock
+
+            return read_uv_lock
+        case "pixi.toml":
+            from envstore.resolver.specs.pixi import read_pixi
+
+            return read_pixi
+        case "envstore-lock":
+            from envstore.resolver.lockfile import load_lock
+
+            return lambda path, _: load_lock(path)
+        case "explicit":
+            from envstore.resolver.specs.explicit import read_explicit
+
+            return read_explicit
     raise UsageError(f"{kind} is not supported")
 
 
