@@ -277,7 +277,9 @@ class _Check:
         )
 
     def _versions(self, path: str) -> Iterator[Finding]:
-        level = WARNING if is_side_show(path) or not self._is_ours(path) else ERROR
+        level = self._level(path) if path in self._variants else ERROR
+        if is_side_show(path) or not self._is_ours(path):
+            level = WARNING
         newest: tuple[tuple[int, ...], str, str] | None = None
         for library, version, weak in self._tree.facts(path).verneed:
             if weak:
@@ -337,7 +339,7 @@ class _Check:
     def _symbols(self) -> Iterator[Finding]:
         symbols = Symbols(self._tree, self._search, self._scopes, self._by_name, self._machine)
         for path, roots in self._users.items():
-            if path not in self._scopes:
+            if path not in self._scopes or is_side_show(path):
                 continue
             lost = symbols.unresolved(path, roots, python=self._is_ours(path))
             if not lost:
