@@ -14,7 +14,7 @@ from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
 from envstore.cli.holding import hold_here, metrics_option, patience_option
-from envstore.cli.params import PathType, ref_argument
+from envstore.cli.params import PathType, PrefixType, ref_argument
 
 if TYPE_CHECKING:
     from envstore.fuse.records import MountRecord
@@ -29,6 +29,7 @@ _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
         envstore mount --allow-other llama:8b /srv/llama     for every user of the machine
         envstore mount --profile serve llama:8b /srv/llama   fetch ahead what serving reads
         envstore mount --foreground analysis ./env           until Ctrl-C, log on the terminal
+        envstore mount analysis /srv/pods/7/env --prefix /opt/env    where a container sees it
     """,
 )
 @ref_argument()
@@ -61,6 +62,13 @@ _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
     help="Use the node server, which shares memory and cache between mounts. Needs root, and lets"
     " other users in.",
 )
+@click.option(
+    "--prefix",
+    type=PrefixType(),
+    default="",
+    help="Where users of the mount see it: files that hold the path of their environment are made"
+    " for there. Default: DIR as it is given, made absolute; links in it are not followed.",
+)
 @patience_option
 @metrics_option
 @click.pass_obj
@@ -73,6 +81,7 @@ def mount(
     profile: str,
     fast_path: str,
     node: str,
+    prefix: str,
     patience: float,
     metrics: str,
 ) -> None:
@@ -98,6 +107,7 @@ def mount(
         fast_path=fast_path,
         patience=patience,
         metrics=metrics,
+        prefix=prefix,
     )
     if foreground:
         raise SystemExit(

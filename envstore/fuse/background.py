@@ -41,6 +41,7 @@ def start_background(request: MountRequest) -> MountRecord:
     mount from being made: ``UsageError``, ``NotFoundError``, ``AccessDeniedError``,
     ``CorruptError``, ``UnavailableError``.
     """
+    request = request.placed()
     mountpoint = check_mountpoint(request.mountpoint)
     check_device()
     files = RecordFiles(mountpoint)
@@ -77,6 +78,7 @@ def start_mount(request: MountRequest, node: str = "auto") -> MountRecord:
     from envstore.fuse.complete import mount_complete
     from envstore.fuse.leases import mount_through, node_for
 
+    request = request.placed()
     if request.metrics:
         # Only a server of the mount's own can serve its counts at an address of its own.
         if node == "on":
@@ -101,6 +103,7 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
 
     Raises ``UsageError``, ``NotFoundError``, ``AccessDeniedError`` before anything is mounted.
     """
+    request = request.placed()
     mountpoint = check_mountpoint(request.mountpoint)
     check_device()
     files = RecordFiles(mountpoint)

@@ -15,10 +15,18 @@ from typing import NoReturn
 
 from envstore.errors import CorruptError
 from envstore.fuse.joining import join_files
-from envstore.fuse.sections import TreeSections
+from envstore.fuse.sections import RELOCATED, TreeSections
 from envstore.store.digest import DIGEST_SIZE
 from envstore.store.entries import NORMAL_MTIME_NS
 from envstore.store.manifest import HOLE, Part, Root
+from envstore.store.relocated import relocated_size
+from envstore.store.relocation import (
+    Relocation,
+    check_prefix,
+    check_room,
+    relocated_target,
+    tightest,
+)
 from envstore.store.source import Kind
 
 NAME_MAX = 1024
@@ -32,14 +40,19 @@ _IS_FILE = bytes(flags & _KIND == Kind.FILE for flags in range(256))
 _IS_DIRECTORY = bytes(flags & _KIND == Kind.DIRECTORY for flags in range(256))
 
 
-def build_sections(root: Root, parts: Iterable[Part], text_at: int) -> TreeSections:
+def build_sections(
+    root: Root, parts: Iterable[Part], text_at: int, prefix: bytes = b""
+) -> TreeSections:
     """Return the columns of a tree as ``tree.Columns`` describes them.
 
     ``root`` and ``parts`` (in order) are those of its manifest; the text will lie at ``text_at``
-    of its image. Raises ``CorruptError`` when entries are doubled, out of order or without their
-    directory, when sizes do not add up, or when a hard link leads nowhere.
+    of its image. The tree is that at ``prefix``, or as it is stored if that is empty.
+
+    Raises ``CorruptError`` when entries are doubled, out of order or without their directory, when
+    sizes do not add up, or when a hard link leads nowhere; ``UsageError`` when ``prefix`` is too
+    long for a file.
     """
-    builder = _Builder(text_at)
+    builder = _Builder(text_at, prefix)
     for part in parts:
         builder.add(part)
     sections = builder.finish(root)
@@ -50,7 +63,7 @@ def build_sections(root: Root, parts: Iterable[Part], text_at: int) -> TreeSecti
 class _Builder:
     """Appends part after part to the columns; see ``tree.Columns`` for what they hold."""
 
-    def __init__(self, text_at: int) -> None:
+    def __init__(self, text_at: int, prefix: bytes) -> None:
         # The root is an entry like any other: a directory without a name, its own parent.
         self.text_at = text_at
         self.kinds = bytearray([Kind.DIRECTORY])
@@ -66,6 +79,9 @@ class _Builder:
         self.target_sizes = array("I")
         self.holes: dict[int, int] = {}
         self.linked: dict[int, bytes] = {}
+        self.prefix = prefix
+        self.plans: dict[int, Relocation] = {}
+        self.moved = False
         # Runs of entries of one directory: its slot, and the node index of the first of them.
         self.run_slots = array("I")
         self.run_firsts = array("I")
@@ -85,13 +101,29 @@ class _Builder:
         )
         self._add_entries(part, skip)
         self._add_content(part, skip)
-        self.targets += b"".join(part.targets)
-        self.target_sizes.extend(map(len, part.targets))
+        targets = part.targets
+        if self.prefix and part.relocations:
+            self.plans.update((first + number - skip, plan) for number, plan in part.plans.items())
+            targets = self._relocated_targets(part)
+        self.targets += b"".join(targets)
+        self.target_sizes.extend(map(len, targets))
         if (part.modes is not None) != (len(self.modes) > 1) and first > 1:
             _refuse("some entries have modes and some have none")
         if part.modes is not None and part.mtimes is not None:
             self.modes.extend(part.modes[skip:])
             self.mtimes.extend(part.mtimes[skip:])
+
+    def _relocated_targets(self, part: Part) -> list[bytes]:
+        """Return where the links of a part lead at the prefix."""
+        links = [number for number, flags in enumerate(part.kinds) if flags & _KIND == Kind.SYMLINK]
+        targets = []
+        for number, target in zip(links, part.targets, strict=True):
+            relocation = part.relocations.get(number)
+            if relocation is not None:
+                self.moved = True
+                target = relocated_target(target, relocation, self.prefix)
+            targets.append(target)
+        return targets
 
     def _name(self, index: int) -> bytes:
         start, end = self.name_starts[index : index + 2]
@@ -229,9 +261,11 @@ class _Builder:
         counters = [count(), count(), count()]
         numbers = map(counters.__getitem__, self.kinds.translate(_KINDS))
         slots = array("I", map(next, numbers))
+        for index in self.plans:
+            self.kinds[index] |= RELOCATED
         text_end = self.text_at + len(self.names)
         self.names += self.targets
-        return TreeSections(
+        sections = TreeSections(
             text=self.names,
             kinds=self.kinds,
             name_starts=self.name_starts,
@@ -247,6 +281,30 @@ class _Builder:
             ends=self.ends,
             target_starts=array("I", accumulate(self.target_sizes, initial=text_end)),
         )
+        if self.plans or self.moved:
+            self._relocate(sections)
+        return sections
+
+    def _relocate(self, sections: TreeSections) -> None:
+        """Say which files are relocated and how, all of which must have room for the prefix."""
+        check_prefix(self.prefix)
+        index = tightest(self.plans)
+        if index is not None:
+            check_room(self.plans[index], self.prefix, self._path(sections, index))
+        encoded = [plan.nameless() for plan in self.plans.values()]
+        sizes = (relocated_size(plan, self.prefix) for plan in self.plans.values())
+        sections.prefix = self.prefix
+        sections.plans = b"".join(encoded)
+        sections.plan_starts = array("I", accumulate(map(len, encoded), initial=0))
+        sections.relocated = array("I", map(sections.slots.__getitem__, self.plans))
+        sections.relocated_sizes = array("Q", sizes)
+
+    def _path(self, sections: TreeSections, index: int) -> bytes:
+        steps = []
+        while index:
+            steps.append(self._name(index))
+            index = self.directories[sections.parents[index]]
+        return b"/".join(reversed(steps))
 
     def _children(self, lengths: array[int]) -> tuple[array[int], array[int]]:
         """Gather the runs of each directory; those of one directory come by name already."""

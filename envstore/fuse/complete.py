@@ -6,7 +6,7 @@ import contextlib
 import os
 from datetime import UTC, datetime
 
-from envstore.errors import EnvstoreError
+from envstore.errors import EnvstoreError, UsageError
 from envstore.fuse.keeping import MountRequest
 from envstore.fuse.mount import check_mountpoint
 from envstore.fuse.records import MountRecord, RecordFiles
@@ -24,19 +24,23 @@ def mount_complete(request: MountRequest) -> MountRecord | None:
         return None
     from envstore.fuse.hydrated import find_hydrated
     from envstore.fuse.overlay import mount_fast
+    from envstore.fuse.placing import placed_image
     from envstore.store.cache import default_cache
 
     cache = default_cache()
     found = find_hydrated(cache, request.ref)
     if found is None:
         return None
+    request = request.placed()
     mountpoint = check_mountpoint(request.mountpoint)
     files = RecordFiles(mountpoint)
     files.prepare()
     name = found.record.ref
     try:
-        image = found.image()
+        image = placed_image(found, cache, os.fsencode(request.prefix))
         mount_fast(image, found.local, None, mountpoint, source=f"envstore:{name}")
+    except UsageError:
+        raise
     except EnvstoreError:
         if request.fast_path == "on":
             raise
@@ -53,6 +57,7 @@ def mount_complete(request: MountRequest) -> MountRecord | None:
         stats="",
         control="",
         fast_path=True,
+        prefix=request.prefix,
     )
     try:
         files.save(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from envstore.fuse.image import make_image, open_image
+from envstore.fuse.keys import placed_key
 from envstore.fuse.tree import Tree
 from envstore.store.locations import Located
 from envstore.store.repository import Repository
@@ -15,7 +16,8 @@ class Content:
     """A snapshot ready to be served: the name it was asked by, its tree, where chunks lie.
 
     ``fd`` is the descriptor of its tree image. It belongs to whoever asked for the content and
-    may be closed at any time: the tree does not need it.
+    may be closed at any time: the tree does not need it. ``prefix`` is the path that its files
+    are made for, empty if they are the same anywhere, or shown as they are stored.
     """
 
     name: str
@@ -24,16 +26,25 @@ class Content:
     tree: Tree
     locations: Located
     fd: int
+    prefix: bytes = b""
+
+    @property
+    def key(self) -> bytes:
+        """A name for the tree as it is shown; that of the manifest if it is so anywhere."""
+        return placed_key(self.manifest, self.prefix)
 
 
-def load_content(repository: Repository, snapshot: bytes, name: str = "") -> Content:
+def load_content(
+    repository: Repository, snapshot: bytes, name: str = "", prefix: bytes = b""
+) -> Content:
     """Return the content of ``snapshot``: two or three round trips with an empty cache.
 
-    Raises ``NotFoundError``, ``CorruptError``, ``UnavailableError``.
+    It is that at ``prefix``, or as it is stored if that is empty. Raises ``NotFoundError``,
+    ``CorruptError``, ``UnavailableError``, ``UsageError`` (the prefix is too long).
     """
     manifest = repository.snapshot(snapshot).manifest
     root, locations = repository.located(manifest)
-    fd = make_image(manifest, root, repository.parts(root, locations), locations)
+    fd = make_image(manifest, root, repository.parts(root, locations), locations, prefix)
     return content_from_image(fd, name, snapshot)
 
 
@@ -45,4 +56,4 @@ def content_from_image(fd: int, name: str, snapshot: bytes) -> Content:
     """
     image = open_image(fd)
     title = name or f"@{snapshot.hex()[:12]}"
-    return Content(title, snapshot, image.manifest, image.tree, image.locations, fd)
+    return Content(title, snapshot, image.manifest, image.tree, image.locations, fd, image.prefix)

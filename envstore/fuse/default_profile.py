@@ -67,7 +67,7 @@ def default_ranges(tree: Tree) -> list[Range]:
         found = [*_interpreter(tree), *found]
         for home in homes:
             found += _standard_library(tree, home)
-    sizes = {node: min(tree.size(node), _HEAD) for node in found}
+    sizes = {node: min(tree.stored_size(node), _HEAD) for node in found}
     return [Range(tree.path(node), 0, size) for node, size in sizes.items() if size]
 
 

@@ -25,7 +25,7 @@ def prepare_fast_path(content: Content, cache: BlobCache) -> dict[str, Any]:
 
     Raises ``EnvstoreError`` when the tree cannot be represented, or the image not be written.
     """
-    image = ensure_image(content.tree, content.manifest, cache.root / "images")
+    image = ensure_image(content.tree, content.key, cache.root / "images")
     return {"image": str(image), "local": str(LocalFiles(cache).directory)}
 
 

@@ -367,6 +367,7 @@ class Holder:
             stats=str(self._files.stats),
             control=str(self._files.control),
             fast_path=loaded["fast"],
+            prefix=request.prefix,
         )
         self._go(server)
 

@@ -30,7 +30,7 @@ from envstore.store.cache import BlobCache, CacheFullError
 from envstore.store.digest import digest
 from envstore.store.fetch import FrameFetcher
 from envstore.store.locations import NOWHERE, FrameRef, Located, Locations
-from envstore.store.manifest import Root
+from envstore.store.manifest import Part, Root
 from envstore.store.repository import Repository
 from envstore.store.source import Kind
 
@@ -84,20 +84,25 @@ def hydrate(
         description = repository.snapshot(snapshot)
         manifest = description.manifest
         root, locations = repository.located(manifest)
-        fd = make_image(manifest, root, repository.parts(root, locations), locations)
+        relocates: list[bool] = []
+        parts = _noting(repository.parts(root, locations), relocates)
+        fd = make_image(manifest, root, parts, locations)
         content = content_from_image(fd, ref, snapshot)
         os.close(fd)
         save(directory / "snapshot", description.encode())
         save(directory / "manifest", root.seal())
         save(directory / "locations", locations.seal())
         save(directory / "parts", b"".join(_parts(repository, root, locations)))
-        ensure_image(content.tree, manifest, directory / "image")
+        if not any(relocates):
+            ensure_image(content.tree, manifest, directory / "image")
         nodes = _contents(content.tree)
         work = _Work(repository, cache, content.tree, content.locations, directory / "pins", rate)
         missing = work.run(nodes, progress)
         size = sum(content.tree.size(node) for node in nodes)
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        record = Record(snapshot.hex(), manifest.hex(), content.name, len(nodes), size, at)
+        record = Record(
+            snapshot.hex(), manifest.hex(), content.name, len(nodes), size, at, any(relocates)
+        )
         save_record(directory, record)
     return HydrateResult(
         Hydrated(record, directory, cache.files),
@@ -106,6 +111,13 @@ def hydrate(
         traffic.bytes_in - received,
         traffic.requests - requests,
     )
+
+
+def _noting(parts: Iterable[Part], relocates: list[bool]) -> Iterator[Part]:
+    """Yield ``parts``, noting of each whether it holds something to relocate."""
+    for part in parts:
+        relocates.append(bool(part.relocations))
+        yield part
 
 
 def step_back() -> None:

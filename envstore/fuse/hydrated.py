@@ -2,7 +2,8 @@
 
 Each has a directory in the cache's ``hydrated``: the snapshot, its manifest and locations as the
 store has them, the manifest's parts, the image of its names, and second names of its files, which
-keep them from being evicted. What has a record is whole, for that is written last.
+keep them from being evicted; and what ``placing`` makes for each prefix. What has a record is
+whole, for that is written last.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Record:
     """What is told of a hydrated snapshot.
 
     Digests are hex; ``ref`` is the name it was asked by, ``files`` and ``bytes`` count distinct
-    contents, ``at`` is when it became whole (RFC 3339 UTC).
+    contents as they are stored, ``at`` is when it became whole (RFC 3339 UTC), ``relocates``
+    whether any of it is another wherever it is mounted.
     """
 
     snapshot: str
@@ -44,6 +46,7 @@ class Record:
     files: int
     bytes: int
     at: str
+    relocates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Hydrated:
     def image(self) -> Path:
         """Return the image for ``mount_fast``, verified, and written anew if it is damaged.
 
-        Raises ``CorruptError``, ``EnvstoreError``.
+        It shows files as they are stored. Raises ``CorruptError``, ``EnvstoreError``.
         """
         images = self.directory / "image"
         found = find_image(self.manifest, images)
@@ -77,10 +80,11 @@ class Hydrated:
         os.close(content.fd)
         return ensure_image(content.tree, self.manifest, images)
 
-    def content(self) -> Content:
+    def content(self, prefix: bytes = b"") -> Content:
         """Return the snapshot's tree and locations, for who serves it; ``fd`` is the caller's.
 
-        Raises ``CorruptError``.
+        The tree is that at ``prefix``, or as it is stored if that is empty. Raises
+        ``CorruptError``, ``UsageError`` (the prefix is too long).
         """
         try:
             data, places, parts = (
@@ -99,7 +103,7 @@ class Hydrated:
             ends.append((at, at + info.size))
             at += info.size
         decoded = (decode_part(parts[start:end]) for start, end in ends)
-        fd = make_image(self.manifest, root, decoded, locations)
+        fd = make_image(self.manifest, root, decoded, locations, prefix)
         return content_from_image(fd, self.record.ref, self.snapshot)
 
 

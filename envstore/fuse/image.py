@@ -27,7 +27,7 @@ from envstore.store.digest import DIGEST_SIZE
 from envstore.store.locations import Located
 from envstore.store.manifest import Part, Root
 
-MAGIC = b"ESTREE01"
+MAGIC = b"ESTREE02"
 
 _HEADER = struct.Struct(f"=8s32s{len(TYPES)}Q")
 _TEXT_AT = _HEADER.size
@@ -39,20 +39,28 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A snapshot's tree and where its chunks lie, and the digest of the manifest it is of."""
+    """A snapshot's tree and where its chunks lie, and the digest of the manifest it is of.
+
+    ``prefix`` is empty if the tree is the same wherever it is mounted.
+    """
 
     tree: Tree
     locations: ImageLocations
     manifest: bytes
+    prefix: bytes
 
 
-def make_image(manifest: bytes, root: Root, parts: Iterable[Part], locations: Located) -> int:
+def make_image(
+    manifest: bytes, root: Root, parts: Iterable[Part], locations: Located, prefix: bytes = b""
+) -> int:
     """Build the image of the tree called ``manifest``; returns the descriptor, to be closed.
 
-    Takes about 110 bytes for each file, and as much again while it works. Raises ``CorruptError``
-    when ``root`` and ``parts`` contradict each other, ``NoSpaceError`` when memory is short.
+    Files that hold their own prefix are shown for ``prefix``, or as they are stored if that is
+    empty. Takes about 110 bytes for each file, as many more for one that is relocated, and as much
+    again while it works. Raises ``CorruptError`` when ``root`` and ``parts`` contradict each
+    other, ``UsageError`` when ``prefix`` is too long, ``NoSpaceError`` when memory is short.
     """
-    tree = build_sections(root, parts, _TEXT_AT)
+    tree = build_sections(root, parts, _TEXT_AT, prefix)
     sections: dict[str, Buffer] = {name: getattr(tree, name) for name in TreeSections.__slots__}
     del tree
     sections |= _locate(locations)
@@ -147,7 +155,7 @@ def open_image(fd: int) -> Image:
     _check_lengths({name: len(view) for name, view in views.items()})
     _check_ends(starts, views)
     tree = _tree(memory, starts, views)
-    return Image(tree, _locations(memory, starts, views), manifest)
+    return Image(tree, _locations(memory, starts, views), manifest, bytes(views["prefix"]))
 
 
 def _views(
@@ -180,6 +188,8 @@ def _check_lengths(found: dict[str, int]) -> None:
         "digests": DIGEST_SIZE * refs, "ends": refs + 1, "ref_offsets": refs,
         "link_counts": found["linked"], "hole_bytes": found["holed"],
         "long_keys": DIGEST_SIZE * found["long"],
+        "relocated_sizes": found["relocated"],
+        "plan_starts": found["relocated"] + 1 if found["prefix"] else 0,
         "table": 1 << max(0, table.bit_length() - 1), "multiplier": 1,
         "frame_packs": frames, "frame_offsets": frames, "frame_stored": frames,
         "frame_raw": frames, "frame_digests": DIGEST_SIZE * frames,
@@ -193,6 +203,8 @@ def _check_lengths(found: dict[str, int]) -> None:
 def _check_ends(starts: dict[str, int], views: dict[str, memoryview[int]]) -> None:
     """See that running sums end where the columns end that they lead into."""
     text_end = starts["text"] + len(views["text"])
+    if len(views["plan_starts"]) and views["plan_starts"][-1] != len(views["plans"]):
+        raise CorruptError("a tree image: relocations do not end where they should")
     for name, last in (
         ("target_starts", text_end),
         ("child_starts", len(views["children"])),
@@ -228,6 +240,11 @@ def _tree(memory: mmap.mmap, starts: dict[str, int], views: dict[str, memoryview
             long_keys_at=starts["long_keys"],
             table=views["table"],
             multiplier=views["multiplier"][0],
+            prefix=bytes(views["prefix"]),
+            plans_at=starts["plans"],
+            plan_starts=views["plan_starts"],
+            relocated=views["relocated"],
+            relocated_sizes=views["relocated_sizes"],
         )
     )
 

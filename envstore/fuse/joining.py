@@ -10,7 +10,7 @@ from itertools import compress, count, islice, repeat
 from operator import eq, sub
 
 from envstore.errors import CorruptError
-from envstore.fuse.keys import list_key
+from envstore.fuse.keys import list_key, relocated_key
 from envstore.fuse.sections import TreeSections
 from envstore.store.digest import DIGEST_SIZE, EMPTY
 from envstore.store.source import Kind
@@ -43,17 +43,19 @@ class _Joiner:
         # The nodes of hard-linked files, which no other file may join.
         self.grouped: set[int] = set()
         self.lookalikes = 0
+        self.holed = set(tree.holed)
+        self.relocated = {slot: at for at, slot in enumerate(tree.relocated)}
         # Directories by path: many links lead to few of them.
         self._found: dict[bytes, int] = {b"": 0}
 
     def name_contents(self) -> None:
-        """Name the contents that are neither empty nor one stored chunk."""
+        """Name the contents that are neither empty nor one stored chunk as it is."""
         tree = self.tree
         starts = tree.file_starts
         sizes = map(sub, islice(starts, 1, None), starts)
-        slots = {*compress(count(), map((1).__lt__, sizes)), *tree.holed}
+        slots = {*compress(count(), map((1).__lt__, sizes)), *tree.holed, *self.relocated}
         tree.long = array("I", sorted(slots))
-        tree.long_keys = b"".join(map(self._list_key, tree.long))
+        tree.long_keys = b"".join(map(self._long_name, tree.long))
 
     def join_links(self, linked: dict[int, bytes]) -> None:
         """Give the names of each hard-linked file one inode."""
@@ -178,6 +180,9 @@ class _Joiner:
         """Whether two files have the same content."""
         starts, ends, digests = self.tree.file_starts, self.tree.ends, self.tree.digests
         a, b = self.tree.slots[one], self.tree.slots[two]
+        if a in self.relocated or b in self.relocated:
+            both = a in self.relocated and b in self.relocated
+            return both and self._long_key(a) == self._long_key(b)
         first, other = starts[a], starts[b]
         count = starts[a + 1] - first
         # Chunks of one digest have one size, but a manifest may say otherwise.
@@ -193,8 +198,22 @@ class _Joiner:
         at = bisect_left(self.tree.long, slot) * DIGEST_SIZE
         return self.tree.long_keys[at : at + DIGEST_SIZE]
 
-    def _list_key(self, slot: int) -> bytes:
-        first, last = self.tree.file_starts[slot : slot + 2]
+    def _long_name(self, slot: int) -> bytes:
+        """Return the content key of a file that is not one chunk, or not shown as stored."""
+        tree = self.tree
+        first, last = tree.file_starts[slot : slot + 2]
+        single = last - first == 1 and slot not in self.holed
+        key = self._digests(first, last) if single else self._list_key(first, last)
+        at = self.relocated.get(slot)
+        if at is None:
+            return key
+        start, end = tree.plan_starts[at : at + 2]
+        return relocated_key(key, tree.plans[start:end], tree.prefix)
+
+    def _digests(self, first: int, last: int) -> bytes:
+        return bytes(self.tree.digests[first * DIGEST_SIZE : last * DIGEST_SIZE])
+
+    def _list_key(self, first: int, last: int) -> bytes:
         ends = self.tree.ends[first : last + 1]
         sizes = array("Q", map(sub, islice(ends, 1, None), ends))
-        return list_key(self.tree.digests[first * DIGEST_SIZE : last * DIGEST_SIZE], sizes)
+        return list_key(self._digests(first, last), sizes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from envstore.errors import UnsupportedFormatError
@@ -27,7 +27,9 @@ class MountRequest:
 
     ``profile`` names the start profile to fetch ahead, empty for the one that fits, ``none`` for
     none. ``fast_path`` is ``auto``, ``on`` or ``off``. ``patience`` is how many seconds a reader
-    waits for a store that does not answer. ``record`` has every read noted. ``node`` is a path:
+    waits for a store that does not answer. ``record`` has every read noted. ``prefix`` is the path
+    at which whoever uses the tree sees it, empty for the mount point as it is given. ``node`` is a
+    path:
     this is then no mount of a REF but a node server with its control socket there.
     ``metrics`` is an address to serve Prometheus' text format on: a path or HOST:PORT.
     ``hung_after`` is how many seconds a server may give no sign of life, ``lease_grace`` how many
@@ -46,6 +48,11 @@ class MountRequest:
     metrics: str = ""
     hung_after: float = 15.0
     lease_grace: float = 60.0
+    prefix: str = ""
+
+    def placed(self) -> MountRequest:
+        """Return the same request with the prefix that it stands for."""
+        return replace(self, prefix=self.prefix or os.path.abspath(self.mountpoint))
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ def mount_through(node: str, request: MountRequest) -> MountRecord:
     Takes milliseconds if the node serves the snapshot already. Raises what keeps it from being
     made; then nothing is mounted.
     """
+    request = request.placed()
     mountpoint = check_mountpoint(request.mountpoint)
     files = RecordFiles(mountpoint)
     files.prepare()
@@ -61,6 +62,7 @@ def mount_through(node: str, request: MountRequest) -> MountRecord:
         target=mountpoint,
         profile=request.profile,
         fast_path=request.fast_path,
+        prefix=request.prefix,
         namespace=os.stat("/proc/self/ns/mnt").st_ino,
     )
     try:
@@ -79,6 +81,7 @@ def mount_through(node: str, request: MountRequest) -> MountRecord:
             fast_path=fast,
             node=node,
             lease=found["id"],
+            prefix=request.prefix,
         )
         files.save(record)
     except BaseException:

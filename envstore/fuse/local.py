@@ -37,7 +37,9 @@ class NewFile:
         self._missing = {ref for ref in tree.file_refs(node) if not tree.is_hole(ref)}
         refs = tree.file_refs(node)
         self._offsets: dict[int, int] = {}
-        at = 0
+        self._relocated = tree.relocated(node) if tree.is_relocated(node) else None
+        # It is made of what is stored when all of that is there.
+        at = self._relocated.base if self._relocated else 0
         for ref in refs:
             self._offsets[ref] = at
             at += tree.chunk_size(ref)
@@ -57,6 +59,14 @@ class NewFile:
             while done < len(view):
                 done += os.pwrite(self._filling.fd, view[done:], start + done)
         self._missing.discard(ref)
+
+    def settle(self) -> None:
+        """Make of the chunks, all of which were written, what the file holds.
+
+        Raises ``CorruptError``, ``OSError``.
+        """
+        if self._relocated is not None:
+            self._relocated.settle(self._filling.fd)
 
     @property
     def filling(self) -> Filling:
@@ -112,6 +122,7 @@ class LocalFiles:
                 for file in files:
                     if not file.complete:
                         raise CorruptError(f"file {file.key.hex()} is not complete")
+                    file.settle()
                     os.fchmod(file.filling.fd, 0o444)
                 self._write_out(files)
                 now = time.time_ns()

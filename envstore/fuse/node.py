@@ -41,13 +41,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One mount: of what, where, in which mount name space (an inode), since when (RFC 3339)."""
+    """One mount: of what, where, in which mount name space (an inode), since when (RFC 3339).
+
+    ``prefix`` is the path that it is made for.
+    """
 
     slot: int
     target: str
     name: str
     namespace: int
     started: str
+    prefix: str = ""
 
 
 class Node:
@@ -119,16 +123,18 @@ class Node:
     async def _mount(self, question: dict[str, Any]) -> dict[str, Any]:
         words = {name: str(question[name]) for name in ("store", "ref", "target")}
         words["profile"] = str(question.get("profile", ""))
+        words["prefix"] = str(question.get("prefix") or words["target"])
         for name, word in words.items():
             if len(word) > _LONGEST:
                 raise UsageError(f"{name} is longer than {_LONGEST}")
         ref, namespace = words["ref"], int(question["namespace"])
         if find_mount(self._root) is None:
             raise UnavailableError("the node server is ending", hint="mount without it: --node off")
-        volume = await self._load(words["store"], ref, words["profile"])
+        prefix = os.fsencode(words["prefix"])
+        volume = await self._load(words["store"], ref, prefix, words["profile"])
         # Taken in the same step, so that nobody drops it in between.
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        lease = Lease(volume.slot, words["target"], ref, namespace, started)
+        lease = Lease(volume.slot, words["target"], ref, namespace, started, words["prefix"])
         identity = secrets.token_hex(8)
         self._leases[identity] = lease
         self._seen[identity] = time.monotonic()
@@ -153,20 +159,20 @@ class Node:
                 _log.warning("no fast path for %s: %s", ref, error)
         return found
 
-    async def _load(self, url: str, ref: str, profile: str) -> Volume:
+    async def _load(self, url: str, ref: str, prefix: bytes, profile: str) -> Volume:
         volumes, run = self._volumes, partial(trio.to_thread.run_sync, limiter=self._threads)
         repository = await run(volumes.repository, url)
         snapshot = await run(repository.resolve, ref)
         manifest = (await run(repository.snapshot, snapshot)).manifest
         domain = repository.config.id
-        served = volumes.volume(volumes.find(domain, manifest))
+        served = volumes.volume(volumes.find(domain, manifest, prefix))
         if served is not None:
             return served
         async with volumes.loading:
-            slot = volumes.find(domain, manifest)
+            slot = volumes.find(domain, manifest, prefix)
             served = volumes.volume(slot)
             if served is None:
-                content = await run(load_content, repository, snapshot, ref)
+                content = await run(load_content, repository, snapshot, ref, prefix)
                 served = await volumes.plant(slot, repository, content)
                 volumes.follow_profile(served, repository, profile)
         return served
@@ -212,6 +218,7 @@ class Node:
                         "digest": volume.content.snapshot.hex(),
                         "manifest": volume.content.manifest.hex(),
                         "started": lease.started,
+                        "prefix": lease.prefix,
                         **counted,
                     }
                 )

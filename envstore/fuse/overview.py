@@ -46,6 +46,7 @@ class MountOverview:
     log: str
     stats: str
     control: str
+    prefix: str
 
 
 def overview() -> list[MountOverview]:
@@ -112,4 +113,5 @@ def _describe(record: MountRecord, alive: bool) -> MountOverview:
         log=record.log,
         stats=record.stats,
         control=record.control,
+        prefix=record.prefix,
     )

@@ -23,6 +23,7 @@ from envstore.store.source import Kind
 if TYPE_CHECKING:
     from envstore.fuse.loader import FrameLoader
     from envstore.fuse.reader import Reader
+    from envstore.fuse.relocating import RelocatingReader
 
 DEFAULT_LIMIT = 5 << 20
 """Stored bytes fetched ahead of a tree of which no start was recorded."""
@@ -80,7 +81,7 @@ async def follow(
     tree: Tree,
     locations: Located,
     loader: FrameLoader,
-    reader: Reader,
+    reader: Reader | RelocatingReader,
     room: int,
 ) -> None:
     """Fetch what the profile names of ``tree``, ``room`` raw bytes of it at most.

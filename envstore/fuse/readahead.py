@@ -46,7 +46,7 @@ class Readahead:
         refs = self._tree.file_refs(node)
         if len(refs) < 2:
             return []
-        size = self._tree.size(node)
+        size = self._tree.stored_size(node)
         if size <= WHOLE:
             return self.frames(node, 0, size) if missed else []
         if node in self.known:

@@ -52,7 +52,7 @@ class Recorder:
 
     def watch(self, node: int, offset: int, size: int) -> None:
         """Note that ``size`` bytes from ``offset`` of file ``node`` are read."""
-        end = min(offset + size, self._tree.size(node))
+        end = min(offset + size, self._tree.stored_size(node))
         if end <= offset:
             return
         touched = self._touched.get(node)

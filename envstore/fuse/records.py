@@ -31,7 +31,7 @@ class MountRecord:
     a URL without secrets, ``started`` RFC 3339 UTC. ``log``, ``stats`` and ``control`` are paths;
     the last two are sockets (see ``stats.read_stats`` and ``Holder``). ``node`` is the control
     socket of the node server that serves the mount under ``lease``. Where there is neither that
-    nor ``control``, the mount is the kernel's alone.
+    nor ``control``, the mount is the kernel's alone. ``prefix`` is the path it was made for.
     """
 
     mountpoint: str
@@ -47,6 +47,7 @@ class MountRecord:
     fast_path: bool = False
     node: str = ""
     lease: str = ""
+    prefix: str = ""
 
     @property
     def served(self) -> bool:

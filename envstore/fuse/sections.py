@@ -6,12 +6,18 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+RELOCATED = 8
+"""In the kind of a file: it is not shown as it is stored."""
+
 Buffer: TypeAlias = "array[int] | bytes | bytearray"
 
 TYPES: dict[str, Literal["B", "H", "I", "Q", "q"]] = {
     "text": "B",
     "digests": "B",
     "long_keys": "B",
+    "prefix": "B",
+    "plans": "B",
+    "relocated_sizes": "Q",
     "ends": "Q",
     "mtimes": "q",
     "hole_bytes": "Q",
@@ -29,6 +35,8 @@ TYPES: dict[str, Literal["B", "H", "I", "Q", "q"]] = {
     "link_counts": "I",
     "holed": "I",
     "long": "I",
+    "relocated": "I",
+    "plan_starts": "I",
     "table": "I",
     "ref_frames": "I",
     "ref_offsets": "I",
@@ -49,6 +57,10 @@ def _numbers() -> array[int]:
     return array("I")
 
 
+def _sizes() -> array[int]:
+    return array("Q")
+
+
 @dataclass(slots=True)
 class TreeSections:
     """The columns of ``tree.Columns`` as they are built; the second half comes by joining files."""
@@ -67,6 +79,11 @@ class TreeSections:
     digests: bytearray
     ends: array[int]
     target_starts: array[int]
+    prefix: bytes = b""
+    plans: bytes = b""
+    plan_starts: array[int] = field(default_factory=_numbers)
+    relocated: array[int] = field(default_factory=_numbers)
+    relocated_sizes: array[int] = field(default_factory=_sizes)
     inodes: array[int] = field(default_factory=_numbers)
     linked: array[int] = field(default_factory=_numbers)
     link_counts: array[int] = field(default_factory=_numbers)

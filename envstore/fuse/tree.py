@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import stat
 import sys
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from mmap import mmap
 from typing import NamedTuple
 
-from envstore.fuse.keys import place
+from envstore.fuse.keys import list_key, place
+from envstore.fuse.sections import RELOCATED
 from envstore.store.digest import DIGEST_SIZE, EMPTY
 from envstore.store.entries import HOLE, NORMAL_MTIME_NS
+from envstore.store.relocated import Relocated
+from envstore.store.relocation import Relocation
 from envstore.store.source import Kind
 
 ROOT = 1
@@ -29,8 +33,8 @@ _DIRECTORY, _SYMLINK = int(Kind.DIRECTORY), int(Kind.SYMLINK)
 _NORMAL_MODES = (
     stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777, 0,
     stat.S_IFREG | 0o755, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777, 0,
-)  # fmt: skip
-"""Type and permission bits by kind, then the same with the executable bit."""
+) * 2  # fmt: skip
+"""Type and permission bits by kind, then the same with the executable bit; and if relocated."""
 
 
 class Piece(NamedTuple):
@@ -54,7 +58,7 @@ class Attributes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sizes of the whole tree: entries without the root, and the sum of all file sizes."""
+    """Sizes of the whole tree: entries without the root, and the sum of all sizes as stored."""
 
     entries: int
     logical: int
@@ -80,6 +84,11 @@ class Columns:
     stored chunk, and from ``long_keys_at`` in ``text`` their content keys. ``table`` finds a
     content's first node index by the first 64 bits of its key times ``multiplier``, with linear
     probing; zero is an empty place.
+
+    Unless the tree is the same everywhere, it is that at ``prefix``: ``relocated`` are the file
+    slots that are shown otherwise than stored, ``relocated_sizes`` their sizes, and
+    ``plan_starts`` (one longer), from ``plans_at`` in ``text``, their encoded relocations. Their
+    content keys are in ``long``, and their kinds have ``sections.RELOCATED``.
     """
 
     text: bytes | mmap
@@ -105,6 +114,11 @@ class Columns:
     long_keys_at: int
     table: Sequence[int]
     multiplier: int
+    prefix: bytes
+    plans_at: int
+    plan_starts: Sequence[int]
+    relocated: Sequence[int]
+    relocated_sizes: Sequence[int]
 
 
 class Tree:
@@ -117,6 +131,7 @@ class Tree:
         self._holes = bool(columns.holed)
         self.totals = Totals(len(columns.kinds) - 1, columns.ends[-1])
         self.refs = len(columns.ends) - 1
+        self.prefix = columns.prefix
 
     def __len__(self) -> int:
         """Return the number of nodes, the root included."""
@@ -144,7 +159,9 @@ class Tree:
         size = stored = 0
         if not flags & _KIND:
             size = stored = c.ends[c.file_starts[slot + 1]] - c.ends[c.file_starts[slot]]
-            if self._holes:
+            if flags & RELOCATED:
+                size = stored = c.relocated_sizes[bisect_left(c.relocated, slot)]
+            elif self._holes:
                 stored -= _value(c.holed, c.hole_bytes, slot, 0)
         elif flags & _KIND == _SYMLINK:
             size = stored = c.target_starts[slot + 1] - c.target_starts[slot]
@@ -158,8 +175,35 @@ class Tree:
     def size(self, node: int) -> int:
         """Return the length of a file's content in bytes."""
         c = self._c
+        if c.kinds[node - 1] & RELOCATED:
+            return c.relocated_sizes[bisect_left(c.relocated, c.slots[node - 1])]
+        return self.stored_size(node)
+
+    def stored_size(self, node: int) -> int:
+        """Return the length of a file as it is stored: where its pieces end."""
+        c = self._c
         slot = c.slots[node - 1]
         return c.ends[c.file_starts[slot + 1]] - c.ends[c.file_starts[slot]]
+
+    def is_relocated(self, node: int) -> bool:
+        """Whether a file is shown otherwise than it is stored."""
+        return bool(self._c.kinds[node - 1] & RELOCATED)
+
+    def relocated(self, node: int) -> Relocated:
+        """Return how a relocated file is made of what is stored."""
+        c = self._c
+        at = bisect_left(c.relocated, c.slots[node - 1])
+        start, end = c.plans_at + c.plan_starts[at], c.plans_at + c.plan_starts[at + 1]
+        return Relocated(Relocation.decode(c.text[start:end]), c.prefix)
+
+    @property
+    def relocates(self) -> bool:
+        """Whether any file is shown otherwise than it is stored."""
+        return len(self._c.relocated) > 0
+
+    def relocated_nodes(self) -> list[int]:
+        """Return all files that are shown otherwise than they are stored."""
+        return [index + 1 for index, flags in enumerate(self._c.kinds) if flags & RELOCATED]
 
     def inode(self, node: int) -> int:
         """Return the node that stands for all nodes of the same content and attributes."""
@@ -246,7 +290,7 @@ class Tree:
         return self._holes and self.chunk_digest(ref) == HOLE
 
     def pieces(self, node: int, offset: int, size: int) -> list[Piece]:
-        """Return the pieces of chunks that make up a range of a file, clipped to its end."""
+        """Return the pieces of chunks of a range of a file as it is stored, clipped to its end."""
         c = self._c
         slot = c.slots[node - 1]
         first, last = c.file_starts[slot], c.file_starts[slot + 1]
@@ -267,7 +311,8 @@ class Tree:
         """Return the name of a file's content, whatever its mode and time: 32 bytes.
 
         The digest of its chunk if it is one stored chunk, ``EMPTY`` of an empty file, else what
-        ``keys.list_key`` makes of its chunk list. Two files with one key have the same bytes.
+        ``keys.list_key`` makes of its chunk list; if it is relocated what ``keys.relocated_key``
+        makes of these. Two files with one key have the same bytes.
         """
         c = self._c
         slot = c.slots[node - 1]
@@ -275,12 +320,22 @@ class Tree:
         count = c.file_starts[slot + 1] - first
         if not count:
             return EMPTY
-        if count > 1 or self._holes:
+        if count > 1 or self._holes or c.kinds[node - 1] & RELOCATED:
             at = bisect_left(c.long, slot)
             if at < len(c.long) and c.long[at] == slot:
                 at = c.long_keys_at + at * DIGEST_SIZE
                 return c.text[at : at + DIGEST_SIZE]
         return self.chunk_digest(first)
+
+    def stored_key(self, node: int) -> bytes:
+        """Return the content key of a file as it is stored."""
+        if not self.is_relocated(node):
+            return self.content_key(node)
+        refs = self.file_refs(node)
+        if len(refs) == 1 and not self.is_hole(refs[0]):
+            return self.chunk_digest(refs[0])
+        digests = b"".join(map(self.chunk_digest, refs))
+        return list_key(digests, array("Q", map(self.chunk_size, refs)))
 
     def find_content(self, key: bytes) -> int | None:
         """Return the first file whose content key is ``key``, else ``None``."""

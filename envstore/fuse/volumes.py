@@ -33,6 +33,7 @@ from envstore.fuse.prefetch import ProfileSearch, follow
 from envstore.fuse.promote import Promoter
 from envstore.fuse.reader import Reader
 from envstore.fuse.recorder import Recorder
+from envstore.fuse.relocating import RelocatingReader
 from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache, default_cache
 from envstore.store.fetch import FrameFetcher
@@ -69,7 +70,7 @@ class Volume:
     content: Content
     keepsake: Keepsake
     supply: _Supply
-    reader: Reader
+    reader: Reader | RelocatingReader
     metrics: Metrics
 
 
@@ -116,7 +117,7 @@ class Volumes:
         snapshot = repository.resolve(request.ref)
         repository.snapshot(snapshot)  # two will want it now, and find it in the cache
         self._search = ProfileSearch(repository, snapshot, request.profile)
-        content = load_content(repository, snapshot, request.ref)
+        content = load_content(repository, snapshot, request.ref, os.fsencode(request.prefix))
         parts = self._fast_parts(content)
         self.add(0 if parts is None else 1, repository, content)
         if parts is not None:
@@ -142,6 +143,7 @@ class Volumes:
             "name": content.name,
             "snapshot": content.snapshot.hex(),
             "manifest": content.manifest.hex(),
+            "prefix": os.fsdecode(content.prefix),
         }
         files = [content.fd]
         if slot:
@@ -181,7 +183,7 @@ class Volumes:
         """Load a snapshot again whose image another version of this code has made."""
         body = keepsake.body
         repository = Repository.open(body["store"], self.cache)
-        content = load_content(repository, snapshot, body["name"])
+        content = load_content(repository, snapshot, body["name"], _prefix(body))
         fresh = Keepsake(body, (content.fd, *keepsake.files[1:]))
         self._volume(slot, content, fresh)
         self._keep(f"{SLOT}{slot}", fresh)
@@ -269,7 +271,8 @@ class Volumes:
 
     def _reload(self, body: dict[str, Any]) -> tuple[Repository, Content]:
         repository = self.repository(body["store"])
-        return repository, load_content(repository, bytes.fromhex(body["snapshot"]), body["name"])
+        snapshot = bytes.fromhex(body["snapshot"])
+        return repository, load_content(repository, snapshot, body["name"], _prefix(body))
 
     def repository(self, url: str) -> Repository:
         """Return the open store at ``url``. Blocking; may be called from any thread."""
@@ -281,12 +284,16 @@ class Volumes:
                 found = self._repositories[url] = Repository.open(url, self.cache)
             return found
 
-    def find(self, domain: str, manifest: bytes) -> int:
-        """Return the slot a snapshot has or had, or else a new one."""
+    def find(self, domain: str, manifest: bytes, prefix: bytes) -> int:
+        """Return the slot a snapshot has or had, or else a new one.
+
+        What is the same at every prefix has one slot, else each prefix has one.
+        """
         bodies = {slot: volume.keepsake.body for slot, volume in self._volumes.items()}
         bodies |= {slot: keepsake.body for slot, keepsake in self._dormant.items()}
         for slot, body in bodies.items():
-            if (body["domain"], body["manifest"]) == (domain, manifest.hex()):
+            same = (body["domain"], body["manifest"]) == (domain, manifest.hex())
+            if same and _prefix(body) in (b"", prefix):
                 return slot
         return max(bodies, default=0) + 1
 
@@ -420,7 +427,8 @@ class Volumes:
             self.forest.plant(slot, Plot(subtree(slot, content), content.tree, domain, told))
         else:
             self.forest = Forest(self._secret, content.tree)
-        volume = Volume(slot, content, keepsake, supply, reader, metrics)
+        shown = RelocatingReader(reader, content.tree) if content.tree.relocates else reader
+        volume = Volume(slot, content, keepsake, supply, shown, metrics)
         self._volumes[slot] = volume
         return volume
 
@@ -433,6 +441,11 @@ class Volumes:
             patience=self._request.patience,
         )
         return _Supply(objects, fetcher, loader)
+
+
+def _prefix(body: dict[str, Any]) -> bytes:
+    """Return the prefix in a snapshot's keepsake; before there were relocations it had none."""
+    return os.fsencode(body.get("prefix", ""))
 
 
 def _told_memory(tree: Tree) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from envstore.errors import CorruptError
-from envstore.store.relocation import MAX_SHEBANG, Relocation, check_room
+from envstore.store.relocation import MAX_SHEBANG, Mode, Relocation, check_room
 
 _STANDIN = "\ud800"  # for the mark, in text: nothing that was decoded holds it
 _SHEBANG = re.compile("#! *([/\ud800](?:\\\\ |[^ \n\r\t])*)(.*)")
@@ -44,6 +44,16 @@ class Cut:
 _STORED, _PREFIX, _ZEROS, _HEAD = range(4)
 
 
+def relocated_size(relocation: Relocation, prefix: bytes) -> int:
+    """Return the size of a file at ``prefix``, which must have room for it."""
+    if relocation.mode is Mode.BINARY:
+        return relocation.size
+    size = relocation.size + len(relocation.offsets) * (len(prefix) - relocation.placeholder)
+    if relocation.shebang:
+        size += len(_shebang(relocation.shebang, prefix)) - relocation.head()
+    return size
+
+
 class Relocated:
     """A file as it is at ``prefix``: its ``size``, and how to read it. Thread-safe."""
 
@@ -75,6 +85,11 @@ class Relocated:
         self._add(_STORED, relocation.size - at, at)
         self.size: int = self._starts[-1]
         self.stored: int = relocation.size
+
+    @property
+    def segments(self) -> int:
+        """Of how many pieces the file is made."""
+        return len(self._kinds)
 
     @property
     def base(self) -> int:
