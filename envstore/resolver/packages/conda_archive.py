@@ -217,24 +217,27 @@ def _listed(info: dict[bytes, bytes], tree: Tree) -> dict[bytes, _Listed]:
         raise ValueError("info/paths.json has no paths")
     listed: dict[bytes, _Listed] = {}
     for entry in entries:
-        try:
-            path = tree.path(entry["_path"].encode())
-            one = _Listed(
-                entry["path_type"],
-                entry.get("sha256") or "",
-                -1 if entry.get("size_in_bytes") is None else int(entry["size_in_bytes"]),
-                entry.get("prefix_placeholder") or "",
-                entry.get("file_mode") or "",
-            )
-        except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
-            raise ValueError("info/paths.json has an entry that is not valid") from None
-        text = (one.kind, one.sha256, one.placeholder, one.mode)
-        if not all(isinstance(value, str) for value in text) or one.kind not in _KINDS:
-            raise ValueError(f"info/paths.json says nothing valid of {entry['_path']}")
+        path, one = _entry(entry, tree)
         if path in listed:
-            raise ValueError(f"info/paths.json lists {entry['_path']} twice")
+            raise ValueError(f"info/paths.json lists {os.fsdecode(path)} twice")
         listed[path] = one
     return listed
+
+
+def _entry(entry: Any, tree: Tree) -> tuple[bytes, _Listed]:
+    """Return the path and the meaning of one entry of paths.json."""
+    if not isinstance(entry, dict):
+        raise ValueError("info/paths.json has an entry that is not an object")
+    names = ("_path", "path_type", "sha256", "prefix_placeholder", "file_mode")
+    texts = [entry.get(name) or "" for name in names]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("info/paths.json has an entry that is not valid")
+    name, kind, sha256, placeholder, mode = texts
+    size = entry.get("size_in_bytes")
+    size = -1 if size is None else size
+    if kind not in _KINDS or mode not in ("", "text", "binary") or not isinstance(size, int):
+        raise ValueError(f"info/paths.json says nothing valid of {name}")
+    return tree.path(name.encode()), _Listed(kind, sha256, size, placeholder, mode)
 
 
 def _listed_before_paths_json(info: dict[bytes, bytes], tree: Tree) -> dict[bytes, _Listed]:
@@ -344,18 +347,20 @@ def _relocations(
     """Return the encoded relocation of every file and link that has one."""
     relocations = {}
     made = {path: _Listed("hardlink", placeholder=PLACEHOLDER.decode()) for path in scripts}
+    # Nobody says of links that they lead into the prefix; what the files say holds for them too.
+    placeholders = {one.placeholder.encode() for one in listed.values()} - {b""}
     for path, one in (listed | made).items():
-        if not one.placeholder:
-            continue
         there = tree.found[path]
-        placeholder = one.placeholder.encode()
         if there.kind is Kind.SYMLINK:
-            relocations[path] = link_relocation(there.target, placeholder)
-        elif there.kind is Kind.FILE:
+            for placeholder in placeholders:
+                if encoded := link_relocation(there.target, placeholder):
+                    relocations[path] = encoded
+        elif there.kind is Kind.FILE and one.placeholder:
             mode = Mode.BINARY if one.mode == "binary" else Mode.TEXT
-            found = plan(tree.read(path), placeholder, mode, package)
-            relocations[path] = found.encode() if found else b""
-    return {path: encoded for path, encoded in relocations.items() if encoded}
+            found = plan(tree.read(path), one.placeholder.encode(), mode, package)
+            if found is not None:
+                relocations[path] = found.encode()
+    return relocations
 
 
 def _facts(

@@ -76,7 +76,7 @@ def stdlib(python: PythonFacts) -> str:
 
 
 def _json(path: str, value: Mapping[str, Any]) -> GeneratedFile:
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(value, indent=2, sort_keys=True)
     return GeneratedFile(path.encode(), f"{text}\n".encode())
 
 

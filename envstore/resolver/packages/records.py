@@ -55,6 +55,7 @@ def read_record(data: bytes) -> dict[str, Row]:
 
 def _row(fields: list[str]) -> Row:
     path, hashed, size = (*fields, "", "")[:3]
+    path = path.lstrip("/")  # as uv does: some write them absolute
     if not hashed:
         return Row(path)
     algorithm, _, digest = hashed.partition("=")

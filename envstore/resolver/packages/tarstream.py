@@ -23,6 +23,7 @@ MAX_HEADERS = 256 << 20
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s6s2s32s32s8s8s155s12x")
 _ZEROS = bytes(BLOCK)
 _DECIMALS = 9
+_LAST_NS = (1 << 63) - 1
 
 
 class TarError(Exception):
@@ -160,6 +161,8 @@ def _member(
     mtime_ns = _number(fields[5], "time", signed=True) * 1_000_000_000
     if b"mtime" in extended:
         mtime_ns = _nanoseconds(extended[b"mtime"])
+    if abs(mtime_ns) > _LAST_NS:
+        raise TarError(f"{_text(name)} has a time too far from 1970")
     if b"size" in extended:
         size = _decimal(extended[b"size"], "size")
     type_ = _TYPES[kind]

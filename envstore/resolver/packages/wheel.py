@@ -225,7 +225,10 @@ class _Wheel:
         self.tree.add_file(path, (data,), executable)
 
     def _relative(self, path: str) -> str:
-        return posixpath.relpath(path, self.python.site_packages)
+        home = self.python.site_packages + "/"
+        if path.startswith(home):
+            return path[len(home) :]
+        return posixpath.relpath(path, home)
 
     def _facts(
         self,

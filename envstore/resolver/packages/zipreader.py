@@ -203,8 +203,8 @@ class ZipReader:
         return where, disk, first, here, count, size, offset
 
     def _exactly(self, size: int, at: int) -> bytes:
-        if at < 0:
-            raise ZipError("it is too short")
+        if at < 0 or at + size > self.size:
+            raise ZipError("it ends too early")
         data = os.pread(self._fd, size, at)
         while len(data) < size:
             more = os.pread(self._fd, size - len(data), at + len(data))
