@@ -17,6 +17,7 @@ from pathlib import Path
 from envstore.errors import EnvstoreError
 from envstore.resolver.layout import layout_order
 from envstore.resolver.lock import CondaPackage
+from envstore.store.entries import sort_key
 from envstore.store.relocation import PLACEHOLDER, Mode, link_relocation, plan
 from envstore.store.source import WINDOW, DirectorySource, Kind, SourceEntry
 
@@ -67,18 +68,17 @@ def run_scripts(prefix: Path, scripts: Sequence[tuple[CondaPackage, str]]) -> li
             raise ScriptError(f"{what} did not end within {PATIENCE} s") from None
         except FileNotFoundError:
             raise ScriptError(f"{what} needs bash", hint="install it") from None
+        messages = prefix / os.fsdecode(_MESSAGES)
+        left = messages.read_text(errors="replace") if messages.is_file() else ""
         if done.returncode:
-            lines = done.stdout.decode(errors="replace").strip().splitlines()[-_LAST_LINES:]
-            said = "; ".join(lines) or "it said nothing"
+            lines = (left + done.stdout.decode(errors="replace")).strip().splitlines()
+            said = "; ".join(lines[-_LAST_LINES:]) or "it said nothing"
             raise ScriptError(
                 f"{what} failed with status {done.returncode}: {said}",
                 hint="leave the package out, or push with --no-scripts",
             )
-        messages = prefix / os.fsdecode(_MESSAGES)
-        if messages.is_file():
-            lines = messages.read_text(errors="replace").strip().splitlines()
-            told += [f"{package.name}: {line}" for line in lines]
-            messages.unlink()
+        told += [f"{package.name}: {line}" for line in left.strip().splitlines()]
+        messages.unlink(missing_ok=True)
     return told
 
 
@@ -100,17 +100,27 @@ class ChangesSource:
         self._texts: dict[bytes, bytes] = {}
 
     def scan(self) -> list[SourceEntry]:
-        """See ``Source.scan``; nothing else may have written below the prefix."""
-        now = self._tree.scan()
+        """See ``Source.scan``: the directories above what changed are among the entries.
+
+        Nothing else may have written below the prefix.
+        """
+        now = sorted(self._tree.scan(), key=lambda entry: sort_key(entry.path))
         there = {entry.path for entry in now}
         self.removed = sorted(path for path in self._before if path not in there)
         found = []
+        above: list[SourceEntry] = []
         for entry in now:
+            while above and not entry.path.startswith(above[-1].path + b"/"):
+                above.pop()
+            if entry.kind is Kind.DIRECTORY:
+                above.append(entry)
             old = self._before.get(entry.path)
             if b"__pycache__" in entry.path.split(b"/"):
                 continue  # of the scripts' own running: it would never be valid
             if old is None or not _as_before(old, entry):
-                found.append(self._portable(entry) if entry.kind is not Kind.DIRECTORY else entry)
+                found += [item for item in above if item not in found]
+                if entry.kind is not Kind.DIRECTORY:
+                    found.append(self._portable(entry))
         return found
 
     def order(self, entry: SourceEntry) -> tuple[int, bytes]:

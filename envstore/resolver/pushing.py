@@ -49,7 +49,7 @@ from envstore.store.push import PushOptions, PushResult
 from envstore.store.refs import RefName, move_ref, try_read
 from envstore.store.repository import Repository
 from envstore.store.snapshots import Snapshot, save_snapshot
-from envstore.store.source import DirectorySource
+from envstore.store.source import DirectorySource, Source
 
 COMPOSER = "1"
 """Changes whenever the same lock would become another manifest."""
@@ -282,12 +282,17 @@ class _LockPush:
     ) -> list[Entry]:
         """Return all entries, with the files that belong to the environment itself."""
         files = generate(self._lock, [package.facts for package in packages])
-        source = MemorySource(files)
-        tree = scan(source)
-        store_files(source, tree, self._known, writer, silent)
-        for entry in entries_of(source, tree):
+        for entry in self._stored(writer, MemorySource(files)):
             composed.add(-1, entry)
         return composed.sorted()
+
+    def _stored(self, writer: PackWriter, source: Source) -> list[Entry]:
+        """Store the files of ``source`` and return its entries."""
+        tree = scan(source)
+        store_files(source, tree, self._known, writer, silent)
+        while not self._known.forget_lost(tree.chunks()):
+            store_files(source, tree, self._known, writer, silent)
+        return entries_of(source, tree)
 
     def _with_scripts(
         self,
@@ -339,16 +344,15 @@ class _LockPush:
         root = store_manifest(self._repository, entries, self._known, writer)
         copy = Snapshot("env", root.digest, root.files, root.logical, _now())
         self._progress("scripts", 0, 0)
+        self._places.downloads.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._places.downloads) as scratch:
             prefix = Path(scratch) / "env"
             pull(self._repository, save_snapshot(self._repository.objects, copy), prefix)
             before = DirectorySource(prefix, kind="env", normalise=True).scan()
             messages = postlink.run_scripts(prefix, scripts)
             source = postlink.ChangesSource(prefix, before)
-            tree = scan(source)
-            store_files(source, tree, self._known, writer, silent)
+            changed = self._stored(writer, source)
             writer.flush()
-            changed = entries_of(source, tree)
         removed = [os.fsdecode(path) for path in source.removed]
         facts = {"messages": [*messages, *source.warnings], "removed": removed}
         return describe_package(changed, facts, self._known.index)
