@@ -109,6 +109,7 @@ class ChangesSource:
         self.removed = sorted(path for path in self._before if path not in there)
         found = []
         above: list[SourceEntry] = []
+        listed: set[bytes] = set()
         for entry in now:
             while above and not entry.path.startswith(above[-1].path + b"/"):
                 above.pop()
@@ -118,7 +119,8 @@ class ChangesSource:
             if b"__pycache__" in entry.path.split(b"/"):
                 continue  # of the scripts' own running: it would never be valid
             if old is None or not _as_before(old, entry):
-                found += [item for item in above if item not in found]
+                found += [item for item in above if item.path not in listed]
+                listed.update(item.path for item in above)
                 if entry.kind is not Kind.DIRECTORY:
                     found.append(self._portable(entry))
         return found
