@@ -1,21 +1,22 @@
 """Conda channels: from names and URLs to what rattler fetches them with.
 
-Settings are rattler's own, from the ``config.toml`` files that it and envstore share (``mirrors``,
-``s3-options``, ``proxy-config``, ``tls-...``), and two of conda's variables:
-``CONDA_CHANNEL_ALIAS``, the URL below which channels named without one lie, and
-``CONDA_DEFAULT_CHANNELS``, the comma-separated channels that ``defaults`` stands for. Credentials
-come from the file that ``RATTLER_AUTH_FILE`` names, rattler's own storage or ``~/.netrc``.
+Settings are rattler's own, from its ``config.toml`` files (``mirrors``, ``s3-options``,
+``proxy-config``, ``tls-...``), the mirrors that downloads know (see ``packages.mirrors``) as far
+as they speak HTTP, and two of conda's variables: ``CONDA_CHANNEL_ALIAS``, the URL below which
+channels named without one lie, and ``CONDA_DEFAULT_CHANNELS``, the comma-separated channels that
+``defaults`` stands for. Credentials come from the file that ``RATTLER_AUTH_FILE`` names, rattler's
+own storage or ``~/.netrc``.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from envstore.errors import UsageError
+from envstore.resolver.packages.mirrors import Mirrors
 from envstore.resolver.rattler_call import checked
 from envstore.resolver.secrets import secret_in
 
@@ -24,23 +25,18 @@ if TYPE_CHECKING:
     from rattler.networking import Client
     from rattler.networking.middleware import S3Config
 
-FALLBACK = ("conda-forge",)
-"""Where conda packages come from if nobody says."""
-
 _SPEC_CHANNEL = re.compile(r"^\s*([^\s\[\]=<>!~,|*]+)::(.*)$", re.DOTALL)
 
-_log = logging.getLogger(__name__)
 
-
-def find_channels(names: Sequence[str]) -> list[Channel]:
+def find_channels(names: Sequence[str], warnings: list[str]) -> list[Channel]:
     """Return the channels that ``names`` (or URLs, or paths) mean, each once, in their order.
 
-    ``defaults`` without ``CONDA_DEFAULT_CHANNELS`` is left out with a warning where there are
-    others. Raises ``UsageError`` for what is no channel, or holds credentials.
+    ``defaults`` without ``CONDA_DEFAULT_CHANNELS`` is left out, which is added to ``warnings``,
+    where there are others. Raises ``UsageError`` for what is no channel, or holds credentials.
     """
     wanted: list[str] = []
     for name in names:
-        wanted.extend(_expanded(name, alone=len(set(names)) == 1))
+        wanted.extend(_expanded(name, warnings, alone=len(set(names)) == 1))
     found: dict[str, Channel] = {}
     for name in wanted:
         channel = find_channel(name)
@@ -68,7 +64,7 @@ def find_channel(name: str) -> Channel:
     return checked(lambda: Channel(name, config))
 
 
-def _expanded(name: str, *, alone: bool) -> list[str]:
+def _expanded(name: str, warnings: list[str], *, alone: bool) -> list[str]:
     if name != "defaults":
         return [name]
     listed = [part.strip() for part in os.environ.get("CONDA_DEFAULT_CHANNELS", "").split(",")]
@@ -80,7 +76,9 @@ def _expanded(name: str, *, alone: bool) -> list[str]:
             "the channel 'defaults' is a name for others, and nothing says for which",
             hint="list them in CONDA_DEFAULT_CHANNELS, or name another channel",
         )
-    _log.warning("channel 'defaults' is left out: CONDA_DEFAULT_CHANNELS does not say what it is")
+    warnings.append(
+        "the channel 'defaults' is left out: CONDA_DEFAULT_CHANNELS does not say which it means"
+    )
     return []
 
 
@@ -112,18 +110,19 @@ def make_client() -> Client:
     )
 
     config = checked(lambda: Config.load_from_default_locations("envstore"))
-    if not config.mirrors:
+    mirrors = _mirrors(config)
+    if not mirrors:
         return checked(lambda: Client.from_config(config))
     if config.tls_no_verify or config.tls_root_certs or config.proxy_https or config.proxy_http:
         raise UsageError(
-            "mirrors cannot be had together with proxy or TLS settings of rattler's config.toml",
+            "mirrors cannot be had together with proxy or TLS settings in rattler's config.toml",
             hint="name the proxy in HTTPS_PROXY instead",
         )
     return checked(
         lambda: Client(
             [
                 RetryMiddleware(),
-                MirrorMiddleware(config.mirrors),
+                MirrorMiddleware(mirrors),
                 AuthenticationMiddleware(),
                 OciMiddleware(),
                 GCSMiddleware(),
@@ -131,6 +130,16 @@ def make_client() -> Client:
             ]
         )
     )
+
+
+def _mirrors(config: Config) -> dict[str, list[str]]:
+    """Return where to ask, in order, by the prefix of the URL to ask for."""
+    found = {old: list(new) for old, new in config.mirrors.items()}
+    for old, new in Mirrors.from_environment().pairs:
+        if new.startswith(("http://", "https://")):
+            places = found.setdefault(f"{old}/", [])
+            places.append(f"{new.partition('?')[0].rstrip('/')}/")
+    return {old: [*new, old] for old, new in found.items()}
 
 
 def _s3_options(config: Config) -> dict[str, S3Config]:

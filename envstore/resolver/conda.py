@@ -38,6 +38,7 @@ def solve(
     exclude_newer: str = "",
     constraints: Sequence[str] = (),
     keep: Sequence[CondaPackage] = (),
+    warnings: list[str] | None = None,
 ) -> tuple[CondaPackage, ...]:
     """Return the packages that ``specs`` need on ``target``, in the order of installation.
 
@@ -50,7 +51,7 @@ def solve(
     """
     import rattler
 
-    sources = find_channels(channels)
+    sources = find_channels(channels, warnings if warnings is not None else [])
     parsed = [_parsed(spec, sources) for spec in specs]
     limits = [_parsed(spec, sources) for spec in constraints]
     gateway = rattler.Gateway(cache_dir=cache, client=make_client())

@@ -31,6 +31,11 @@ _STATEMENTS: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (re.compile(r"^the constraint (.*) cannot be fulfilled$"), r"the constraint \1"),
 )
+_UV_PHRASES = (
+    ", we can conclude that your requirements are unsatisfiable",
+    " we can conclude that your requirements are unsatisfiable",
+)
+_UV_TARGET = re.compile(r"\{[^{}]*(?:python_full_version|sys_platform|platform_)[^{}]*\}")
 _PREAMBLE = "Cannot solve the request because of:"
 _HEADING = "The following packages are incompatible"
 _ANY = re.compile(r"^(\S+) \*(?=,|$| is| cannot)")
@@ -56,6 +61,24 @@ def conda_conflict(report: str) -> UnsatisfiableError:
     if not shown:
         shown = " ".join(report.split())
     return UnsatisfiableError(f"no set of conda packages fits: {clip(shown)}", hint=hint)
+
+
+def uv_conflict(report: str) -> UnsatisfiableError:
+    """Return the error for what uv says when there is no solution, a chain of sentences."""
+    _, found, reason = report.partition("cause:")
+    text, _, advice = (reason if found else report).partition("hint:")
+    text = " ".join(text.split()).strip().rstrip(".")
+    for phrase in _UV_PHRASES:
+        text = text.replace(phrase, "")
+    text = _UV_TARGET.sub("", text.replace(". And because ", "; "))
+    text = text.replace(", we can conclude that ", ": ").removeprefix("Because ").strip(" ,;.")
+    parts = text.split("; ")
+    if len(parts) > _REASONS:
+        text = "; ".join([*parts[:1], "...", *parts[-_REASONS + 1 :]])
+    hint = clip(advice.partition("hint:")[0].strip().rstrip(".")) or "loosen or remove one of these"
+    if "+conda" in text:
+        hint = "+conda is what conda installs: ask conda for another version"
+    return UnsatisfiableError(f"no set of Python packages fits: {clip(text)}", hint=hint)
 
 
 def _hint(report: str) -> str:
