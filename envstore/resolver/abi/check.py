@@ -33,6 +33,7 @@ from envstore.resolver.abi.host import (
 )
 from envstore.resolver.abi.machine import MachineLibraries
 from envstore.resolver.abi.names import (
+    ALLOWED,
     GCC,
     GLIBC,
     is_driver,
@@ -187,7 +188,7 @@ class _Check:
                 "ARCH_MISMATCH",
                 path,
                 here,
-                f"{path}: {said} (it is for {here}, the environment for {wanted})",
+                f"{said} (it is for {here}, the environment for {wanted})",
                 hint=f"take the package's build for {self._target.platform}",
             )
 
@@ -201,10 +202,12 @@ class _Check:
         message = f"{name}: cannot open shared object file: No such file or directory"
         elsewhere = self._by_name.get(name, [])
         if self._machine is not None:
-            if self._machine.find(name) is not None and name not in GCC:
+            if name in GCC | ALLOWED and self._machine.find(name) is not None:
+                return
+            if self._machine.find(name) is not None:
                 yield self._of_machine(path, name, "comes from this machine")
                 return
-        elif name in GCC:
+        elif name in GCC or (name in ALLOWED and not elsewhere):
             return
         elif is_driver(name):
             if not self._target.cuda:
@@ -261,7 +264,7 @@ class _Check:
         if wrong is not None:
             facts = self._tree.facts(wrong)
             if facts.bits != self._tree.facts(path).bits:
-                message = f"{wrong}: wrong ELF class: ELFCLASS{facts.bits}"
+                message = f"{name}: wrong ELF class: ELFCLASS{facts.bits}"
             hint = f"{wrong} is for {machine_name(facts.machine, facts.bits)}; {hint}"
         level = WARNING if self._is_one_of_many(path, name) else self._level(path)
         return self._finding(
@@ -360,7 +363,7 @@ class _Check:
                 "UNDEFINED_SYMBOL",
                 path,
                 name,
-                f"{path}: undefined symbol: {name}{more}",
+                f"undefined symbol: {name}{more}",
                 provider=provider,
                 hint=hint,
             )

@@ -49,7 +49,10 @@ class MalformedError(Exception):
 class Source(Protocol):
     """Random access to the bytes of a file."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        ...
 
     def read(self, offset: int, size: int) -> bytes:
         """Return ``size`` bytes at ``offset``, fewer where the file ends."""

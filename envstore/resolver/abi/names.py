@@ -39,6 +39,9 @@ GCC = frozenset({"libgcc_s.so.1", "libstdc++.so.6"})
 PROMISED = GLIBC | GCC
 """What PEP 600 lets every wheel take for granted, and whose symbols all have versions."""
 
+ALLOWED = frozenset({"libz.so.1", "libexpat.so.1"})
+"""Further libraries that wheels of the manylinux kind may expect, and Python needs itself."""
+
 _DRIVER = re.compile(
     r"lib(cuda|nvcuvid|nvoptix|cudadebugger|nvidia-[a-z0-9-]+|GLX_nvidia|EGL_nvidia)\.so\..*"
 )
