@@ -253,14 +253,7 @@ def print_lock_push(settings: Settings, done: LockPush, warnings: Sequence[str] 
     result = done.result
     _print_warnings(settings, (*warnings, *result.warnings))
     if settings.json:
-        output.result(
-            _fields(result, warnings)
-            | {
-                "packages": done.packages,
-                "new_packages": done.new_packages,
-                "downloaded_bytes": done.downloaded_bytes,
-            }
-        )
+        output.result(lock_push_fields(done, warnings))
         return
     _print(settings, result)
     if not result.unchanged:
@@ -269,6 +262,15 @@ def print_lock_push(settings: Settings, done: LockPush, warnings: Sequence[str] 
             f"  {output.counted(done.packages, 'package')}, {done.new_packages} of them new; "
             f"downloaded {output.size(done.downloaded_bytes)}",
         )
+
+
+def lock_push_fields(done: LockPush, warnings: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what pushing a lock did, for ``--json``."""
+    return _fields(done.result, warnings) | {
+        "packages": done.packages,
+        "new_packages": done.new_packages,
+        "downloaded_bytes": done.downloaded_bytes,
+    }
 
 
 def _print_warnings(settings: Settings, warnings: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -57,20 +57,20 @@ def _rfc3339(moment: datetime) -> str:
 class Resolving:
     """The options as given."""
 
-    conda: tuple[Path, ...]
-    pip: tuple[Path, ...]
-    platform: str | None
-    glibc: str | None
-    cuda: str | None
-    python: str | None
-    channel: tuple[str, ...]
-    exclude_newer: str | None
-    environment: str | None
-    extra: tuple[str, ...]
-    group: tuple[str, ...]
-    index_url: str | None
-    extra_index_url: tuple[str, ...]
-    find_links: tuple[str, ...]
+    conda: tuple[Path, ...] = ()
+    pip: tuple[Path, ...] = ()
+    platform: str | None = None
+    glibc: str | None = None
+    cuda: str | None = None
+    python: str | None = None
+    channel: tuple[str, ...] = ()
+    exclude_newer: str | None = None
+    environment: str | None = None
+    extra: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+    index_url: str | None = None
+    extra_index_url: tuple[str, ...] = ()
+    find_links: tuple[str, ...] = ()
 
     @property
     def names_files(self) -> bool:
@@ -104,7 +104,7 @@ def _as_url(place: str) -> str:
     return place if "://" in place else Path(os.path.abspath(place)).as_uri()
 
 
-_OPTIONS = (
+_WHAT = (
     click.option(
         "--conda",
         metavar="FILE",
@@ -125,30 +125,9 @@ _OPTIONS = (
         help="Resolve for machines of another kind than this one.",
     ),
     click.option(
-        "--glibc", metavar="VERSION", help="The oldest C library it must run with, such as 2.28."
-    ),
-    click.option(
-        "--cuda",
-        metavar="VERSION",
-        help="The newest CUDA that the target's driver runs, such as 12.4, or none.",
-    ),
-    click.option(
         "--python",
         metavar="VERSION|PROGRAM",
         help="The version of Python, or the path of an interpreter to take.",
-    ),
-    click.option(
-        "--channel",
-        "-c",
-        metavar="CHANNEL",
-        multiple=True,
-        help="A conda channel that comes before those of the specifications (repeatable).",
-    ),
-    click.option(
-        "--exclude-newer",
-        metavar="TIME",
-        type=TimeType(),
-        help="Leave out what was published later than this date or time.",
     ),
     click.option(
         "--environment", metavar="NAME", help="The environment to take of a pixi project or lock."
@@ -164,6 +143,31 @@ _OPTIONS = (
         metavar="NAME",
         multiple=True,
         help="A dependency group of a Python project to take as well (repeatable).",
+    ),
+)
+"""What to make an environment of."""
+
+_HOW = (
+    click.option(
+        "--glibc", metavar="VERSION", help="The oldest C library it must run with, such as 2.28."
+    ),
+    click.option(
+        "--cuda",
+        metavar="VERSION",
+        help="The newest CUDA that the target's driver runs, such as 12.4, or none.",
+    ),
+    click.option(
+        "--channel",
+        "-c",
+        metavar="CHANNEL",
+        multiple=True,
+        help="A conda channel that comes before those of the specifications (repeatable).",
+    ),
+    click.option(
+        "--exclude-newer",
+        metavar="TIME",
+        type=TimeType(),
+        help="Leave out what was published later than this date or time.",
     ),
     click.option(
         "--index-url", metavar="URL", help="The index of Python packages to use by default."
@@ -181,18 +185,29 @@ _OPTIONS = (
         help="A page or directory with wheels (repeatable).",
     ),
 )
+"""For whom it is made, and from where."""
 
 
 def resolver_options(function: _Function) -> Callable[..., Any]:
-    """Add the options; ``function`` gets them as ``resolving``, a ``Resolving``."""
+    """Add all options; ``function`` gets them as ``resolving``, a ``Resolving``."""
+    return _with_options(function, (*_WHAT, *_HOW))
 
+
+def update_options(function: _Function) -> Callable[..., Any]:
+    """Add those that change how something is resolved again, in the same way."""
+    return _with_options(function, _HOW)
+
+
+def _with_options(
+    function: Callable[..., Any], options: Sequence[Callable[[Any], Any]]
+) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        names = Resolving.__dataclass_fields__
+        names = Resolving.__dataclass_fields__.keys() & kwargs.keys()
         given = Resolving(**{name: kwargs.pop(name) for name in names})
         return function(*args, resolving=given, **kwargs)
 
     decorated: Callable[..., Any] = wrapped
-    for option in reversed(_OPTIONS):
+    for option in reversed(options):
         decorated = option(decorated)
     return decorated

@@ -15,7 +15,6 @@ from envstore.errors import NotFoundError
 from envstore.resolver.lock import CondaPackage, LocalPython, Lock, Package, PypiPackage, python_of
 
 _MATCH_SPEC = re.compile(r"(?:[^\s\[]*::)?\s*([A-Za-z0-9_.+-]+)")
-_PURL = re.compile(r"pkg:pypi/([^@?#]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,18 +205,12 @@ class _Graph:
 
     def _provided_by_conda(self) -> dict[str, int]:
         """Return conda packages by the Python distributions they are, as far as a lock says."""
-        found: dict[str, int] = {}
-        named: dict[str, int] = {}
-        for number, package in enumerate(self._lock.packages):
-            if not isinstance(package, CondaPackage):
-                continue
-            named[_normal(package.name)] = number
-            purls = package.extra.get("purls")
-            for purl in purls if isinstance(purls, list) else ():
-                match = _PURL.match(purl) if isinstance(purl, str) else None
-                if match:
-                    found[_normal(match[1])] = number
-        return {**named, **found}
+        from envstore.resolver.stubs import python_names
+
+        return {
+            provided.name: self._by_name["conda", provided.package]
+            for provided in python_names(self._lock.conda(), {})
+        }
 
     def _marker_environment(self) -> dict[str, str]:
         from envstore.resolver.target import MACHINES, Target

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from envstore.errors import (
     AccessDeniedError,
@@ -23,6 +23,10 @@ from envstore.resolver.lock import CondaPackage, LocalPython, Lock, Package, Pyp
 from envstore.resolver.lockfields import FieldError
 from envstore.resolver.lockformat import LOCK
 from envstore.store.digest import digest
+from envstore.store.locks import load_lock_bytes
+
+if TYPE_CHECKING:
+    from envstore.store.repository import Repository
 
 FORMAT = "envstore-lock"
 VERSION = 1
@@ -208,3 +212,20 @@ def _with_name(error: FieldError, document: dict[str, Any]) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
         return str(error)
     return f"{match[0]} ({name}){error.where[match.end() :]}: {error.problem}"
+
+
+def stored_lock(repository: Repository, ref: str) -> Lock:
+    """Return the lock that ``ref`` was made from.
+
+    Raises ``NotFoundError`` also for what was not made from one, ``LockError``, and the errors of
+    the store.
+    """
+    snapshot = repository.snapshot(repository.resolve(ref))
+    if snapshot.lock is None:
+        what = "an environment that lay on a disk" if snapshot.kind == "env" else "no environment"
+        raise NotFoundError(
+            f"{ref} has no lock: what was pushed is {what}",
+            hint="push it from a specification or a lock",
+        )
+    data = load_lock_bytes(repository.objects, snapshot.lock)
+    return parse_lock(data, f"the lock of {ref}")

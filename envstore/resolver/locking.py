@@ -7,12 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from envstore.errors import UsageError
-from envstore.resolver.lock import Lock, Package
+from envstore.resolver.lock import Lock, Package, python_of
 from envstore.resolver.request import Request
 from envstore.resolver.specs import Prefix, read_specs
 from envstore.resolver.target import DEFAULT_GLIBC, Target, make_target
-
-DEFAULT_CHANNELS = ("conda-forge",)
 
 Progress = Callable[[str, int, int], None]
 """Told a phase, how much of it is done, and how much there is, 0 if unknown."""
@@ -66,8 +64,10 @@ class Wishes:
 
         Raises ``UsageError``.
         """
+        # An interpreter that the lock leaves open comes from a channel.
+        channels = () if python_of(lock) is None else self.channels
         for option, value in (
-            ("--channel", self.channels),
+            ("--channel", channels),
             ("--exclude-newer", self.exclude_newer),
             ("--index-url", self.default_index),
             ("--extra-index-url", self.indexes),
@@ -102,6 +102,8 @@ def read(
 
     Raises as ``read_specs``.
     """
+    from envstore.resolver.resolving import DEFAULT_CHANNELS
+
     target = wishes.target()
     found = read_specs(
         paths,
@@ -127,24 +129,33 @@ def make_lock(
     cache: Path,
     warnings: list[str],
     *,
+    target: Target | None = None,
     keep: Sequence[Package] = (),
     progress: Progress,
 ) -> Locked:
     """Return the complete lock of a request, or of a lock that may lack something.
 
-    ``keep`` are packages that stay as they are if that is possible. What is fetched is kept below
-    ``cache``. Raises what the resolvers, downloads and builds raise.
+    ``target`` is by default as wished. ``keep`` are packages that stay as they are if that is
+    possible. What is fetched is kept below ``cache``. Raises what the resolvers, downloads and
+    builds raise.
     """
-    from envstore.resolver.completing import complete
+    from envstore.resolver.completing import Means, complete
     from envstore.resolver.resolving import resolve
 
+    target = target or wishes.target()
     if isinstance(found, Request):
-        target = wishes.target().wanting(found.virtual)
         progress("resolve", 0, 0)
         found = resolve(
-            found, target, cache=cache, python=wishes.interpreter, keep=keep, warnings=warnings
+            found,
+            target,
+            cache=cache,
+            python=wishes.interpreter,
+            keep=keep,
+            warnings=warnings,
+            progress=progress,
         )
-    return complete(found, cache, progress)
+    means = Means(target, cache, wishes.channels, wishes.interpreter, warnings, progress)
+    return complete(found, means)
 
 
 def _joined(first: Sequence[str], then: Sequence[str]) -> tuple[str, ...]:
