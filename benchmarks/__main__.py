@@ -1,6 +1,7 @@
 """The command: ``python -m benchmarks [push|store|mount|read|targets ...]``.
 
-``cold-start``, ``survive`` and ``warm`` are commands of their own, with their own options.
+``cold-start``, ``environments``, ``survive`` and ``warm`` are commands of their own, with their
+own options.
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from benchmarks import cold_start, mount, push, read, report, store, survive, targets, warm
+from benchmarks import (
+    cold_start,
+    environments,
+    mount,
+    push,
+    read,
+    report,
+    store,
+    survive,
+    targets,
+    warm,
+)
 from benchmarks.context import Context
 from benchmarks.measure import BenchmarkError, machine
 from benchmarks.node import prepared
@@ -26,7 +38,12 @@ from examples.prefix import BuildError
 from examples.seaweed import ServerError
 
 SCENARIOS = ("push", "store", "mount", "read")
-APART = {"cold-start": cold_start.main, "survive": survive.main, "warm": warm.main}
+APART = {
+    "cold-start": cold_start.main,
+    "environments": environments.main,
+    "survive": survive.main,
+    "warm": warm.main,
+}
 _WIDTH = 120
 _BUSY_LOAD = 0.5
 """Load for each processor, before we start, above which times say little."""
