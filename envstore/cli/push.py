@@ -131,6 +131,8 @@ def push(
     found = read(specs, wishes, warnings, conda=resolving.conda, pip=resolving.pip)
     if isinstance(found, Prefix):
         raise UsageError(f"{found.path} is an environment", hint="push it alone")
+    if not settings.is_default:
+        settings.open(cached=False).close()  # resolving may take long, to fail after it for this
     with progress(settings) as report:
         locked = make_lock(
             found,
