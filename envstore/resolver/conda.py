@@ -19,9 +19,10 @@ from envstore.resolver.target import Target
 if TYPE_CHECKING:
     from rattler import Channel, GenericVirtualPackage, MatchSpec, RepoDataRecord
 
-_PLAIN = frozenset(
+_DROPPED = frozenset({"fn", "indexed_timestamp"})  # of the channel, not of the package
+_PLAIN = _DROPPED | frozenset(
     {
-        "name", "version", "build", "subdir", "url", "sha256", "size", "md5", "channel", "fn",
+        "name", "version", "build", "subdir", "url", "sha256", "size", "md5", "channel",
         "build_number", "noarch", "depends", "constrains", "python_site_packages_path",
     }
 )  # fmt: skip

@@ -87,7 +87,9 @@ def _distribution(value: Mapping[str, Any], base: Path) -> Distribution:
         if vcs["type"] != "git":
             raise ValueError(f"{name} comes from {vcs['type']}, not git")
         url = vcs.get("url") or (base / vcs["path"]).as_uri()
-        git = Repository(without_login(url), vcs["commit-id"], vcs.get("subdirectory", ""))
+        if not url.startswith(("ssh://", "git@")):  # there the user is a part of the address
+            url = without_login(url)
+        git = Repository(url, vcs["commit-id"], vcs.get("subdirectory", ""))
         return Distribution(name, version, git=git)
     if "archive" in value:
         archive = value["archive"]

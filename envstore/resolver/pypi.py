@@ -90,7 +90,7 @@ def solve(
         found = parse_pylock(text, work, target.markers(python))
     if warnings is not None:
         warnings.extend(said.warnings)
-    needs = _needs(said.log)
+    needs = _needs(said.log, constraints)
     tags = target.wheel_tags(python)
     skipped = {item.name for item in provided}
     packages = [
@@ -143,31 +143,35 @@ def _preferences(keep: Sequence[PypiPackage]) -> list[str]:
     return lines
 
 
-def _needs(log: Sequence[str]) -> dict[tuple[str, str], tuple[str, ...]]:
+def _needs(log: Sequence[str], pins: Sequence[str]) -> dict[str, dict[str, tuple[str, ...]]]:
     """Return requirements by name and version of who has them, from the resolver's own log.
 
-    They are for people to read; nothing is decided by them.
+    ``pins`` are constraints, which uv counts among them. They are for people to read; nothing is
+    decided by them.
     """
-    found: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    found: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for line in log:
         match = _NEED.match(line)
         parts = _PARTS.fullmatch(match[3].strip()) if match else None
         if match is None or parts is None:
             continue
         name, extras, marker, versions = parts.groups()
-        if name.lower() == match[1].lower():
-            continue
         wanted = versions.replace(" ", "") if versions.strip() != "*" else ""
+        if name.lower() == match[1].lower() or f"{name}{wanted}" in pins:
+            continue
         text = f"{name}{extras or ''}{wanted}" + (f" ; {marker}" if marker else "")
-        found[match[1], match[2]][text] = None
-    return {key: tuple(sorted(lines)) for key, lines in found.items()}
+        found[match[1]][match[2]][text] = None
+    return {
+        name: {version: tuple(sorted(lines)) for version, lines in versions_of.items()}
+        for name, versions_of in found.items()
+    }
 
 
 def _package(
     found: Distribution,
     request: PypiRequest,
     asked: Mapping[str, Asked],
-    needs: Mapping[tuple[str, str], tuple[str, ...]],
+    needs: Mapping[str, Mapping[str, tuple[str, ...]]],
     tags: Sequence[Tag],
 ) -> PypiPackage:
     """Return one resolved distribution with the wheel, or the source, that fits best."""
@@ -185,12 +189,18 @@ def _package(
         url=wheel.url if wheel else "",
         sha256=wheel.sha256 if wheel else "",
         size=wheel.size if wheel else 0,
-        requires=needs.get((found.name, found.version), ()),
+        requires=_requires(needs.get(found.name, {}), found.version),
         direct=direct,
         extras=said.extras,
         requested=found.name in asked,
         build=build,
     )
+
+
+def _requires(needs: Mapping[str, tuple[str, ...]], version: str) -> tuple[str, ...]:
+    if not version and len(needs) == 1:  # a directory, whose build will say
+        return next(iter(needs.values()))
+    return needs.get(version, ())
 
 
 def _source(
