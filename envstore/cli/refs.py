@@ -174,18 +174,25 @@ def _entry_fields(entry: Entry) -> dict[str, Any]:
     cls=Command,
     examples="""
         envstore show analysis               where the ref points and what that is
+        envstore show analysis --packages    the packages it was composed of
+        envstore show analysis --lock > envstore.lock
         envstore --json show team/llama:8b   the same for a script
     """,
 )
 @ref_argument()
+@click.option("--packages", is_flag=True, help="List the packages of an environment instead.")
+@click.option("--lock", is_flag=True, help="Print the lock of an environment instead.")
 @click.pass_obj
-def show(settings: Settings, ref: str) -> None:
+def show(settings: Settings, ref: str, packages: bool, lock: bool) -> None:
     """Show what REF points at, and how it was made."""
     from envstore.store.refs import RefName, read_ref
 
     with settings.open() as repository:
         digest = repository.resolve(ref)
         snapshot = repository.snapshot(digest)
+        if packages or lock:
+            _show_lock(settings, repository, ref, snapshot, whole=lock)
+            return
         moved = None if "@" in ref else read_ref(repository.objects, RefName.parse(ref))
     name = ref if moved is None else str(RefName.parse(ref))
     if settings.json:
@@ -206,11 +213,45 @@ def show(settings: Settings, ref: str) -> None:
             ("message", output.printable(snapshot.message)),
             ("parents", " ".join(f"@{output.short(parent)}" for parent in snapshot.parents)),
             ("manifest", snapshot.manifest.hex()),
+            ("lock", snapshot.lock.hex() if snapshot.lock else ""),
             *(
                 (output.printable(key), output.printable(value))
                 for key, value in sorted(snapshot.attributes.items())
             ),
         ]
+    )
+
+
+def _show_lock(
+    settings: Settings, repository: Repository, ref: str, snapshot: Snapshot, *, whole: bool
+) -> None:
+    from envstore.resolver.lock import CondaPackage, LocalPython
+    from envstore.resolver.lockfile import parse_lock
+    from envstore.store.locks import load_lock_bytes
+
+    if snapshot.lock is None:
+        raise NotFoundError(
+            f"{ref} has no lock: it was pushed as a tree",
+            hint="push a specification or a lock to have one",
+        )
+    data = load_lock_bytes(repository.objects, snapshot.lock)
+    if whole:
+        output.line(data.decode().rstrip("\n"))
+        return
+    rows = []
+    for package in parse_lock(data, f"the lock of {ref}").packages:
+        kind = "conda" if isinstance(package, CondaPackage) else "pypi"
+        if isinstance(package, LocalPython):
+            rows.append({"name": "python", "version": package.version, "kind": "local"})
+        else:
+            rows.append({"name": package.name, "version": package.version, "kind": kind})
+        rows[-1] |= {"sha256": package.sha256}
+    if settings.json:
+        output.result({"ref": ref, "packages": rows})
+        return
+    output.table(
+        ["name", "version", "kind", "sha256"],
+        [[row["name"], row["version"], row["kind"], row["sha256"][:12]] for row in rows],
     )
 
 
@@ -223,6 +264,7 @@ def _snapshot_fields(digest: bytes, snapshot: Snapshot) -> dict[str, Any]:
         "created": snapshot.created,
         "parents": [parent.hex() for parent in snapshot.parents],
         "manifest": snapshot.manifest.hex(),
+        "lock": snapshot.lock.hex() if snapshot.lock else None,
         "message": snapshot.message,
         "attributes": snapshot.attributes,
     }
