@@ -128,7 +128,8 @@ def _of_toml(text: str, tables: list[str], keys: list[str], name: str) -> str:
         if "requires-python" in keys or "revision" in keys or name == "uv.lock":
             return "uv.lock"
     pixi = first & {"workspace", "feature", "environments"} or _has_channels(text, tables)
-    if pixi and not any(table.startswith("tool.") for table in tables):
+    foreign = any(table.startswith("tool.") for table in tables)
+    if name.endswith("pixi.toml") or (pixi and not foreign):
         return "pixi.toml"
     if first & {"project", "build-system", "dependency-groups", "tool"}:
         return "pyproject.toml"

@@ -35,7 +35,7 @@ from envstore.resolver.specs.pyproject import (
     requirement_lines,
     source_url,
 )
-from envstore.resolver.specs.requirements import check_python
+from envstore.resolver.specs.requirements import check_versions
 from envstore.resolver.specs.selectors import true_names
 
 _CONDA = ("dependencies", "host-dependencies", "build-dependencies")
@@ -75,7 +75,7 @@ def request_of(content: dict[str, Any], path: Path, context: Context) -> Request
         lines += requirement_lines(main_lines(project, path), path)
         asked = string(project.get("requires-python"), path, "requires-python")
         if asked:
-            python = check_python(asked, str(path))
+            python = check_versions(asked, str(path))
             found.specs.append(checked_spec(f"python {python}", path))
     channels = found.channels + _channels(workspace.get("channels"), path)
     priority = found.priority or string(workspace.get("channel-priority"), path, "priority")
@@ -194,21 +194,27 @@ class _Found:
         return [
             _conda_spec(name, value, self.path)
             for name, value in self._merged(feature, kind).items()
+            if not self._left_out(name, value)
         ]
 
     def _pypi(self, feature: dict[str, Any]) -> list[str]:
         lines = []
         for name, value in self._merged(feature, "pypi-dependencies").items():
-            if _is_itself(value, self.path):
-                self.context.warn(
-                    f"{self.path}: {name}, the project itself, is not part of the environment:"
-                    " build a wheel of it and add that"
-                )
+            if self._left_out(name, value):
                 continue
             lines.append(_pypi_line(name, value, self.path))
             if isinstance(value, dict) and isinstance(value.get("index"), str):
                 self.options.append({"extra-index-urls": [value["index"]]})
         return requirement_lines(lines, self.path)
+
+    def _left_out(self, name: str, value: Any) -> bool:
+        if not _is_itself(value, self.path):
+            return False
+        self.context.warn(
+            f"{self.path}: {name}, the project itself, is not part of the environment:"
+            " build a package of it and add that"
+        )
+        return True
 
 
 def _conda_spec(name: str, value: Any, path: Path) -> str:
@@ -258,7 +264,10 @@ def _pypi_line(name: str, value: Any, path: Path) -> str:
     if url:
         return f"{head} @ {url}{tail}"
     version = string(spec.get("version"), path, f"version of {name}")
-    return f"{head}{'' if version == '*' else version}{tail}"
+    checked = (
+        check_versions(version, f"{path}: version of {name} is not one") if version != "*" else ""
+    )
+    return f"{head}{checked}{tail}"
 
 
 def _channels(value: Any, path: Path) -> list[str]:

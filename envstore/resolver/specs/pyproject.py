@@ -21,7 +21,7 @@ from envstore.resolver.specs.files import (
     wrong,
 )
 from envstore.resolver.specs.requirement_lines import LineError, requirement
-from envstore.resolver.specs.requirements import check_python
+from envstore.resolver.specs.requirements import check_versions
 
 _MOST_NESTED = 32
 _STRATEGIES = ("first-index", "unsafe-first-match", "unsafe-best-match")
@@ -69,7 +69,7 @@ def request_of_project(content: dict[str, Any], path: Path, context: Context) ->
     return Request(
         name=name,
         pypi=_settings(content, lines, path, context),
-        python=check_python(python, str(path)) if python else "",
+        python=check_versions(python, str(path)) if python else "",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _PLACE = re.compile(r" at line (\d+) column (\d+)")
 _CATEGORY = re.compile(r"^\s*(?:-\s+)?category:\s*([\w-]+)", re.MULTILINE)
+_NO_DIGEST = re.compile(r"^( +md5:) *(?:''|\"\") *$", re.MULTILINE)
+_UNKNOWN = "0" * 32
 _OURS = frozenset(
     {"name", "version", "build", "subdir", "sha256", "size", "md5", "build_number", "noarch"}
     | {"depends", "constrains", "python_site_packages_path", "url", "channel", "fn"}
@@ -33,12 +36,10 @@ def read_rattler_lock(path: Path, context: Context) -> Lock:
 
     Packages come in the order in which they can be installed: after what they depend on.
     """
-    from rattler import LockFile
-
     text = read_text(path, context)
     try:
         # Relative paths in a lock are of its directory, which rattler wants to know absolute.
-        file = LockFile.from_path(Path(os.path.abspath(path)))
+        file = _parsed(path, text)
     except Exception as error:
         if type(error).__module__ not in {"exceptions", "rattler.exceptions"}:
             raise
@@ -64,6 +65,18 @@ def read_rattler_lock(path: Path, context: Context) -> Lock:
     )
 
 
+def _parsed(path: Path, text: str) -> LockFile:
+    from rattler import LockFile
+
+    if not _NO_DIGEST.search(text):
+        return LockFile.from_path(Path(os.path.abspath(path)))
+    # Old conda-locks wrote these for virtual packages; rattler (0.28) takes them for wrong ones.
+    with tempfile.TemporaryDirectory(prefix="envstore-lock-") as name:
+        cleaned = Path(name, path.name)
+        cleaned.write_text(_NO_DIGEST.sub(rf"\1 {_UNKNOWN}", text), encoding="utf-8")
+        return LockFile.from_path(cleaned)
+
+
 def _environment(file: LockFile, path: Path, context: Context) -> tuple[str, Environment]:
     found = dict(file.environments())
     if context.environment:
@@ -85,7 +98,9 @@ def _platform(environment: Environment, path: Path, wanted: str) -> LockPlatform
     fitting = [platform for platform in found if str(platform.subdir) == wanted]
     if len(fitting) == 1:
         return fitting[0]
-    names = ", ".join(sorted(platform.name for platform in found)) or "none"
+    if not found:
+        raise wrong(path, "its environment is empty", hint="choose another with --environment")
+    names = ", ".join(sorted(platform.name for platform in found))
     what = f"has no packages for {wanted}"
     if fitting:
         what = f"has several variants of {wanted}, of which none has that name"
@@ -109,7 +124,12 @@ def _packages(
             wheel = _pypi(package, path, context)
             pypi += [wheel] if wheel else []
             continue
+        if package.name.startswith("__"):
+            continue
         if not isinstance(package, CondaLockedBinaryPackage):
+            if _is_itself(package.location, path):
+                _leave_out(package.name, path, context)
+                continue
             raise wrong(
                 path,
                 f"{package.name} is built from source ({package.location})",
@@ -132,6 +152,19 @@ def _packages(
     return conda, pypi
 
 
+def _is_itself(location: str, path: Path) -> bool:
+    """Return whether a package is the directory that the lock is in."""
+    there = os.path.realpath(path.parent / unquote(location))
+    return "://" not in location and there == os.path.realpath(path.parent)
+
+
+def _leave_out(name: str, path: Path, context: Context) -> None:
+    context.warn(
+        f"{path}: {name}, the project itself, is not part of the environment:"
+        " build a package of it and add that"
+    )
+
+
 def _conda_url(location: str, path: Path) -> str:
     if "://" not in location:
         return file_url(path.parent / location)
@@ -142,7 +175,9 @@ def _conda(record: dict[str, Any], url: str, channel: str, path: Path) -> CondaP
     if url.rpartition("/")[2] == "" or conda_name(url) is None:
         raise wrong(path, f"{url} is not the URL of a conda package")
     where = f"{path}: {record['name']}"
-    sha256 = record.get("sha256") or ""
+    sha256, md5 = record.get("sha256") or "", (record.get("md5") or "").replace(_UNKNOWN, "")
+    if not sha256 and not md5:
+        raise UsageError(f"{where} has no digest", hint="lock it again, with digests")
     return CondaPackage(
         name=record["name"],
         version=record["version"],
@@ -151,7 +186,7 @@ def _conda(record: dict[str, Any], url: str, channel: str, path: Path) -> CondaP
         url=url,
         sha256=checked_sha256(sha256, where) if sha256 else "",
         size=record.get("size") or 0,
-        md5=record.get("md5") or "",
+        md5=md5,
         channel=refuse_secrets(channel or url.rsplit("/", 2)[0], where).rstrip("/"),
         build_number=record.get("build_number") or 0,
         noarch=record.get("noarch") or "",
@@ -168,19 +203,15 @@ def _pypi(package: Any, path: Path, context: Context) -> PypiPackage | None:
     direct = location if location != package.location else ""
     where = f"{path}: {package.name}"
     if "://" not in location:
-        local = path.parent / unquote(location)
-        if os.path.realpath(local) == os.path.realpath(path.parent):
-            context.warn(
-                f"{path}: {package.name}, the project itself, is not part of the environment:"
-                " build a wheel of it and add that"
-            )
+        if _is_itself(location, path):
+            _leave_out(package.name, path, context)
             return None
         if not location.endswith((".whl", ".tar.gz", ".zip", ".tar.bz2")):
             raise UsageError(
                 f"{where} is the directory {location}, which can change",
                 hint="build a wheel of it, and lock that",
             )
-        location = file_url(local)
+        location = file_url(path.parent / unquote(location))
     try:
         sha256 = package.hashes.sha256
     except AttributeError:

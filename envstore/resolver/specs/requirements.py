@@ -183,7 +183,7 @@ def _unique(items: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(items))
 
 
-def check_python(text: str, where: str) -> str:
+def check_versions(text: str, where: str) -> str:
     """Return a PEP 440 specifier set in its usual spelling; raises ``UsageError``."""
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 

@@ -128,4 +128,4 @@ def select(text: str, platform: str, unknown: list[tuple[int, str]]) -> str:
             except ValueError as error:
                 unknown.append((number, f"[{match[2]}] is not taken for a selector: {error}"))
         lines.append(line)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)

@@ -74,10 +74,11 @@ def _export(text: str, members: dict[str, dict[str, Any]], arguments: list[str],
         (directory / "uv.lock").write_text(text, encoding="utf-8")
         quiet = {"UV_NO_CONFIG": "1", "UV_PYTHON_DOWNLOADS": "never"}
         try:
-            return run_uv(arguments, directory, directory, environment=quiet).output
+            run_uv([*arguments, "-o", "pylock.toml"], directory, directory, environment=quiet)
         except EnvstoreError as error:
             message = error.message.replace(f"{directory}/", "").replace(str(directory), "")
             raise wrong(path, f"uv cannot export it: {message}") from error
+        return read_text(directory / "pylock.toml")
 
 
 def _members(content: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
