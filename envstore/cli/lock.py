@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _DEFAULT = "envstore.lock"
 _STDOUT = "-"
+_SHOWN = 5
 
 
 @click.command(
@@ -130,10 +131,12 @@ def lock(
         _to_stdout(data)
         return
     same = before is not None and same_but_for_tools(before, new)
-    if not same and not check:
-        write_atomically(Path(where), data)
     different = changes(before, new) if before else ()
-    _say(settings, where, new, different, same=same, check=check, warnings=warnings)
+    if not same:
+        if check:
+            raise _outdated(where, different)
+        write_atomically(Path(where), data)
+    _say(settings, where, new, different, same=same, warnings=warnings)
 
 
 def _say(
@@ -143,7 +146,6 @@ def _say(
     different: tuple[Change, ...],
     *,
     same: bool,
-    check: bool,
     warnings: list[str],
 ) -> None:
     if settings.json:
@@ -158,20 +160,30 @@ def _say(
                 "warnings": [output.printable(warning) for warning in warnings],
             }
         )
-    elif different and not settings.quiet:
+        return
+    if different and not settings.quiet:
         print_changes(different)
-    if check:
-        if same:
-            return
-        what = output.counted(len(different), "package") if different else "what it is made from"
-        raise EnvstoreError(
-            f"{where} is not up to date: {what} would change", hint="run it without --check"
-        )
-    if not settings.json:
-        conda, pypi = len(new.conda()), len(new.pypi())
-        what = f"{output.counted(conda, 'conda package')}, {output.counted(pypi, 'Python package')}"
-        did = "unchanged" if same else "locked"
-        output.summary(settings, f"{did} {output.printable(where)}: {what} for {new.platform}")
+    conda, pypi = len(new.conda()), len(new.pypi())
+    what = f"{output.counted(conda, 'conda package')}, {output.counted(pypi, 'Python package')}"
+    did = "unchanged" if same else "locked"
+    output.summary(settings, f"{did} {output.printable(where)}: {what} for {new.platform}")
+
+
+def _outdated(where: str, different: tuple[Change, ...]) -> EnvstoreError:
+    """Return the error that says what of a lock would change."""
+    shown = [_described(change) for change in different[:_SHOWN]]
+    if len(different) > _SHOWN:
+        shown.append(f"and {len(different) - _SHOWN} more")
+    what = ", ".join(shown) or "its packages stay, and what it was made from changed"
+    return EnvstoreError(f"{where} is not up to date: {what}", hint="run it without --check")
+
+
+def _described(change: Change) -> str:
+    if not change.before:
+        return f"{change.name} {change.after} is new"
+    if not change.after:
+        return f"{change.name} {change.before} is gone"
+    return f"{change.name} {change.before} becomes {change.after}"
 
 
 def _existing(where: str) -> Lock | None:

@@ -55,15 +55,33 @@ def pixi_lock(lock: Lock) -> str:
         for record in records_of(lock.conda()):
             file.add_conda_package("default", platform, record)
         for package in lock.pypi():
-            # The location is the only place that rattler (0.28) offers for a digest.
-            location = f"{_address(package, 'a pixi.lock')}#sha256={_digest_at(package)}"
+            location = _address(package, "a pixi.lock")
             file.add_pypi_package("default", platform, package.name, package.version, location)
         with tempfile.TemporaryDirectory() as work:
             path = Path(work, "pixi.lock")
             file.to_path(path)
             return path.read_text(encoding="utf-8")
 
-    return checked(make)
+    return "".join(_with_wheel_fields(checked(make), lock))
+
+
+def _with_wheel_fields(text: str, lock: Lock) -> Iterator[str]:
+    """Yield the lines of a ``pixi.lock`` with what rattler (0.28) cannot be told of wheels."""
+    by_name = {package.name: package for package in lock.pypi()}
+    package, is_wheel = None, False
+    for line in text.splitlines(keepends=True):
+        yield line
+        if line.startswith("- "):
+            package, is_wheel = None, line.startswith("- pypi: ")
+        elif line.startswith("  name: ") and is_wheel:
+            package = by_name[line.removeprefix("  name: ").strip().strip("'")]
+        elif line.startswith("  version: ") and package is not None:
+            yield f"  sha256: {_digest_at(package)}\n"
+            if package.requires:
+                yield "  requires_dist:\n"
+                yield from (f"  - {json.dumps(need)}\n" for need in package.requires)
+            if package.requires_python:
+                yield f"  requires_python: {json.dumps(package.requires_python)}\n"
 
 
 def pylock(lock: Lock) -> str:

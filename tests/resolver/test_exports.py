@@ -152,7 +152,13 @@ def test_rattler_takes_pixi_lock(lock: Lock, tmp_path: Path) -> None:
     assert by_name["python"].depends == ["libzlib >=1", "tzdata"]
     assert by_name["tzdata"].noarch.generic
     text = path.read_text()
-    assert f"leaf-1.0%2Blocal.1-py3-none-any.whl#sha256={lock.pypi()[0].sha256}" in text
+    packages = {package.name: package for package in environment.packages(platform) or ()}
+    for package in lock.pypi():
+        digest = package.build.sha256 if package.build else package.sha256
+        assert packages[package.name].hashes.sha256 == bytes.fromhex(digest)
+    tool = packages["tool-pkg"]
+    assert tool.requires_dist == ["leaf", "numpy"]
+    assert str(tool.requires_python) == ">=3.8"
     assert "__archspec=1=x86_64" in text
     asyncio.run(asyncio.sleep(0.02))
 
