@@ -29,6 +29,7 @@ class Item:
     digest: bytes = b""
     content: bytearray = field(default_factory=bytearray)
     refs: list[tuple[bytes, int]] = field(default_factory=list)
+    relocation: bytes = b""
 
 
 def need(condition: object, what: str) -> None:
@@ -144,7 +145,7 @@ class Tree:
         columns: dict[int, bytes] = {}
         for _ in range(at.one("I")):
             column, length = at.many("I", 2)
-            need((1 <= column <= 13 or column >= 0x8000) and column not in columns, "column")
+            need((1 <= column <= 14 or column >= 0x8000) and column not in columns, "column")
             columns[column] = at.take(length)
         at.end()
         column = lambda code, number: numbers(code, columns.get(number, b""))  # noqa: E731
@@ -156,10 +157,7 @@ class Tree:
         need(len(refs) == ref_count, "references")
         rest, digests = iter(refs), iter(split(columns.get(9, b"")))
         modes, mtimes = column("H", 11) or [None] * entries, column("q", 12) or [None] * entries
-        at, links = Fields(columns.get(13, b"")), {}
-        while at.at < len(at.data):
-            entry, length = at.many("I", 2)
-            links[entry] = at.take(length)
+        links, relocations = self.records(columns, 13), self.records(columns, 14)
         stack = columns[4].split(b"/") if 4 in columns else []
         for i, (kind, name) in enumerate(zip(kinds, names, strict=True)):
             need(kind < 16 and kind & 3 != 3 and name not in (b"", b".", b".."), "entry")
@@ -174,6 +172,7 @@ class Tree:
                 self.items[path] = Item(
                     kind & 3, bool(kind & EXECUTABLE), modes[i], mtimes[i], links.get(i, b"")
                 )
+                self.items[path].relocation = relocations.get(i, b"")
             item = self.items[path]
             if not i:
                 self.starts.append(path)
@@ -188,6 +187,16 @@ class Tree:
                     item.digest = mine[0][0] if plain else next(digests) if size else digest(b"")
                 need(item.size == size, "size")
                 self.fill(item, mine)
+
+    @staticmethod
+    def records(columns: dict[int, bytes], number: int) -> dict[int, bytes]:
+        at, found, last = Fields(columns.get(number, b"")), {}, -1
+        while at.at < len(at.data):
+            entry, length = at.many("I", 2)
+            need(entry > last, "records out of order")
+            found[entry] = at.take(length)
+            last = entry
+        return found
 
     def fill(self, item: Item, refs: list[tuple[bytes, int]]) -> None:
         for name, size in refs:

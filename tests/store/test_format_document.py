@@ -22,10 +22,12 @@ from envstore.store.objects import open_objects
 from envstore.store.push import PushOptions, push
 from envstore.store.refs import RefName
 from envstore.store.repository import Repository
-from envstore.store.source import DirectorySource
+from envstore.store.source import DirectorySource, Source
 from envstore.store.statcache import StatCache
+from tests.relocating import RelocatingSource, sample
 from tests.store import independent_packs as packs
 from tests.store.independent_reader import DIRECTORY, FILE, HOLE, LINK, Tree, digest
+from tests.store.independent_relocation import package_of, relocate
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
 MIB = 1 << 20
@@ -105,7 +107,7 @@ def _make_tree(root: Path) -> None:
         os.utime(base + path, ns=(mtime, mtime))
 
 
-def _push(store: Path, source: DirectorySource, ref: str, message: str = "") -> None:
+def _push(store: Path, source: Source, ref: str, message: str = "") -> None:
     with Repository.open(str(store)) as repository:
         cache = StatCache(store.parent / "stat.db")
         try:
@@ -178,6 +180,30 @@ def test_a_normalised_tree(store: Path, tree: Path) -> None:
     found = Tree(store, "refs/zoo/model/v1")
     _compare(found, tree, normalised=True)
     assert (found.mode, found.mtime_ns, found.snapshot["kind"]) == (0, 0, "model")
+
+
+@pytest.mark.parametrize("prefix", [b"/mnt/x", b"/a blank/y", b"/" + b"z" * 79])
+def test_relocated_files(store: Path, tmp_path: Path, prefix: bytes) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    files = sample()
+    _push(copy, RelocatingSource(files), "relocated")
+    found = Tree(copy, "refs/default/relocated/latest")
+    assert found.starts == [b"bin"]
+    for path, made in files.items():
+        item = found.items[path]
+        if made.link:
+            assert item.relocation in (made.placeholder, b"")
+            assert item.target.startswith(item.relocation)
+            target = prefix + item.target[len(item.relocation) :] if item.relocation else None
+            assert (target or item.target) == made.at(prefix)
+        elif item.relocation:
+            assert item.content == made.data
+            assert package_of(item.relocation) == made.package
+            assert relocate(item.relocation, bytes(item.content), prefix) == made.at(prefix)
+        else:
+            assert item.content == made.at(prefix)
+    assert sum(bool(item.relocation) for item in found.items.values()) == 7
 
 
 def test_small_objects_are_canonical(store: Path) -> None:

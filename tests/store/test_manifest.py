@@ -23,6 +23,7 @@ from envstore.store.manifest import (
     open_root,
     read_entries,
 )
+from envstore.store.relocation import Mode, Relocation
 from envstore.store.source import Kind
 from tests.damage import assert_noticed, damages
 
@@ -276,7 +277,7 @@ def _joined(columns: dict[int, bytes]) -> bytes:
 
 
 _KIND, _DEPTH, _NAMES, _BASE, _SIZE, _COUNT, _REF_DIGEST, _REF_SIZE = range(1, 9)
-_FILE_DIGEST, _TARGET, _MODE, _MTIME, _LINK = range(9, 14)
+_FILE_DIGEST, _TARGET, _MODE, _MTIME, _LINK, _RELOCATION = range(9, 15)
 
 _VICTIM = [
     Entry(b"dir", Kind.DIRECTORY, mode=0o755, mtime_ns=1),
@@ -305,6 +306,13 @@ def test_the_victim_is_sound() -> None:
 def _u16(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}H", *values)
 
+
+def _records(*values: tuple[int, bytes]) -> bytes:
+    return b"".join(struct.pack("<II", number, len(value)) + value for number, value in values)
+
+
+_PLAN = Relocation(Mode.TEXT, 3, 11, (1,)).encode()
+_TWIN_PLAN = Relocation(Mode.TEXT, 3, 5, (1,)).encode()
 
 _HOSTILE: dict[str, dict[int, bytes | None]] = {
     "parent directory": {_NAMES: b"..\0file\0link\0twin\0last"},
@@ -354,6 +362,16 @@ _HOSTILE: dict[str, dict[int, bytes | None]] = {
     "directory as a hard link": {_LINK: struct.pack("<II", 0, 8) + b"dir/file"},
     "symbolic link as a hard link": {_LINK: struct.pack("<II", 2, 8) + b"dir/file"},
     "link list cut off": {_LINK: struct.pack("<II", 3, 9) + b"dir/file"},
+    "relocation of a directory": {_RELOCATION: _records((0, b"/x"))},
+    "relocation of another size": {_RELOCATION: _records((3, _PLAN))},
+    "relocation that is none": {_RELOCATION: _records((1, _PLAN + b"\0"))},
+    "empty relocation": {_RELOCATION: _records((1, b""))},
+    "relocation of no entry": {_RELOCATION: _records((5, _PLAN))},
+    "link relocated to where it does not lead": {_RELOCATION: _records((2, b"/et"))},
+    "link without a placeholder": {_RELOCATION: _records((2, b""))},
+    "relocations out of order": {_RELOCATION: _records((3, _TWIN_PLAN), (1, _PLAN))},
+    "relocated twice": {_RELOCATION: _records((1, _PLAN), (1, _PLAN))},
+    "relocations cut off": {_RELOCATION: _records((1, _PLAN))[:-1]},
 }
 
 
@@ -361,6 +379,39 @@ _HOSTILE: dict[str, dict[int, bytes | None]] = {
 def test_hostile_parts_are_refused(case: str) -> None:
     with pytest.raises(CorruptError):
         list(read_entries([decode_part(_victim(_HOSTILE[case]))]))
+
+
+def test_relocations_are_read() -> None:
+    column = _records((1, _PLAN), (2, b"/etc"), (3, _TWIN_PLAN))
+    part = decode_part(_victim({_RELOCATION: column}))
+    assert {number: plan.size for number, plan in part.plans.items()} == {1: 11, 3: 5}
+    entries = list(read_entries([part]))
+    relocations = [b"", _PLAN, b"/etc", _TWIN_PLAN, b""]
+    assert [entry.relocation for entry in entries] == relocations
+    ((_, again),) = build_parts(entries)
+    assert again == _victim({_RELOCATION: column})
+
+
+def test_a_relocation_is_that_of_a_file_over_several_parts() -> None:
+    size = MAX_PART_REFS + 3
+    plan = Relocation(Mode.BINARY, 3, size, (1,), (9,), package="p-1").encode()
+    long = replace(_file(b"long", [(b"x" * 32, 1)] * size), relocation=plan)
+    encoded = [raw for _, raw in build_parts([long, _file(b"z")])]
+    assert list(read_entries(map(decode_part, encoded))) == [long, _file(b"z")]
+    columns = _columns(encoded[1])
+    assert _RELOCATION not in columns
+    columns[_RELOCATION] = _records((0, plan))
+    with pytest.raises(CorruptError, match="relocation of no entry"):
+        decode_part(_joined(columns))
+
+
+def test_relocations_count_as_text() -> None:
+    plan = Relocation(Mode.TEXT, 1, 200_000, tuple(range(0, 200_000, 2))).encode()
+    refs = [(b"x" * 32, 200_000)]
+    entries = [replace(_file(b"%03d" % n, refs), relocation=plan) for n in range(30)]
+    infos = [info for info, _ in build_parts(entries)]
+    assert [info.entries for info in infos] == [11, 11, 8]
+    assert max(info.size for info in infos) < 2 << 20
 
 
 def test_an_entry_below_a_symbolic_link_is_refused_across_parts() -> None:
