@@ -65,7 +65,6 @@ _DIRECTORY = PathType(path_type=Path, file_okay=False, resolve_path=False)
 @click.option(
     "--prefix",
     type=PrefixType(),
-    default="",
     help="Where users of the mount see it: files that hold the path of their environment are made"
     " for there. Default: DIR as it is given, made absolute; links in it are not followed.",
 )
@@ -81,7 +80,7 @@ def mount(
     profile: str,
     fast_path: str,
     node: str,
-    prefix: str,
+    prefix: str | None,
     patience: float,
     metrics: str,
 ) -> None:
@@ -107,7 +106,7 @@ def mount(
         fast_path=fast_path,
         patience=patience,
         metrics=metrics,
-        prefix=prefix,
+        prefix=prefix or "",
     )
     if foreground:
         raise SystemExit(

@@ -27,11 +27,10 @@ from envstore.cli.progress import progress
 @click.option(
     "--prefix",
     type=PrefixType(),
-    default="",
     help="Where the tree will be used, if not in DIR: files that hold its path are made for there.",
 )
 @click.pass_obj
-def pull(settings: Settings, ref: str, directory: Path, prefix: str) -> None:
+def pull(settings: Settings, ref: str, directory: Path, prefix: str | None) -> None:
     """Write the whole tree of REF to a new directory.
 
     DIR must be absent or empty. It appears when it is complete; until then the tree
@@ -51,7 +50,7 @@ def pull(settings: Settings, ref: str, directory: Path, prefix: str) -> None:
                 snapshot,
                 directory,
                 lambda at, total: report("writing", at, total),
-                prefix=os.fsencode(prefix),
+                prefix=os.fsencode(prefix or ""),
             )
     seconds = time.monotonic() - started
     if settings.json:
