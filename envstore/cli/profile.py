@@ -103,13 +103,14 @@ def _record(
     merge: bool,
     keep_failed: bool,
 ) -> None:
+    from envstore.cli.run import surroundings
     from envstore.fuse.recorder import read_recording
     from envstore.fuse.run import run
     from envstore.store.profiles import new_profile, profile_key, save_profile
 
     profile_key(bytes(32), name)  # a typing error shows before CMD has run
     settings.export_cache()
-    ran = run(settings.url, ref, command, record=True)
+    ran = run(settings.url, ref, command, surroundings(ref), record=True)
     if ran.stats is None or "recording" not in ran.stats:
         raise EnvstoreError(
             "the mount's server was killed meanwhile: nothing is stored", hint=f"see {ran.log}"

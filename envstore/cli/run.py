@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,9 +41,10 @@ def run(settings: Settings, ref: str, command: tuple[str, ...], stats: bool, pro
     """Run a command in an environment, mounted meanwhile.
 
     REF is mounted in a private directory and unmounted when CMD has ended. CMD finds the
-    environment's `bin` first in PATH, where it is mounted in ENVSTORE_PREFIX, and VIRTUAL_ENV or
-    CONDA_PREFIX if it is such an environment. Only the files that CMD uses are fetched. Signals
-    are passed on to it.
+    environment's `bin` first in PATH, where it is mounted in ENVSTORE_PREFIX, and whatever
+    activating it would set: CONDA_PREFIX or VIRTUAL_ENV if it is such an environment, the
+    variables of its packages, and what the scripts in etc/conda/activate.d set. Only the files
+    that CMD uses are fetched. Signals are passed on to it.
 
     The exit status is that of CMD, or 128 + N if signal N ended it; 127 if there is no such
     command, 126 if it cannot be executed. CMD has stdout to itself: --json makes the line of
@@ -50,7 +54,7 @@ def run(settings: Settings, ref: str, command: tuple[str, ...], stats: bool, pro
 
     settings.export_cache()
     settings.require_store()
-    ran = run_command(settings.url, ref, command, profile=profile)
+    ran = run_command(settings.url, ref, command, surroundings(ref), profile=profile)
     if ran.stats is None:
         output.note(settings, f"the mount's server was killed meanwhile; its log is {ran.log}")
     elif ran.stats["errors"]:
@@ -59,6 +63,16 @@ def run(settings: Settings, ref: str, command: tuple[str, ...], stats: bool, pro
     if stats or settings.json:
         click.echo(_json_line(ran) if settings.json else _stats_line(ran), err=True)
     raise click.exceptions.Exit(ran.status)
+
+
+def surroundings(ref: str) -> Callable[[Path], dict[str, str]]:
+    """Return what says which environment variables a command gets in ``ref``, mounted at a path."""
+    from envstore.resolver.activation import activated, read_activation
+
+    def found(prefix: Path) -> dict[str, str]:
+        return activated(read_activation(prefix, ref, os.environ), os.environ)
+
+    return found
 
 
 def _facts(ran: Ran) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,17 @@ class Ran:
 
 
 def run(
-    store: str, ref: str, command: Sequence[str], *, profile: str = "", record: bool = False
+    store: str,
+    ref: str,
+    command: Sequence[str],
+    surroundings: Callable[[Path], Mapping[str, str]],
+    *,
+    profile: str = "",
+    record: bool = False,
 ) -> Ran:
     """Mount ``ref`` in a private directory, run ``command`` in it, wait, and unmount.
 
+    ``surroundings`` says which environment variables it gets in the tree mounted at a path.
     ``profile`` names the start profile to follow, see ``MountRequest``. With ``record`` none is
     followed, and the stats hold a ``recording`` of what was read (see ``Recorder.report``).
 
@@ -87,7 +94,7 @@ def run(
         mounted = time.monotonic()
         space = os.statvfs(prefix)
         size = space.f_blocks * space.f_frsize
-        environment = command_environment(prefix, os.environ)
+        environment = surroundings(prefix)
         program = find_program(command[0], environment)
         status = run_process(program, command, environment)
         ended = time.monotonic()
@@ -139,27 +146,6 @@ def _leave(directory: Path) -> None:
     if not files.alive():
         # No other mount will ever have this name.
         files.log.with_suffix(".lock").unlink(missing_ok=True)
-
-
-def command_environment(prefix: Path, base: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables for a command in the tree mounted at ``prefix``.
-
-    What ``base`` says of another virtual or conda environment is dropped where it would no
-    longer be true.
-    """
-    found = dict(base)
-    found["ENVSTORE_PREFIX"] = str(prefix)
-    programs = prefix / "bin"
-    if programs.is_dir():
-        found["PATH"] = f"{programs}:{base.get('PATH') or os.defpath}"
-    if (programs / "python").exists() or (programs / "python3").exists():
-        for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME"):
-            found.pop(name, None)
-    if (prefix / "pyvenv.cfg").is_file():
-        found["VIRTUAL_ENV"] = str(prefix)
-    if (prefix / "conda-meta").is_dir():
-        found["CONDA_PREFIX"] = str(prefix)
-    return found
 
 
 def find_program(name: str, environment: Mapping[str, str]) -> str:

@@ -46,7 +46,7 @@ class Channel:
 
     @property
     def url(self) -> str:
-        return self.path.as_uri()
+        return self.path.absolute().as_uri()
 
     def package(self, name: str, version: str = "") -> Package:
         """Return the package called ``name``, the newest one unless a version is given."""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from envstore.fuse.run import command_environment
 from tests.commands import Cli, one_line
 
 _COUNTER = """
@@ -85,33 +84,6 @@ def test_what_cannot_be_run(stored: Cli, tmp_path: Path) -> None:
     one_line(done := stored("run", "tree", "--", nonsense), ["cannot start", "xec format"])
     assert done.status == 126
     _nothing_left(stored)
-
-
-def test_surroundings(tmp_path: Path) -> None:
-    outer = {"VIRTUAL_ENV": "/outer", "CONDA_PREFIX": "/conda", "PYTHONHOME": "/home", "X": "x"}
-    told = {}
-    for name, files in {
-        "plain": ["data"],
-        "programs": ["bin/tool"],
-        "prefix": ["bin/python3"],
-        "venv": ["bin/python", "pyvenv.cfg"],
-        "conda": ["bin/python", "conda-meta/history"],
-    }.items():
-        for file in files:
-            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / file).touch(mode=0o755)
-        told[name] = command_environment(tmp_path / name, {**outer, "PATH": "/usr/bin:/bin"})
-        assert told[name].pop("ENVSTORE_PREFIX") == f"{tmp_path / name}"
-        path = "" if name == "plain" else f"{tmp_path / name}/bin:"
-        assert told[name].pop("PATH") == f"{path}/usr/bin:/bin"
-    assert told == {
-        "plain": outer,
-        "programs": outer,
-        "prefix": {"X": "x"},
-        "venv": {"X": "x", "VIRTUAL_ENV": f"{tmp_path}/venv"},
-        "conda": {"X": "x", "CONDA_PREFIX": f"{tmp_path}/conda"},
-    }
-    assert command_environment(tmp_path / "venv", {})["PATH"].startswith(f"{tmp_path}/venv/bin:/")
 
 
 def test_stats(stored: Cli) -> None:

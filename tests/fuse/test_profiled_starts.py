@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from envstore.cli.run import surroundings
 from envstore.errors import NotFoundError
 from envstore.fuse.recorder import read_recording
 from envstore.fuse.run import Ran, run
@@ -41,7 +42,8 @@ class Site:
         self.store.push(PrefixSource(self.env), "env")
 
     def start(self, *, record: bool = False) -> Ran:
-        ran = run(self.store.url, "env", ["python", "-I", "-c", _CODE], record=record)
+        command = ["python", "-I", "-c", _CODE]
+        ran = run(self.store.url, "env", command, surroundings("env"), record=record)
         assert ran.status == 0
         return ran
 

@@ -1,0 +1,337 @@
+"""``activate``: what real shells make of the code it prints, and that they get everything back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Cli
+
+ODD = "a b'c\"d $HOME `id` \\ é\n*"
+POSIX = [shell for shell in ("bash", "sh", "dash", "zsh") if shutil.which(shell)]
+SHELLS = [*POSIX, *(["fish"] if shutil.which("fish") else [])]
+# What nobody is promised to find unchanged, or what a shell counts by itself.
+_VOLATILE = {"_", "SHLVL", "PWD", "OLDPWD"}
+
+
+def make_environment(root: Path, name: str, *, conda: bool = True) -> Path:
+    """A prefix without a Python: a program, variables and scripts."""
+    program = root / "bin" / "which-one"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/bin/sh\necho program of {name}\n")
+    program.chmod(0o755)
+    if not conda:
+        return root
+    (root / "bin" / "python3").symlink_to("/bin/true")
+    (root / "conda-meta").mkdir()
+    (root / "conda-meta/history").touch()
+    state = {"env_vars": {"FROM_STATE": ODD, "TWICE": "state", "GONE": "***unset***"}}
+    (root / "conda-meta/state").write_text(json.dumps(state))
+    for folder in ("env_vars.d", "activate.d", "deactivate.d"):
+        (root / "etc/conda" / folder).mkdir(parents=True)
+    variables = {"FROM_PACKAGE": f"package of {name}", "TWICE": "package", "GONE": "1"}
+    (root / "etc/conda/env_vars.d/package.json").write_text(json.dumps(variables))
+    for order in "12":
+        (root / f"etc/conda/activate.d/{order} script.sh").write_text(
+            f'export SCRIPTS="${{SCRIPTS-}}{name}{order}:$FROM_PACKAGE;"\n'
+        )
+        (root / f"etc/conda/deactivate.d/{order} script.sh").write_text(
+            f'echo "left {name}{order} $CONDA_PREFIX"; unset SCRIPTS\n'
+        )
+        (root / f"etc/conda/activate.d/{order} script.fish").write_text(
+            f'set -gx SCRIPTS "$SCRIPTS{name}{order}:$FROM_PACKAGE;"\n'
+        )
+        (root / f"etc/conda/deactivate.d/{order} script.fish").write_text(
+            f'echo "left {name}{order} $CONDA_PREFIX"; set -e SCRIPTS\n'
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store to copy, with two environments and a plain tree."""
+    base = tmp_path_factory.mktemp("template")
+    cli = Cli(base / "cli")
+    cli.ok("init")
+    cli.ok("push", "one", make_environment(base / "one", "one"))
+    cli.ok("push", "team/two:v2", make_environment(base / "two", "two"))
+    cli.ok("push", "plain", make_environment(base / "plain", "plain", conda=False))
+    return cli.store
+
+
+@pytest.fixture
+def two(cli: Cli, _template: Path) -> Iterator[Cli]:
+    """The command line with that store; what is mounted goes away again."""
+    shutil.copytree(_template, cli.store)
+    cli.env["XDG_RUNTIME_DIR"] = str(cli.root / "run time")
+    (cli.root / "run time").mkdir()
+    yield cli
+    for mount in cli.json("mounts")["mounts"]:
+        cli.ok("umount", "--lazy", mount["mountpoint"])
+
+
+class Shell:
+    """Runs scripts in which ``activate REF`` is the user's line, and ``note X`` tells the state."""
+
+    def __init__(self, cli: Cli, shell: str) -> None:
+        self.cli, self.shell = cli, shell
+        self.notes = cli.root / "notes"
+
+    def __call__(self, script: str, env: dict[str, str] | None = None) -> str:
+        command = " ".join(self.cli.argv("activate"))
+        note = f"/usr/bin/env -0 > '{self.notes}'/$1"
+        if self.shell == "fish":
+            head = (
+                f"function activate; {command} $argv | source; end\n"
+                f"function note; /usr/bin/env -0 > '{self.notes}'/$argv[1]; end\n"
+            )
+            options = ["--no-config"]
+        else:
+            head = f'set -eu\nactivate() {{ eval "$({command} "$@")"; }}\nnote() {{ {note}; }}\n'
+            options = {"bash": ["--norc", "--noprofile"], "zsh": ["-f"]}.get(self.shell, [])
+        shutil.rmtree(self.notes, ignore_errors=True)
+        self.notes.mkdir()
+        done = subprocess.run(
+            [self.shell, *options, "-c", head + script],
+            env={**self.cli.env, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done
+        assert done.stderr == ""
+        return done.stdout
+
+    def state(self, name: str) -> dict[str, str]:
+        items = (self.notes / name).read_bytes().decode().split("\0")
+        pairs = (item.partition("=") for item in items if item)
+        return {name: value for name, _, value in pairs if name not in _VOLATILE}
+
+
+@pytest.fixture(params=SHELLS)
+def shell(request: pytest.FixtureRequest, two: Cli) -> Shell:
+    return Shell(two, request.param)
+
+
+def test_there_is_a_bash() -> None:
+    assert "bash" in SHELLS
+
+
+def test_everything_is_set_and_everything_is_put_back(shell: Shell) -> None:
+    before = {"FROM_PACKAGE": "mine", "VIRTUAL_ENV": "/venv"}
+    out = shell(
+        "note before\nactivate one\nnote inside\nwhich-one\nenvstore_deactivate\nnote after\n",
+        before,
+    )
+    inside = shell.state("inside")
+    prefix = inside["ENVSTORE_PREFIX"]
+    assert prefix.startswith(f"{shell.cli.root}/run time/envstore/envs/one-")
+    left = [f"left one{order} {prefix}" for order in "21"]
+    assert out.splitlines() == ["program of one", *left]
+    assert inside["PATH"] == f"{prefix}/bin:{shell.cli.env['PATH']}"
+    assert inside["CONDA_PREFIX"] == prefix
+    assert inside["CONDA_DEFAULT_ENV"] == "one"
+    assert inside["CONDA_SHLVL"] == "1"
+    assert inside["CONDA_PROMPT_MODIFIER"] == "(one) "
+    assert inside["FROM_STATE"] == ODD
+    assert inside["TWICE"] == "state"
+    assert inside["FROM_PACKAGE"] == "package of one"
+    assert inside["SCRIPTS"] == "one1:package of one;one2:package of one;"
+    assert not {"GONE", "VIRTUAL_ENV"} & set(inside)
+    assert shell.state("before") == shell.state("after")
+    assert shell.state("after").items() >= before.items()
+
+
+def test_a_second_environment_takes_the_place_of_the_first_until_it_is_left(shell: Shell) -> None:
+    shell(
+        "note before\nactivate one\nnote one\nactivate team/two:v2\nnote two\n"
+        "envstore_deactivate\nnote again\nenvstore_deactivate\nnote after\n"
+    )
+    one, two = shell.state("one"), shell.state("two")
+    assert two["PATH"] == f"{two['CONDA_PREFIX']}/bin:{shell.cli.env['PATH']}"
+    assert (two["CONDA_SHLVL"], two["CONDA_PREFIX_1"]) == ("2", one["CONDA_PREFIX"])
+    assert two["CONDA_DEFAULT_ENV"] == "team/two:v2"
+    assert two["SCRIPTS"] == "two1:package of two;two2:package of two;"
+    assert shell.state("again") == one
+    assert shell.state("after") == shell.state("before")
+
+
+def test_activating_twice_is_activating_once(shell: Shell) -> None:
+    shell(
+        "note before\nactivate one\nnote one\nactivate one\nnote twice\nenvstore_deactivate\n"
+        "note after\n"
+    )
+    assert shell.state("twice") == shell.state("one")
+    assert shell.state("after") == shell.state("before")
+
+
+def test_a_conda_that_is_active_already_is_what_comes_back(shell: Shell) -> None:
+    outer = {"CONDA_PREFIX": "/conda", "CONDA_SHLVL": "1", "CONDA_DEFAULT_ENV": "base"}
+    shell("activate one\nnote inside\nenvstore_deactivate\nnote after\n", outer)
+    inside = shell.state("inside")
+    assert (inside["CONDA_SHLVL"], inside["CONDA_PREFIX_1"]) == ("2", "/conda")
+    assert shell.state("after").items() >= outer.items()
+    assert "CONDA_PREFIX_1" not in shell.state("after")
+
+
+def test_a_tree_without_conda_has_its_programs_found(shell: Shell) -> None:
+    out = shell("activate plain\nnote inside\nwhich-one\nenvstore_deactivate\nnote after\n")
+    inside, after = shell.state("inside"), shell.state("after")
+    assert out == "program of plain\n"
+    prefix = inside.pop("ENVSTORE_PREFIX")
+    assert inside.pop("PATH") == f"{prefix}/bin:{after.pop('PATH')}"
+    assert inside == after
+
+
+def test_what_was_done_to_path_meanwhile_stays(shell: Shell) -> None:
+    change = (
+        "set -gx PATH /first $PATH /last" if shell.shell == "fish" else "PATH=/first:$PATH:/last"
+    )
+    shell(f"activate one\n{change}\nenvstore_deactivate\nnote after\n")
+    assert shell.state("after")["PATH"] == f"/first:{shell.cli.env['PATH']}:/last"
+
+
+@pytest.mark.parametrize("name", POSIX)
+def test_nothing_is_left_in_the_shell(two: Cli, name: str) -> None:
+    shell = Shell(two, name)
+    shell(
+        "PS1='$ '\nactivate one\nactivate plain\nenvstore_deactivate\nset >$1\n".replace("$1", "x")
+    )
+    out = shell(
+        'PS1=\'$ \'\nactivate one\necho "[$PS1]"\nactivate plain\necho "[$PS1]"\n'
+        'envstore_deactivate\nenvstore_deactivate >/dev/null\necho "[$PS1]"\n'
+        "set | grep '^_*envstore' | grep -v '^_=' || :\n"
+        "type envstore_deactivate >/dev/null 2>&1 || echo gone\n"
+    )
+    lines = [line for line in out.splitlines() if not line.startswith("left ")]
+    assert lines == ["[(one) $ ]", "[(plain) $ ]", "[$ ]", "gone"]
+
+
+def test_deactivating_can_unmount(shell: Shell) -> None:
+    shell("activate one\nenvstore_deactivate\n")
+    (mount,) = shell.cli.json("mounts")["mounts"]
+    out = shell("activate one\nnote inside\nenvstore_deactivate --umount\n")
+    assert shell.state("inside")["ENVSTORE_PREFIX"] == mount["mountpoint"]
+    assert f"unmounted {mount['mountpoint']}" in out
+    assert shell.cli.json("mounts") == {"mounts": []}
+    assert not os.path.exists(mount["mountpoint"])
+
+
+def test_a_mount_that_is_gone_can_be_left(shell: Shell) -> None:
+    umount = " ".join(shell.cli.argv("umount", "--lazy"))
+    where = "$ENVSTORE_PREFIX" if shell.shell == "fish" else '"$ENVSTORE_PREFIX"'
+    shell(
+        f"note before\nactivate one\n{umount} {where} >/dev/null\nenvstore_deactivate\nnote after\n"
+    )
+    after = shell.state("after")
+    del after["SCRIPTS"]  # what would have taken it back is gone
+    assert after == shell.state("before")
+
+
+def test_a_directory_of_ones_own(two: Cli, tmp_path: Path) -> None:
+    place = tmp_path / "it's a $(place) of my own"
+    line = json.dumps(str(place)).replace("$", "\\$")
+    shell = Shell(two, "bash")
+    shell(f"activate one --mountpoint {line}\nnote inside\nwhich-one\nenvstore_deactivate\n")
+    assert shell.state("inside")["CONDA_PREFIX"] == str(place)
+    (mount,) = two.json("mounts")["mounts"]
+    assert mount["mountpoint"] == str(place)
+    two.fails(
+        2, "activate", "plain", "--mountpoint", place, says=["another snapshot", "envstore umount"]
+    )
+    two.fails(2, "activate", "plain", "--mountpoint", tmp_path / "a:b", says=["PATH"])
+
+
+def test_a_ref_that_moved_is_mounted_beside_the_old_snapshot(two: Cli, tmp_path: Path) -> None:
+    first = two.json("activate", "one", "--shell", "bash")
+    two.ok("push", "one", make_environment(tmp_path / "newer", "newer"))
+    second = two.json("activate", "one")
+    assert first["mounted"]
+    assert second["mounted"]
+    assert not two.json("activate", "one")["mounted"]
+    assert len({first["mountpoint"], second["mountpoint"]}) == 2
+    assert two.json("activate", f"@{first['digest'][:8]}")["digest"] == first["digest"]
+
+
+def test_the_kind_of_shell(two: Cli) -> None:
+    assert two.json("activate", "one", "--shell", "fish")["shell"] == "fish"
+    assert two.json("activate", "one", env={"SHELL": "/bin/zsh"})["shell"] == "zsh"
+    # The shell that asks comes before the one that the user logs in to.
+    argv = " ".join(two.argv("--json", "activate", "one"))
+    done = subprocess.run(
+        ["bash", "-c", f'echo "$({argv})"'],
+        env={**two.env, "SHELL": "/bin/zsh"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert json.loads(done.stdout)["shell"] == "bash"
+
+
+def test_run_sets_what_activation_does(two: Cli) -> None:
+    script = 'printf "%s\\n" "$CONDA_DEFAULT_ENV" "$SCRIPTS" "$FROM_STATE" "$@"; which-one'
+    done = two("run", "one", "--", "sh", "-c", script, "sh", ODD, "$(id)", env={"SHLVL": "7"})
+    assert (done.status, done.err) == (0, "")
+    scripts = "one1:package of one;one2:package of one;"
+    assert done.out == f"one\n{scripts}\n{ODD}\n{ODD}\n$(id)\nprogram of one\n"
+    done = two("run", "one", "--", "env", "-0", env={"SHLVL": "7", "CONDA_SHLVL": "x"})
+    assert {"SHLVL=7", "CONDA_SHLVL=1", "TWICE=state"} < set(done.out.split("\0"))
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("exit 3", "ended its shell with status 3"),
+        ("exec true", "ended its shell with status 0"),
+        ("kill -9 $$", "ended its shell with status -9"),
+    ],
+)
+def test_scripts_that_end_the_shell(two: Cli, tmp_path: Path, script: str, says: str) -> None:
+    bad = make_environment(tmp_path / "bad", "bad")
+    (bad / "etc/conda/activate.d/2 script.sh").write_text(f"{script}\n")
+    two.ok("push", "bad", bad)
+    two.fails(1, "run", "bad", "--", "true", says=["activate.d/2 script.sh", says])
+
+
+def test_scripts_that_fail_or_speak_do_not_stop_a_run(two: Cli, tmp_path: Path) -> None:
+    loud = make_environment(tmp_path / "loud", "loud")
+    (loud / "etc/conda/activate.d/1 script.sh").write_text("echo spoken; export A=1; false\n")
+    two.ok("push", "loud", loud)
+    done = two("run", "loud", "--", "sh", "-c", "echo $A $SCRIPTS")
+    assert (done.status, done.err) == (0, "spoken\n")
+    assert done.out == "1 loud2:package of loud;\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "says"),
+    [
+        ("conda-meta/state", "{", "no JSON"),
+        ("conda-meta/state", "[1]", "no object"),
+        ("conda-meta/state", '{"env_vars": 1}', "no object"),
+        ("etc/conda/env_vars.d/package.json", '{"A": 1}', "no variable"),
+        ("etc/conda/env_vars.d/package.json", '{"A;id": "x"}', "no variable"),
+        ("etc/conda/env_vars.d/package.json", '{"": "x"}', "no variable"),
+        ("etc/conda/env_vars.d/package.json", " " * (1 << 20) + "{}", "larger"),
+    ],
+)
+def test_variables_that_are_none(
+    two: Cli, tmp_path: Path, path: str, content: str, says: str
+) -> None:
+    bad = make_environment(tmp_path / "bad", "bad")
+    (bad / path).write_text(content)
+    two.ok("push", "bad", bad)
+    two.fails(1, "activate", "bad", says=[path, says])
+    two.fails(1, "run", "bad", "--", "true", says=[path, says])
+    assert two.json("mounts") == {"mounts": []}
+
+
+def test_what_is_not_there(two: Cli) -> None:
+    two.fails(1, "activate", "nothing", says=["nothing"])
+    two.fails(2, "activate", "not a ref", says=["not a valid ref"])
+    assert two.json("mounts") == {"mounts": []}
