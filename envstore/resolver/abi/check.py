@@ -121,6 +121,7 @@ class _Check:
             for name in names - {""}:
                 self._by_name[name].append(path)
         self._variants = variants(tree)
+        self._versionless: set[str] = set()
         self._vital = {
             path
             for path, roots in self._users.items()
@@ -293,6 +294,7 @@ class _Check:
                 if glibc is not None and self._is_too_new(glibc):
                     newest = max(newest or (glibc, version, library), (glibc, version, library))
             elif not self._has_version(library, version, provider):
+                self._versionless.add(path)
                 yield self._version_missing(level, path, library, version, provider)
         if newest is not None:
             glibc, version, library = newest
@@ -342,7 +344,8 @@ class _Check:
     def _symbols(self) -> Iterator[Finding]:
         symbols = Symbols(self._tree, self._search, self._scopes, self._by_name, self._machine)
         for path, roots in self._users.items():
-            if path not in self._scopes or is_side_show(path):
+            # The loader gets no farther where a version is missing.
+            if path not in self._scopes or path in self._versionless or is_side_show(path):
                 continue
             lost = symbols.unresolved(path, roots, python=self._is_ours(path))
             if not lost:
