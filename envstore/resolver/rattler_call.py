@@ -143,6 +143,8 @@ def _of_fetching(text: str) -> EnvstoreError:
         return AccessDeniedError(clip(first + ": " + last))
     if ("hash" in text and "mismatch" in text) or "sha256" in text:
         return CorruptError(clip(text.replace("\nCaused by:", ":")))
+    if "failed to parse" in text or "failed to deserialize" in text:
+        return CorruptError(f"a channel's answer is malformed: {clip(last)}")
     if "error sending request" in text or status or "dns error" in text:
         reason = f"HTTP {status[1]}" if status else last
         return UnavailableError(

@@ -33,6 +33,7 @@ _STATUS = re.compile(
 _WHERE = re.compile(
     r"(?:Failed to (?:fetch|download|query|read metadata)[^:]*: ?|url \()[`(]?([a-z]+://[^\s`)]+)"
 )
+_REFUSED = re.compile(r"An index URL \((\S+)\) could not be queried .*?\((401|403) ")
 _LAST_LINES = 5
 _IGNORED = frozenset(
     {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME", "PYTHONPATH", "RUST_LOG", "UV_PYTHON"}
@@ -154,7 +155,10 @@ def _failure(messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
     first = next((at for at, line in enumerate(messages) if line.startswith("error:")), 0)
     lines = [line for line in messages[first:] if line.strip()]
     text = "\n".join(lines).removeprefix("error:").strip()
-    flat = " ".join(text.split())
+    flat = " ".join(text.split()).replace(" cause: ", ": ")
+    refused = _REFUSED.search(flat)
+    if refused:
+        return _refusal(refused[1], refused[2])
     if "No solution found" in text:
         return uv_conflict(text)
     if re.search(r"build backend returned an error|Failed to build|Build backend failed", text):
@@ -164,11 +168,7 @@ def _failure(messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
     where = _WHERE.search(text)
     place = where[1] if where else "a package index"
     if code in {"401", "403"}:
-        what = "needs credentials" if code == "401" else "refuses these credentials"
-        return AccessDeniedError(
-            f"{place} {what} (HTTP {code})",
-            hint="give them in ~/.netrc or UV_INDEX_<NAME>_USERNAME and _PASSWORD",
-        )
+        return _refusal(place, code)
     if "Network connectivity is disabled" in text or "--offline" in text:
         return UnavailableError(f"not in uv's cache, and the network is off: {clip(flat)}")
     if re.search(r"error sending request|dns error|client error|timed out|connection", text):
@@ -187,6 +187,14 @@ def _failure(messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
     if re.search(r"Couldn't parse|Invalid|invalid|unexpected|Unsupported", text):
         return UsageError(clip(flat))
     return EnvstoreError(f"uv: {clip(flat)}" if flat else "uv failed and said nothing")
+
+
+def _refusal(place: str, code: str) -> AccessDeniedError:
+    what = "needs credentials" if code == "401" else "refuses these credentials"
+    return AccessDeniedError(
+        f"{place} {what} (HTTP {code})",
+        hint="give them in ~/.netrc or UV_INDEX_<NAME>_USERNAME and _PASSWORD",
+    )
 
 
 def _build_failure(text: str, messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
