@@ -91,12 +91,13 @@ def update(
             allow_abi_errors=allow_abi_errors,
             run_scripts=not no_scripts,
         )
-    _say(settings, ref, found, done, warnings)
+    _say(settings, ref, packages, found, done, warnings)
 
 
 def _say(
     settings: Settings,
     ref: str,
+    packages: tuple[str, ...],
     found: tuple[Change, ...],
     done: LockPush | None,
     warnings: list[str],
@@ -116,7 +117,11 @@ def _say(
         return
     for warning in warnings:
         output.note(settings, f"warning: {warning}")
-    if not found:
+    if not found and packages:
+        names = ", ".join(map(output.printable, packages))
+        what = f"nothing newer of {names} fits what {ref} is made from and what stays"
+        output.summary(settings, what)
+    elif not found:
         output.summary(settings, f"{ref} is up to date")
     else:
         output.note(settings, f"{output.counted(len(found), 'package')} would change")
