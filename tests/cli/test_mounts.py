@@ -15,7 +15,7 @@ from tests.trees import describe
 
 _RECORD = {
     "ref", "digest", "mountpoint", "name", "snapshot", "manifest", "holder_pid", "store", "started",
-    "log", "stats", "control", "fast_path", "node", "lease",
+    "log", "stats", "control", "fast_path", "node", "lease", "prefix",
 }  # fmt: skip
 
 
