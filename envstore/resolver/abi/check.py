@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+from envstore.resolver.abi.doubles import cuda_runtimes, duplicates
 from envstore.resolver.abi.facts import ElfFacts
 from envstore.resolver.abi.findings import (
     ERROR,
@@ -37,7 +38,6 @@ from envstore.resolver.abi.names import (
     GCC,
     GLIBC,
     is_driver,
-    major_of,
     of_machine,
     providers,
     stem_of,
@@ -48,7 +48,6 @@ from envstore.resolver.abi.symbols import Symbols
 _SYSROOT = re.compile(r"(^|/)sysroot/")
 _PROGRAM = re.compile(r"bin/python(3\.(\d+)t?)?")
 _LIBRARY = re.compile(r"lib/python3\.(\d+)t?/")
-_PACKAGED_CUDA = re.compile(r"nvidia-cuda-runtime(-cu\d+)?|cuda-cudart|pytorch-cuda|cudatoolkit")
 
 
 def check(
@@ -135,8 +134,8 @@ class _Check:
             yield from self._libraries(path)
             yield from self._versions(path)
         yield from self._symbols()
-        yield from self._duplicates()
-        yield from self._cuda()
+        yield from duplicates(self._tree, self._scopes, self._by_name)
+        yield from cuda_runtimes(self._tree, self._scopes, self._target, self._packages)
 
     def _fits(self, facts: ElfFacts) -> bool:
         return (facts.machine, facts.bits, facts.big_endian) == self._target.architecture
@@ -370,56 +369,3 @@ class _Check:
                 provider=provider,
                 hint=hint,
             )
-
-    def _duplicates(self) -> Iterator[Finding]:
-        wanted = {name for path in self._scopes for name in self._tree.facts(path).needed}
-        for name in sorted(wanted & self._by_name.keys()):
-            first, *others = self._by_name[name]
-            facts = self._tree.facts(first)
-            for other in others:
-                its = self._tree.facts(other)
-                if self._tree.package(other) == self._tree.package(first) or (
-                    (its.verdef, its.defined) == (facts.verdef, facts.defined)
-                ):
-                    continue
-                yield self._finding(
-                    WARNING,
-                    "DUPLICATE_SONAME",
-                    other,
-                    name,
-                    f"{name} is there twice, and not the same: {first} and {other}; "
-                    "the first that is loaded serves both",
-                    provider=f"{first} of {self._tree.package(first)}",
-                    hint="have one package bring it for all",
-                )
-
-    def _cuda(self) -> Iterator[Finding]:
-        """Compare the CUDA runtimes with each other and with what the driver runs."""
-        found: dict[int, tuple[str, str]] = {}
-        for path in self._scopes:
-            soname = self._tree.facts(path).soname
-            major = major_of(soname)
-            if stem_of(soname) == "libcudart" and major is not None:
-                found.setdefault(major, (path, soname))
-        # A package may be linked with the runtime and have no libcudart.
-        for name, version in sorted(self._packages.items()):
-            if _PACKAGED_CUDA.fullmatch(name) and re.match(r"\d{1,3}(\.|$)", version):
-                found.setdefault(int(version.split(".")[0]), ("", f"{name} {version}"))
-        for major, (path, what) in sorted(found.items()):
-            package = self._tree.package(path) if path else what
-            driver = self._target.cuda
-            if driver and major > numbers(driver)[0]:
-                message = (
-                    f"{what}: CUDA driver version is insufficient for CUDA runtime version "
-                    f"(the runtime is {major}, the target's driver runs {driver})"
-                )
-                hint = f"take builds for CUDA {numbers(driver)[0]}, or say --cuda {major}.0 if "
-                hint += "all machines have such a driver"
-                yield Finding(ERROR, "CUDA_MISMATCH", path, package, what, message, "", hint)
-        if len(found) > 1:
-            low, high = min(found), max(found)
-            path, what = found[high]
-            package = self._tree.package(path) if path else what
-            message = f"runtimes of CUDA {low} ({found[low][1]}) and {high} ({what}) are there"
-            hint = "what was built for one cannot use what the other made"
-            yield Finding(WARNING, "CUDA_MISMATCH", path, package, what, message, "", hint)
