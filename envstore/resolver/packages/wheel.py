@@ -167,9 +167,9 @@ class _Wheel:
         self._record(path, self.rows.get(name))
 
     def _place_script(self, name: str, rest: str, member: ZipMember, commands: set[str]) -> None:
-        """Put a script among the programs; ``#!python`` becomes the prefix's interpreter.
+        """Put a script among the programs; ``#!python...`` becomes the prefix's interpreter.
 
-        As in uv, an entry point of the same name wins.
+        As in uv, an entry point of the same name wins, and options of the interpreter are lost.
         """
         if "/" in rest or (rest and member.is_directory):
             raise ValueError(f"{name} is a directory among scripts")
@@ -182,9 +182,9 @@ class _Wheel:
         if not python:
             self._record(path, self.rows[name])
             return
-        script = self.tree.read(path)[len(_PYTHON) :].removeprefix(b"w")
+        body = self.tree.read(path).partition(b"\n")[2]
         self.tree.remove(path)
-        self._add(path, b"#!" + PLACEHOLDER + b"/bin/python" + script, executable=True)
+        self._add(path, b"#!" + PLACEHOLDER + b"/bin/python\n" + body, executable=True)
 
     def _home(self, scheme: str) -> str:
         if scheme == "data":

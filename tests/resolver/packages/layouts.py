@@ -61,8 +61,11 @@ def relocate(data: bytes, relocation: bytes, prefix: str) -> bytes:
 
 def assert_same(ours: Layout, theirs: Layout) -> None:
     """Compare two layouts; a failure names paths instead of showing megabytes."""
-    assert (sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())) == ([], [])
-    assert [path for path in ours if ours[path] != theirs[path]] == []
+    more, less = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    assert not more, f"only ours: {more[:20]}"
+    assert not less, f"only theirs: {less[:20]}"
+    other = [path for path in ours if ours[path] != theirs[path]]
+    assert not other, f"different: {other[:20]}"
 
 
 @contextmanager
