@@ -31,6 +31,7 @@ from envstore.store.source import DirectorySource, Kind, access_error
 
 _FRAMES_HELD = 32
 _MOST_KEPT = 200_000
+_PATIENCE = 30.0
 
 
 def directory_tree(root: Path) -> Tree:
@@ -184,11 +185,13 @@ class _Kept:
         self._db: sqlite3.Connection | None = None
         with contextlib.suppress(OSError, sqlite3.Error):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=30.0)
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS facts (digest BLOB, version INTEGER, facts TEXT, "
-                "PRIMARY KEY (digest, version))"
-            )
+            try:
+                self._db = _open(path)
+            except sqlite3.OperationalError:
+                raise  # locked, or not ours to write
+            except sqlite3.DatabaseError:
+                path.unlink()
+                self._db = _open(path)
 
     def __enter__(self) -> _Kept:
         return self
@@ -225,3 +228,16 @@ class _Kept:
             self._db.execute(
                 "DELETE FROM facts WHERE rowid <= (SELECT MAX(rowid) FROM facts) - ?", [_MOST_KEPT]
             )
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=_PATIENCE)
+    try:
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS facts (digest BLOB, version INTEGER, facts TEXT, "
+            "PRIMARY KEY (digest, version))"
+        )
+    except BaseException:
+        db.close()
+        raise
+    return db
