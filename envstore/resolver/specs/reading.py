@@ -19,6 +19,7 @@ from envstore.resolver.specs.detect import (
     specification_in,
 )
 from envstore.resolver.specs.merge import merged
+from envstore.resolver.specs.pythons import checked_python
 
 _CONDA = frozenset({"environment.yml", "pixi.toml", "pixi.lock", "conda-lock.yml", "explicit"})
 _PIP = frozenset({"requirements.txt", "pyproject.toml", "pylock.toml", "uv.lock"})
@@ -186,7 +187,7 @@ def _finished(request: Request, context: Context) -> Request:
             f"the specification is for {', '.join(request.platforms)}, not {context.platform}"
         )
     python = request.python
-    if context.python:
+    if checked_python(context.python):
         exact = context.python if context.python.count(".") > 1 else f"{context.python}.*"
         python = ",".join(filter(None, (python, f"=={exact}")))
     return replace(request, python=python, sources=tuple(context.sources))

@@ -19,12 +19,10 @@ from envstore.resolver.lock import Lock
 from envstore.resolver.specs.context import Context
 from envstore.resolver.specs.files import parse_toml, read_text, string, table, wrong
 from envstore.resolver.specs.pylock import lock_of
-from envstore.resolver.specs.pyproject import group_lines, main_lines
+from envstore.resolver.specs.uv_current import check_current
 
 _DIRECTORY = re.compile(r"(?!\.\.?(?:/|$))[^/\0\\]+(?:/(?!\.\.?(?:/|$))[^/\0\\]+)*")
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
-_DIRECT = frozenset({"git", "url", "path", "directory", "editable", "virtual"})
-_Key = tuple[str, tuple[str, ...], str, str]
 
 
 def read_uv_lock(path: Path, context: Context) -> Lock:
@@ -40,7 +38,7 @@ def read_locked_project(project: dict[str, Any], path: Path, lock: Path, context
     """Read the lock beside a project; raises ``UsageError`` if it was made for another one."""
     text = read_text(lock, context)
     content = parse_toml(lock, text)
-    _check_current(project, path, content, lock)
+    check_current(project, path, content, lock)
     return _lock(text, content, lock, context)
 
 
@@ -137,95 +135,3 @@ def _toml(content: dict[str, Any], prefix: str = "") -> str:
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(f"{name} = {text}\n")
     return "".join(lines + below)
-
-
-def _check_current(content: dict[str, Any], path: Path, lock: dict[str, Any], where: Path) -> None:
-    """Refuse a lock whose project asked for something else when it was locked.
-
-    Compared are names, extras and versions, not markers, which uv writes in its own way.
-    """
-    from packaging.utils import canonicalize_name
-
-    project = table(content.get("project"), path, "project")
-    name = string(project.get("name"), path, "project.name")
-    packages = lock.get("package") or []
-    own = next(
-        (
-            item
-            for item in packages
-            if isinstance(item, dict)
-            and canonicalize_name(str(item.get("name"))) == canonicalize_name(name)
-            and isinstance(item.get("source"), dict)
-            and "." in item["source"].values()
-        ),
-        None,
-    )
-    if own is None:
-        if name:
-            raise wrong(where, f"locks no project {name}", hint="run: uv lock")
-        return
-    metadata = table(own.get("metadata"), where, "metadata")
-    if "dependencies" in (project.get("dynamic") or []):
-        return
-    asked = [(line, "") for line in main_lines(project, path)]
-    optional = table(project.get("optional-dependencies"), path, "optional-dependencies")
-    for extra, lines in optional.items():
-        asked += [(line, canonicalize_name(extra)) for line in lines]
-    groups = table(content.get("dependency-groups"), path, "dependency-groups")
-    wanted: dict[str, list[str]] = {}
-    for group in groups:
-        wanted[str(canonicalize_name(group))] = group_lines(groups, group, path)
-    old = content.get("tool", {}).get("uv", {}).get("dev-dependencies") or []
-    wanted["dev"] = [*wanted.get("dev", []), *old] if old else wanted.get("dev", [])
-    locked_groups = table(metadata.get("requires-dev"), where, "requires-dev")
-    pairs = [(asked, metadata.get("requires-dist") or [])]
-    for group in sorted({*wanted, *locked_groups}):
-        lines = [(line, "") for line in wanted.get(group, [])]
-        pairs.append((lines, locked_groups.get(group) or []))
-    for now, then in pairs:
-        changed = _changed(now, then, path)
-        if changed:
-            raise wrong(
-                where,
-                f"is out of date: {path.name} asks for {changed} otherwise",
-                hint="run: uv lock",
-            )
-
-
-def _changed(asked: list[tuple[str, str]], locked: list[Any], path: Path) -> str:
-    """Return a name that differs between a project's lines and the lock's metadata, or nothing."""
-    from packaging.requirements import InvalidRequirement, Requirement
-    from packaging.utils import canonicalize_name
-
-    free, then = set[str](), set[_Key]()
-    for item in locked:
-        entry = table(item, path, "requires-dist")
-        name = canonicalize_name(str(entry.get("name")))
-        if _DIRECT & entry.keys():
-            free.add(name)
-        extra = re.search(r"extra == '([^']*)'", str(entry.get("marker", "")))
-        extras = tuple(sorted(map(str, entry.get("extras") or ())))
-        key = (name, extras, _versions(str(entry.get("specifier", ""))), extra[1] if extra else "")
-        then.add(key)
-    now = set[_Key]()
-    for line, extra_name in asked:
-        try:
-            parsed = Requirement(line)
-        except InvalidRequirement as error:
-            raise wrong(path, f"{line!r} is not a requirement: {error}") from error
-        extras = tuple(sorted(canonicalize_name(item) for item in parsed.extras))
-        name = canonicalize_name(parsed.name)
-        now.add((name, extras, _versions(str(parsed.specifier)), extra_name))
-    if free:
-        now = {(k[0], k[1], "" if k[0] in free else k[2], k[3]) for k in now}
-        then = {(k[0], k[1], "" if k[0] in free else k[2], k[3]) for k in then}
-    return min((key[0] for key in now ^ then), default="")
-
-
-def _versions(text: str) -> str:
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
-    try:
-        return str(SpecifierSet(text))
-    except InvalidSpecifier:
-        return text

@@ -204,7 +204,7 @@ LOCKS = """\
 name = "demo"
 version = "1"
 requires-python = ">=3.10"
-dependencies = ["click>=8", "colorama; sys_platform == 'win32'"]
+dependencies = ["click >= 08", "colorama; sys_platform == 'win32'"]
 optional-dependencies = { plot = ["six"] }
 [dependency-groups]
 dev = ["idna>=3"]
@@ -238,16 +238,29 @@ def test_a_lock_counts_before_its_project(tmp_path: Path) -> None:
     assert [Path(source.name).name for source in found.sources] == ["pyproject.toml", "uv.lock"]
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_extras_that_name_each_other(tmp_path: Path, flat: bool) -> None:
+    plot, both = "marker = \"extra == 'plot'\"", "marker = \"extra == 'all'\""
+    named = f'{{ name = "demo", extras = ["plot"], {both} }}'
+    added = f'{{ name = "six", {both} }}' if flat else named
+    there = f'{{ name = "six", {plot} }},\n'
+    assert there in LOCKED
+    (tmp_path / "uv.lock").write_text(LOCKED.replace(there, f"{there}    {added},\n"))
+    text = LOCKS.replace('plot = ["six"]', 'plot = ["six"], all = ["demo[plot]"]')
+    assert names(project(tmp_path, text)) == ["click 8.1"]
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (("click>=8", "click>=8.1"), "click"),
-        (('"click>=8"', '"click>=8", "rich"'), "rich"),
-        (('"click>=8", ', ""), "click"),
+        (("click >= 08", "click>=8.1"), "click"),
+        (('"click >= 08"', '"click>=8", "rich"'), "rich"),
+        (('"click >= 08", ', ""), "click"),
         (('["six"]', "[]"), "six"),
         (("idna>=3", "idna>=4"), "idna"),
+        (("idna>=3", "idna>=3,<5"), "idna"),
         (('dev = ["idna>=3"]', ""), "idna"),
-        (("click>=8", "click[x]>=8"), "click"),
+        (("click >= 08", "click[x]>=8"), "click"),
     ],
 )
 def test_a_lock_that_is_out_of_date(tmp_path: Path, change: tuple[str, str], name: str) -> None:
