@@ -180,7 +180,7 @@ def _lines(findings: Sequence[Finding]) -> Iterator[str]:
             where += f" and {output.counted(first.files - 1, 'other file')}"
         if where:
             yield f"{'':11}in {where}"
-        if first.provider and len(group) == 1:
+        if first.provider not in ("", "the machine") and len(group) == 1:
             yield f"{'':11}from {output.printable(first.provider)}"
         if hint:
             yield f"{'':11}-> {output.printable(hint)}"

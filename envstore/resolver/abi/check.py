@@ -45,7 +45,7 @@ from envstore.resolver.abi.names import (
 from envstore.resolver.abi.search import Scope, Search, Tree
 from envstore.resolver.abi.symbols import Symbols
 
-_SYSROOT = re.compile(r"(^|/)sysroot/")
+_SYSROOT = re.compile(r"(^|/)(sysroot|stubs)/")
 _PROGRAM = re.compile(r"bin/python(3\.(\d+)t?)?")
 _LIBRARY = re.compile(r"lib/python3\.(\d+)t?/")
 
