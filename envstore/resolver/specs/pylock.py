@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from packaging.markers import Environment
     from packaging.pylock import Package
 
+_HINT = "a lock may be for one Python only: --python names it"
+
 
 def read_pylock(path: Path, context: Context) -> Lock:
     """Read a ``pylock.toml`` or ``pylock.<name>.toml``.
 
-    The context's extras and groups must be ones that the file knows; without groups its default
-    groups count. Raises ``UsageError``.
+    The context's extras and groups must be ones that the file knows; its default groups
+    count besides. Raises ``UsageError``.
     """
     return lock_of(parse_toml(path, read_text(path, context)), path, context)
 
@@ -54,12 +56,12 @@ def lock_of(content: dict[str, Any], path: Path, context: Context) -> Lock:
                 environment=cast("Environment", target.markers(full)),
                 tags=target.wheel_tags(full),
                 extras=extras,
-                dependency_groups=context.groups or None,
+                dependency_groups=[*(pylock.default_groups or ()), *context.groups],
             )
         )
     except PylockSelectError as error:
         what = f"{context.platform}, glibc {target.virtual['__glibc']} and Python {full}"
-        raise wrong(path, f"does not fit {what}: {error}") from error
+        raise wrong(path, f"does not fit {what}: {error}", hint=_HINT) from error
     packages = sorted(
         (_package(package, chosen, path) for package, chosen in selected), key=lambda p: p.name
     )

@@ -93,7 +93,7 @@ def test_markers_extras_and_groups(tmp_path: Path) -> None:
 
     assert names() == ["always", "doc"]
     assert names(python="3.11.9") == ["always", "doc", "newer"]
-    assert names(extras=["X"], groups=["dev"]) == ["always", "dev", "extra"]
+    assert names(extras=["X"], groups=["dev"]) == ["always", "dev", "doc", "extra"]
     with pytest.raises(UsageError, match=r"has no extra 'y' \(it has x\)"):
         names(extras=["y"])
     with pytest.raises(UsageError, match=r"has no group 'z' \(it has dev, doc\)"):
