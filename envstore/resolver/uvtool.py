@@ -34,6 +34,7 @@ _WHERE = re.compile(
     r"(?:Failed to (?:fetch|download|query|read metadata)[^:]*: ?|url \()[`(]?([a-z]+://[^\s`)]+)"
 )
 _REFUSED = re.compile(r"An index URL \((\S+)\) could not be queried .*?\((401|403) ")
+_FRAME = re.compile(r"hint:|cause:|\[(stdout|stderr)\]$")
 _LAST_LINES = 5
 _IGNORED = frozenset(
     {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME", "PYTHONPATH", "RUST_LOG", "UV_PYTHON"}
@@ -152,7 +153,8 @@ def _pair(authorization: str) -> tuple[str, str] | None:
 
 def _failure(messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
     """Return the error for what uv said before it gave up."""
-    first = next((at for at, line in enumerate(messages) if line.startswith("error:")), 0)
+    # What comes before is of a build, whose lines may begin with "error:" as well.
+    first = max((at for at, line in enumerate(messages) if line.startswith("error:")), default=0)
     lines = [line for line in messages[first:] if line.strip()]
     text = "\n".join(lines).removeprefix("error:").strip()
     flat = " ".join(text.split()).replace(" cause: ", ": ")
@@ -162,7 +164,7 @@ def _failure(messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
     if "No solution found" in text:
         return uv_conflict(text)
     if re.search(r"build backend returned an error|Failed to build|Build backend failed", text):
-        return _build_failure(text, messages, logs, what)
+        return _build_failure(text, messages, first, logs, what)
     status = _STATUS.search(text)
     code = next((group for group in status.groups() if group), "") if status else ""
     where = _WHERE.search(text)
@@ -197,7 +199,9 @@ def _refusal(place: str, code: str) -> AccessDeniedError:
     )
 
 
-def _build_failure(text: str, messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
+def _build_failure(
+    text: str, messages: Sequence[str], first: int, logs: Path, what: str
+) -> EnvstoreError:
     whole = "\n".join(messages) + "\n"
     log = logs / f"build-{hashlib.sha256(whole.encode()).hexdigest()[:12]}.log"
     try:
@@ -207,8 +211,9 @@ def _build_failure(text: str, messages: Sequence[str], logs: Path, what: str) ->
     except OSError as error:
         hint = f"its log could not be kept: {error.strerror}"
     named = re.search(r"(?:Failed to (?:build|download and build|prepare)[^`]*)`([^`]+)`", text)
-    said = [line.strip() for line in messages if line.strip()]
-    said = [line for line in said if not line.startswith(("hint:", "error:", "cause:"))]
+    said = [line.strip() for line in messages[:first] if line.strip()]
+    rest = (line.strip() for line in messages[first + 1 :])
+    said += [line for line in rest if line and not _FRAME.match(line)]
     last = " | ".join(said[-_LAST_LINES:])
     return EnvstoreError(
         f"{what or (named[1] if named else 'a package')} cannot be built: {clip(last)}", hint=hint
