@@ -77,8 +77,8 @@ _envstore_push() {
     "_envstore_enter_$1"
 }
 envstore_deactivate() {
-    case "$#${1-}" in
-    0 | 1--umount) ;;
+    case "${#} ${1-}" in
+    "0 " | "1 --umount") ;;
     *)
         echo "usage: envstore_deactivate [--umount]" >&2
         return 2

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.channel.conda import Channel
+from tests.channel.packing import SUBDIR
+from tests.channel.solving import install
 from tests.commands import Cli
 
 ODD = "a b'c\"d $HOME `id` \\ é\n*"
-POSIX = [shell for shell in ("bash", "sh", "dash", "zsh") if shutil.which(shell)]
+POSIX = [shell for shell in ("bash", "sh", "zsh") if shutil.which(shell)]
 SHELLS = [*POSIX, *(["fish"] if shutil.which("fish") else [])]
 # What nobody is promised to find unchanged, or what a shell counts by itself.
 _VOLATILE = {"_", "SHLVL", "PWD", "OLDPWD"}
@@ -45,7 +52,7 @@ def make_environment(root: Path, name: str, *, conda: bool = True) -> Path:
             f'echo "left {name}{order} $CONDA_PREFIX"; unset SCRIPTS\n'
         )
         (root / f"etc/conda/activate.d/{order} script.fish").write_text(
-            f'set -gx SCRIPTS "$SCRIPTS{name}{order}:$FROM_PACKAGE;"\n'
+            f'set -gx SCRIPTS "$SCRIPTS"{name}{order}":$FROM_PACKAGE;"\n'
         )
         (root / f"etc/conda/deactivate.d/{order} script.fish").write_text(
             f'echo "left {name}{order} $CONDA_PREFIX"; set -e SCRIPTS\n'
@@ -100,6 +107,7 @@ class Shell:
         done = subprocess.run(
             [self.shell, *options, "-c", head + script],
             env={**self.cli.env, **(env or {})},
+            cwd=self.cli.root,
             capture_output=True,
             text=True,
             timeout=120,
@@ -201,9 +209,6 @@ def test_what_was_done_to_path_meanwhile_stays(shell: Shell) -> None:
 @pytest.mark.parametrize("name", POSIX)
 def test_nothing_is_left_in_the_shell(two: Cli, name: str) -> None:
     shell = Shell(two, name)
-    shell(
-        "PS1='$ '\nactivate one\nactivate plain\nenvstore_deactivate\nset >$1\n".replace("$1", "x")
-    )
     out = shell(
         'PS1=\'$ \'\nactivate one\necho "[$PS1]"\nactivate plain\necho "[$PS1]"\n'
         'envstore_deactivate\nenvstore_deactivate >/dev/null\necho "[$PS1]"\n'
@@ -212,6 +217,17 @@ def test_nothing_is_left_in_the_shell(two: Cli, name: str) -> None:
     )
     lines = [line for line in out.splitlines() if not line.startswith("left ")]
     assert lines == ["[(one) $ ]", "[(plain) $ ]", "[$ ]", "gone"]
+
+
+@pytest.mark.skipif("fish" not in SHELLS, reason="needs fish")
+def test_nothing_is_left_in_fish(two: Cli) -> None:
+    out = Shell(two, "fish")(
+        "function fish_prompt; echo '[mine]'; end\nactivate one\nfish_prompt\nactivate plain\n"
+        "fish_prompt\nenvstore_deactivate\nenvstore_deactivate >/dev/null\nfish_prompt\n"
+        "functions -a | string match '*envstore*'\nset -n | string match '*envstore*'; true\n"
+    )
+    lines = [line for line in out.splitlines() if not line.startswith("left ")]
+    assert lines == ["(one) [mine]", "(plain) [mine]", "[mine]"]
 
 
 def test_deactivating_can_unmount(shell: Shell) -> None:
@@ -258,6 +274,60 @@ def test_a_ref_that_moved_is_mounted_beside_the_old_snapshot(two: Cli, tmp_path:
     assert not two.json("activate", "one")["mounted"]
     assert len({first["mountpoint"], second["mountpoint"]}) == 2
     assert two.json("activate", f"@{first['digest'][:8]}")["digest"] == first["digest"]
+
+
+def test_shells_that_ask_at_once_share_one_mount(two: Cli) -> None:
+    started = [two.start("--json", "activate", "one", stdout=subprocess.PIPE) for _ in range(4)]
+    answers = []
+    for process in started:
+        with process:
+            answers.append(json.loads(process.communicate(timeout=120)[0]))
+    assert sorted(answer["mounted"] for answer in answers) == [False, False, False, True]
+    assert len({answer["mountpoint"] for answer in answers}) == 1
+    assert len(two.json("mounts")["mounts"]) == 1
+
+
+def test_a_mount_whose_server_was_killed_is_made_anew(two: Cli) -> None:
+    first = two.json("activate", "one")
+    (mount,) = two.json("mounts")["mounts"]
+    for number in (mount["holder_pid"], mount["server_pid"]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    out = Shell(two, "bash")("activate one\nwhich-one\nenvstore_deactivate >/dev/null\n")
+    assert out == "program of one\n"
+    assert two.json("activate", "one")["mountpoint"] == first["mountpoint"]
+
+
+def test_what_rattler_sets_is_set(two: Cli, conda_channel: Channel, tmp_path: Path) -> None:
+    """With rattler's activation of the same prefix for comparison."""
+    prefix = tmp_path / "prefix"
+    specs = ["settings", "hello-pkg"]
+    install([conda_channel.url], specs, prefix, tmp_path / "cache", platform=SUBDIR)
+    state = json.dumps({"version": 1, "env_vars": {"SETTINGS_MODE": "slow", "MORE": "a b"}})
+    (prefix / "conda-meta/state").write_text(state)
+    two.ok("push", "real", prefix)
+    shell = Shell(two, "bash")
+    where = shlex.quote(str(prefix))
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from rattler.shell import activate, ActivationVariables, Shell\n"
+        "print(activate(Path(sys.argv[1]), ActivationVariables(), Shell.bash).script)"
+    )
+    rattler = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {where}"
+    shell(f'set +u\neval "$({rattler})"\nnote rattler\n')
+    theirs = shell.state("rattler")
+    shell(f"activate real --mountpoint {shlex.quote(str(tmp_path / 'real'))}\nnote ours\nhello\n")
+    ours = shell.state("ours")
+    del ours["ENVSTORE_PREFIX"], ours["CONDA_PROMPT_MODIFIER"], ours["CONDA_DEFAULT_ENV"]
+    assert ours["SETTINGS_HOME"] == f"{tmp_path}/real/share/settings"
+    # The scripts in it were relocated to where rattler installed them, and are pushed as they are.
+    moved = {k: v.replace(str(prefix), f"{tmp_path}/real") for k, v in theirs.items()}
+    ours["SETTINGS_RELOCATED"] = moved["SETTINGS_RELOCATED"]
+    # It has the shell expand what is in values (conda does not), and freezes PATH.
+    assert ours.pop("SETTINGS_TEXT") == "a b'c\"d $HOME `id` \\ é"
+    assert "$HOME" not in moved.pop("SETTINGS_TEXT")
+    assert ours.pop("PATH").split(":")[0] == moved.pop("PATH").split(":")[0]
+    assert ours == moved
 
 
 def test_the_kind_of_shell(two: Cli) -> None:
