@@ -25,7 +25,7 @@ def test_the_prefixes() -> None:
     assert [len(prefix) for prefix in PREFIXES] == [13, 18, 145]
 
 
-def _install(packages: Iterable[Package], base: Path, prefix: str) -> Path:
+def install_for(packages: Iterable[Package], base: Path, prefix: str) -> Path:
     """Have rattler install packages for ``prefix``; returns where it put them instead."""
     from rattler import PackageRecord, RepoDataRecord
     from rattler import install as rattler_install
@@ -76,7 +76,7 @@ def _relocated(entry: dict[str, Any], stored: bytes, prefix: str) -> Relocated |
 def test_files_of_the_channel(conda_channel: Channel, tmp_path: Path, prefix: str) -> None:
     names = ["python", "hello-pkg", "greeting", "binprefix", "legacy", "settings"]
     names += ["shortprefix"] if len(prefix) <= 80 else []
-    env = _install(map(conda_channel.package, names), tmp_path, prefix)
+    env = install_for(map(conda_channel.package, names), tmp_path, prefix)
     rng = random.Random(prefix)
     seen = set()
     for entry, stored, installed in _prefixed(env):
@@ -161,7 +161,7 @@ def test_awkward_files(tmp_path: Path, prefix: str) -> None:
     about = About("awkward", paths=said)
     package = Package.of(about, pack(tmp_path / "packed", tree, about))
     compared = 0
-    for entry, stored, installed in _prefixed(_install([package], tmp_path, prefix)):
+    for entry, stored, installed in _prefixed(install_for([package], tmp_path, prefix)):
         if " " in prefix and _ends_in_prefix(stored):
             continue  # where the interpreter is the prefix itself, and so a directory
         found = _relocated(entry, stored, prefix)
