@@ -2,7 +2,9 @@
 
 What an installation leaves behind by accident is taken out: times, owners, permission bits beyond
 "executable", which names are hard links, and everything about bytecode but the code itself.
-``pycache`` says which bytecode the tree then has, ``bytecode`` makes it.
+``pycache`` says which bytecode the tree then has, ``bytecode`` makes it. Where the environment
+lay is taken out too (``portable``), so it can be mounted anywhere and is the same wherever it was
+installed; only its interpreter must be below it for that, as in conda's environments.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from pathlib import Path
 from envstore.resolver.bytecode import BytecodePool, InterpreterError, Job
 from envstore.resolver.interpreter import Interpreter, facts, find_interpreter, own_interpreter
 from envstore.resolver.layout import layout_order
+from envstore.resolver.portable import ALGORITHM, Portable
 from envstore.resolver.pycache import plan
+from envstore.store.cache import default_directory
 from envstore.store.source import WINDOW, DirectorySource, OmitEntry, SourceEntry
 
 
@@ -36,7 +40,8 @@ class PrefixSource:
         """
         self._tree = DirectorySource(root, kind="env", normalise=True)
         self.root = self._tree.root
-        self.identity = self._tree.identity
+        self.identity = f"{self._tree.identity}\0portable {ALGORITHM}"
+        self._portable = Portable(self._tree, default_directory() / "prefixes")
         self.warnings: list[str] = []
         self._base = os.fsencode(self.root)
         self._workers, self._patience = workers, patience
@@ -45,12 +50,17 @@ class PrefixSource:
         self._pool: BytecodePool | None = None
 
     def scan(self) -> list[SourceEntry]:
-        """See ``Source.scan``. Nothing is executed and no file opened but a few small ones."""
+        """See ``Source.scan``. Nothing is executed.
+
+        Opened are a few small files, and, unless they were at an earlier scan and have not
+        changed since, those that may name the place of the environment.
+        """
         self.close()
         self._pool = None
         self.warnings.clear()
         self._jobs = {}
-        entries = self._tree.scan()
+        entries = self._portable.apply(self._tree.scan())
+        self.warnings += self._portable.warnings
         self._interpreter = find_interpreter(self.root)
         self._pool = self._find_pool(self._interpreter)
         planned = plan(entries, self._base, self._interpreter if self._pool else None)
@@ -74,7 +84,8 @@ class PrefixSource:
         """See ``Source.read``. Raises ``OmitEntry`` for a source that cannot be compiled."""
         job = self._jobs.get(entry.path)
         if job is None:
-            return self._tree.read(entry)
+            changed = self._portable.read(entry)
+            return self._tree.read(entry) if changed is None else changed
         pool = self._started()
         if pool is None:
             raise OmitEntry(lasting=False)

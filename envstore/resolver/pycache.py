@@ -7,7 +7,8 @@ The rules for ``__pycache__``:
   only where a valid one is there; so are the variants ``.opt-1`` and ``.opt-2`` everywhere.
 - Sources that are not programs of this language version (templates, test data) have none. That
   shows only when one is compiled, so they are planned and then left out.
-- Sources that hold the path of their environment have none either: nothing would relocate it.
+- Sources that hold the path of their environment, and links to them, have none either: nothing
+  would relocate it.
 - A link to a source has bytecode only if it leads to a file of the tree: the bytecode is never
   checked against its source, and one outside may change.
 - Bytecode of other interpreters and of sources that are gone is left out. Its validity would
@@ -62,6 +63,7 @@ def plan(
     found = _sort_out(entries)
     kept, there, jobs = found.kept, found.bytecode, dict[bytes, Job]()
     used = found.used
+    moved = {source.path for source in found.sources if source.relocation}
     if interpreter is not None:
         below = tuple(path + b"/" for path in interpreter.libraries)
         for source in found.sources:
@@ -79,7 +81,7 @@ def plan(
                 old = there.pop(name, None)
                 if old is None and (level or not create):
                     continue
-                job = _job(source, old, level, create and not level, base)
+                job = _job(source, old, level, create and not level, base, moved)
                 if job is not None and inner:
                     job = job._replace(inner=True)
                 if job is not None and parent not in found.blocked and _fits(name):
@@ -137,11 +139,16 @@ def _fits(path: bytes) -> bool:
 
 
 def _job(
-    source: SourceEntry, old: SourceEntry | None, level: int, create: bool, base: bytes
+    source: SourceEntry,
+    old: SourceEntry | None,
+    level: int,
+    create: bool,
+    base: bytes,
+    moved: set[bytes],
 ) -> Job | None:
     signature, size, follow = source.signature, source.size, False
     if source.kind is Kind.SYMLINK:
-        target = _target(source, base)
+        target = _target(source, base, moved)
         if target is None:
             return None
         signature, size, follow = stat_signature(target), target.st_size, True
@@ -163,8 +170,11 @@ def _entry(
     )
 
 
-def _target(link: SourceEntry, base: bytes) -> os.stat_result | None:
-    """Return the status of what a link leads to if it is a file of the tree wherever that lies."""
+def _target(link: SourceEntry, base: bytes, moved: set[bytes]) -> os.stat_result | None:
+    """Return the status of what a link leads to if it is a file of the tree wherever that lies.
+
+    None of those in ``moved``, whose content depends on the place.
+    """
     if os.path.isabs(link.target):
         return None
     try:
@@ -172,5 +182,7 @@ def _target(link: SourceEntry, base: bytes) -> os.stat_result | None:
         status = os.stat(real)
     except OSError:
         return None
-    inside = real.startswith(os.path.realpath(base) + b"/")
-    return status if inside and stat.S_ISREG(status.st_mode) else None
+    top = os.path.realpath(base) + b"/"
+    if not real.startswith(top) or real.removeprefix(top) in moved:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
