@@ -288,3 +288,40 @@ def test_through_a_node_server(node: NodeSite, fast: str) -> None:
         show("too long", "/" + "x" * 80)
     for place in (first, third, *twice):
         within(PATIENCE, "umount", place)
+
+
+@needs_root
+def test_a_snapshot_that_was_dropped_comes_back_for_its_prefix(node: NodeSite) -> None:
+    from envstore.fuse.background import start_mount
+    from envstore.fuse.mount import unmount
+
+    files = sample()
+    node.store.push(RelocatingSource(files), "tree")
+
+    def show(prefix: str) -> Path:
+        place = node.base / prefix.strip("/")
+        place.mkdir(exist_ok=True)
+        request = MountRequest(node.store.url, "tree", str(place), profile="none", prefix=prefix)
+        start_mount(request, "on")
+        return place
+
+    one, two = show("/one"), show("/two-two")
+    kept = {place: os.stat(place / "lib/libsample.so").st_ino for place in (one, two)}
+    assert len({*kept.values()}) == 2
+    with (two / "etc/many.conf").open("rb") as opened:
+        for place in (one, two):
+            subprocess.run(["umount", "-l", place], check=True, timeout=30)
+        until(lambda: node.told()["snapshots"] == 0, "the end of the leases")
+        node.kill_server()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        assert opened.read() == files[b"etc/many.conf"].at(b"/two-two")
+    for turn in range(2):
+        for prefix in ("/two-two", "/one"):
+            place = show(prefix)
+            assert os.stat(place / "lib/libsample.so").st_ino == kept[place]
+            same(place, prefix.encode(), files)
+            if turn:
+                unmount(place)
+            else:
+                subprocess.run(["umount", place], check=True, timeout=30)
+                until(lambda: node.told()["mounts"] == [], "the end of the lease")
