@@ -109,32 +109,28 @@ class Relocated:
 
     def cut(self, offset: int, size: int) -> Cut:
         """Return how to read a range, clipped to the end of the file."""
-        starts = self._starts
+        starts, kinds, sources = self._starts, self._kinds, self._sources
         stop = min(offset + size, self.size)
-        found: list[tuple[int, int, int]] = []
+        pieces: list[bytes | tuple[int, int]] = []
+        low = high = 0
         number = bisect_right(starts, offset) - 1
-        low = high = -1
         while offset < stop:
             end = min(starts[number + 1], stop)
-            kind = self._kinds[number]
-            at = offset - starts[number]
+            kind, at = kinds[number], offset - starts[number]
             if kind == _STORED:
-                at += self._sources[number]
-                low = at if low < 0 else low
+                at += sources[number]
+                if not high:
+                    low = at
                 high = at + end - offset
-            found.append((kind, at, end - offset))
+                pieces.append((at - low, high - low))
+            elif kind == _ZEROS:
+                pieces.append(bytes(end - offset))
+            else:
+                whole = self._prefix if kind == _PREFIX else self._head
+                pieces.append(whole[at : at + end - offset])
             offset = end
             number += 1
-        pieces = tuple(self._piece(kind, at, length, low) for kind, at, length in found)
-        return Cut(max(low, 0), high - low, pieces)
-
-    def _piece(self, kind: int, at: int, length: int, low: int) -> bytes | tuple[int, int]:
-        if kind == _STORED:
-            return at - low, at - low + length
-        if kind == _ZEROS:
-            return bytes(length)
-        whole = self._prefix if kind == _PREFIX else self._head
-        return whole[at : at + length]
+        return Cut(low, high - low, tuple(pieces))
 
     def read(self, offset: int, size: int, source: Source) -> bytes:
         """Return a range, clipped to the end of the file. Raises ``CorruptError``."""
