@@ -50,7 +50,7 @@ def check(
     host: bool,
     strict: bool,
 ) -> None:
-    """Say which libraries, versions and symbols an environment would miss.
+    """Say which libraries and symbols an environment would miss.
 
     What is said is what the dynamic loader would say, without anything being loaded: missing
     libraries and symbol versions, undefined symbols, a glibc or CUDA runtime that is too new, the

@@ -55,7 +55,7 @@ class RefOrLock(RefType):
 @click.option("--all", "show_all", is_flag=True, help="Show all that needs it, not only some.")
 @click.pass_obj
 def explain(settings: Settings, where: str, package: str, show_all: bool) -> None:
-    """Say why PACKAGE is in the environment of REF or of a lock file.
+    """Say why PACKAGE is in the environment of REF or a lock.
 
     Shown are the shortest way to it from everything that was asked for, with the constraint that
     each package puts on the next, and what needs it directly. What lies on the way may be conda

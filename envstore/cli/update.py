@@ -51,7 +51,7 @@ def update(
     no_scripts: bool,
     message: str,
 ) -> None:
-    """Resolve again what REF was made from, and point REF at what that gives.
+    """Resolve again what REF was made from, and push that.
 
     The snapshot's lock says what was asked for. With PACKAGE only these may change for a reason
     of their own; all others keep their versions where that is possible. Options replace what was
