@@ -44,8 +44,16 @@ _SHELLS = ("bash", "zsh", "fish", "sh")
     help="Mount there. Default: a directory of its own for each snapshot, below"
     " $XDG_RUNTIME_DIR/envstore or ~/.local/share/envstore.",
 )
+@click.option(
+    "--register",
+    "listed",
+    is_flag=True,
+    help="List the mounted environment in ~/.conda/environments.txt, where editors look.",
+)
 @click.pass_obj
-def activate(settings: Settings, ref: str, shell: str | None, mountpoint: Path | None) -> None:
+def activate(
+    settings: Settings, ref: str, shell: str | None, mountpoint: Path | None, listed: bool
+) -> None:
     """Print shell code that activates an environment.
 
     REF is mounted, unless it is already, and stays so when the shell ends. The code puts the
@@ -75,6 +83,10 @@ def activate(settings: Settings, ref: str, shell: str | None, mountpoint: Path |
     suffix = ".fish" if shell == "fish" else ".sh"
     try:
         activation = read_activation(place, ref, os.environ, suffix=suffix)
+        if listed:
+            from envstore.resolver.registry import register
+
+            register(place)
     except BaseException:
         if made:
             unmount(place, lazy=True)

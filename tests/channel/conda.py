@@ -12,9 +12,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from tests.channel.content import RECIPES, Recipe
 from tests.channel.packing import JANUARY, Package, pack
 from tests.channel.wheelhouse import CACHE, link_or_copy
 from tests.s3server import S3Server
+
+_KEPT_SECONDS = 3 * 86_400
 
 _INDEX = """
 import asyncio, sys
@@ -137,8 +141,11 @@ def _cached(recipe: Recipe) -> Path:
     folder = CACHE / "packages" / _key() / recipe.about.subdir
     path = folder / recipe.about.filename
     if path.exists():
+        os.utime(folder.parent)
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        _forget_old(CACHE / "packages")
+        folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f".lock-{recipe.about.stem}", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
@@ -153,6 +160,13 @@ def _cached(recipe: Recipe) -> Path:
         with suppress(FileNotFoundError):
             Path(lock.name).unlink()
         return made
+
+
+def _forget_old(packages: Path) -> None:
+    """Remove what other sources than today's made, unless a run of them was here lately."""
+    for folder in packages.glob("*"):
+        if time.time() - folder.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _key() -> str:

@@ -330,6 +330,43 @@ def test_what_rattler_sets_is_set(two: Cli, conda_channel: Channel, tmp_path: Pa
     assert ours == moved
 
 
+def test_packages_are_activated_where_they_are_mounted(
+    two: Cli, conda_channel: Channel, tmp_path: Path
+) -> None:
+    spec = tmp_path / "environment.yml"
+    spec.write_text(
+        f"channels: [{json.dumps(conda_channel.url)}]\ndependencies: [settings]\n"
+        f"variables: {{MINE: {json.dumps(ODD)}}}\n"
+    )
+    two.ok("push", "packages", spec)
+    shell = Shell(two, "bash")
+    shell("activate packages\nnote inside\nenvstore_deactivate\nnote after\n")
+    inside = shell.state("inside")
+    prefix = inside["CONDA_PREFIX"]
+    assert inside["MINE"] == ODD
+    assert inside["SETTINGS_TEXT"] == "a b'c\"d $HOME `id` \\ é"
+    assert inside["SETTINGS_ORDER"] == "12"
+    assert inside["SETTINGS_HOME"] == f"{prefix}/share/settings"
+    assert inside["SETTINGS_RELOCATED"] == f"{prefix}/share"
+    assert not {name for name in shell.state("after") if name.startswith("SETTINGS")}
+    script = 'echo "$SETTINGS_RELOCATED"; echo "$CONDA_PREFIX/share"; echo "$MINE"'
+    relocated, expected, mine = two.ok("run", "packages", "--", "sh", "-c", script).split("\n", 2)
+    assert relocated == expected != f"{prefix}/share"
+    assert mine == f"{ODD}\n"
+
+
+def test_editors_can_be_told(two: Cli, tmp_path: Path) -> None:
+    known = two.home / ".conda/environments.txt"
+    known.parent.mkdir()
+    known.write_text("/other/env")
+    where = two.json("activate", "one", "--register")["mountpoint"]
+    two.ok("activate", "one", "--register")
+    assert known.read_text() == f"/other/env\n{where}\n"
+    line = two.fails(2, "activate", "plain", "--register", says=["no conda environment"])
+    assert "--register" in line
+    assert [mount["ref"] for mount in two.json("mounts")["mounts"]] == ["one"]
+
+
 def test_the_kind_of_shell(two: Cli) -> None:
     assert two.json("activate", "one", "--shell", "fish")["shell"] == "fish"
     assert two.json("activate", "one", env={"SHELL": "/bin/zsh"})["shell"] == "zsh"
