@@ -6,12 +6,16 @@ with running_web() as web:
     url = web.url("/a.whl")
     ...
     web.seen[0].headers["Range"]
+
+It is a proxy too, for plain requests (to itself, whatever they name) and for CONNECT (to ports of
+this machine).
 """
 
 from __future__ import annotations
 
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 _RANGE = re.compile(r"bytes=(\d+)-")
 
@@ -50,11 +55,13 @@ class Web:
     etag: str = ""
     seen: list[Seen] = field(default_factory=list)
     connections: int = 0
+    tunnels: list[str] = field(default_factory=list)
+    scheme: str = "http"
     released: threading.Event = field(default_factory=threading.Event)
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         """Return the URL of ``path``; ``host`` may be any name of this machine."""
-        return f"http://{host}:{self.port}{path}"
+        return f"{self.scheme}://{host}:{self.port}{path}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -83,6 +90,18 @@ class Handler(BaseHTTPRequestHandler):
         if data is None:
             return self.say(404)
         return self.serve(data)
+
+    def do_CONNECT(self) -> None:
+        self.web.tunnels.append(self.path)
+        self.web.seen.append(Seen(self.path, self.headers))
+        with socket.create_connection(("127.0.0.1", int(self.path.rpartition(":")[2]))) as there:
+            self.send_response(200)
+            self.end_headers()
+            back = threading.Thread(target=_pass_on, args=(there, self.connection))
+            back.start()
+            _pass_on(self.connection, there)
+            back.join()
+        self.close_connection = True
 
     def serve(self, data: bytes, *, stop_after: int | None = None) -> None:
         """Answer with ``data``, or the range asked for; with ``stop_after`` break off then."""
@@ -123,6 +142,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
+
+
+def _pass_on(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass
 
 
 def status(code: int, *headers: tuple[str, str]) -> Fault:
@@ -171,9 +199,12 @@ def stall(after: int) -> Fault:
 
 
 @contextmanager
-def running_web() -> Iterator[Web]:
-    """Start a server, yield it, end it and its threads."""
-    web = Web()
+def running_web(certificate: Path | None = None) -> Iterator[Web]:
+    """Start a server, yield it, end it and its threads.
+
+    It speaks TLS with a ``certificate``: a PEM file with the key in it.
+    """
+    web = Web(scheme="https" if certificate else "http")
 
     class Bound(Handler):
         pass
@@ -181,6 +212,13 @@ def running_web() -> Iterator[Web]:
     Bound.web = web
     server = _Server(("127.0.0.1", 0), Bound)
     web.port = server.server_address[1]
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        # Not by the thread that accepts: one client's handshake must not keep others waiting.
+        server.socket = context.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -61,7 +62,9 @@ def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download_module, "_FIRST_PAUSE", 0.01)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("UV_", "PIP_", "RATTLER_", "NETRC")):
+        if name.lower().endswith(("_proxy", "_ca_bundle")) or name.startswith(
+            ("UV_", "PIP_", "RATTLER_", "NETRC", "SSL_CERT_")
+        ):
             monkeypatch.delenv(name)
 
 
@@ -603,3 +606,90 @@ def test_a_proxy_is_asked_where_one_is_set(
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1")
     with pytest.raises(UsageError, match="the proxy of https"):
         fetch_archives([Archive("https://files.example/b.whl", "0" * 64)], there)
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    subprocess.run(
+        [
+            *(openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", "/CN=localhost", "-keyout", path, "-out", path),
+            *("-addext", "subjectAltName=DNS:localhost,DNS:files.example"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    text = path.read_text()
+    if "PRIVATE KEY" not in text or "CERTIFICATE" not in text:
+        pytest.skip("this openssl writes one file only")
+    return path
+
+
+@pytest.fixture
+def secure(certificate: Path) -> Iterator[Web]:
+    with running_web(certificate) as running:
+        yield running
+
+
+def secure_archive(web: Web, host: str = "localhost") -> Archive:
+    web.files["/a.whl"] = DATA
+    return Archive(web.url("/a.whl", host=host), digest(DATA), len(DATA), "a")
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def test_a_certificate_counts_only_if_it_is_trusted(
+    secure: Web, there: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    with pytest.raises(UnavailableError, match="no trusted TLS connection to localhost"):
+        fetched(secure_archive(secure), there)
+    monkeypatch.setenv(variable, str(certificate))
+    assert fetched(secure_archive(secure), there) == DATA
+    with pytest.raises(UnavailableError, match=r"no trusted TLS connection to 127\.0\.0\.1"):
+        fetch_archives([Archive(secure.url("/a.whl"), "0" * 64)], there)
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate.parent / "gone"))
+    with pytest.raises(UsageError, match="REQUESTS_CA_BUNDLE"):
+        fetch_archives([Archive(secure.url("/a.whl"), "0" * 64)], there)
+
+
+def test_a_redirect_from_https_to_http_is_refused(
+    secure: Web, web: Web, there: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    item = secure_archive(secure)
+    secure.always["/a.whl"] = redirect(archive(web).url)
+    with pytest.raises(UnavailableError, match="redirected from https to http"):
+        fetched(item, there)
+    assert web.seen == []
+
+
+def test_what_waits_on_a_secure_connection_can_be_stopped(
+    secure: Web, there: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    item = secure_archive(secure)
+    secure.always["/a.whl"] = stall(100_000)
+    secure.files["/b.whl"] = SMALL
+    iterator = iter_archives([item, Archive(secure.url("/b.whl", host="localhost"))], there)
+    assert next(iterator).size == len(SMALL)
+    iterator.close()  # type: ignore[attr-defined]
+    assert [t for t in threading.enumerate() if t.name == "envstore-fetch"] == []
+
+
+def test_secure_connections_go_through_a_proxy(
+    secure: Web, web: Web, there: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("https_proxy", f"http://me:{SECRET}@127.0.0.1:{web.port}")
+    item = secure_archive(secure, host="files.example")
+    assert fetched(item, there) == DATA
+    assert web.tunnels == [f"files.example:{secure.port}"]
+    assert web.seen[0].headers["Proxy-Authorization"] == basic("me", SECRET)
+    assert "Proxy-Authorization" not in secure.seen[0].headers

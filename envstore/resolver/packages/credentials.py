@@ -28,6 +28,7 @@ _URL_VARIABLES = (
 )  # fmt: skip
 _NAMED = re.compile(r"([A-Za-z0-9._-]+)=(.+)", re.DOTALL)
 _TOKEN_IN_PATH = re.compile(r"^/t/[^/]+(?=/|$)")
+_ANY_TOKEN = re.compile(r"/t/[^/]+(?=/|$)")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -194,7 +195,7 @@ def shown(url: str) -> str:
         split = urlsplit(url)
     except ValueError:
         return "a malformed URL"
-    path = _TOKEN_IN_PATH.sub("/t/***", split.path)
+    path = _ANY_TOKEN.sub("/t/***", split.path)
     return urlunsplit((split.scheme, split.netloc.rpartition("@")[2], path, "", ""))
 
 
