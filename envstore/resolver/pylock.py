@@ -123,14 +123,18 @@ def _size_of(path: Path) -> int:
         raise EnvstoreError(f"cannot read {path}: {error.strerror}") from error
 
 
-def best_wheel(files: Iterable[File], tags: Sequence[Tag]) -> File | None:
-    """Return the wheel among ``files`` that fits best; ``tags`` are by rank. ``None``: none fits.
+def ranked(tags: Sequence[Tag]) -> dict[Tag, int]:
+    """Return the place of each of ``tags``, the first being the best."""
+    return {tag: rank for rank, tag in enumerate(tags)}
+
+
+def best_wheel(files: Iterable[File], ranks: Mapping[Tag, int]) -> File | None:
+    """Return the wheel among ``files`` that fits best (see ``ranked``), ``None`` if none does.
 
     Of equals that with the higher build number is taken, then the first by name.
     """
     from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
-    ranks = {tag: rank for rank, tag in enumerate(tags)}
     best: tuple[tuple[int, tuple[int, str], str], File] | None = None
     for file in files:
         try:

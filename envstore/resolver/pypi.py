@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from envstore.errors import CorruptError, EnvstoreError, UsageError
 from envstore.resolver.conflicts import clip
 from envstore.resolver.lock import Build, PypiPackage
-from envstore.resolver.pylock import Distribution, File, best_wheel, parse_pylock
+from envstore.resolver.pylock import Distribution, File, best_wheel, parse_pylock, ranked
 from envstore.resolver.request import PypiRequest
 from envstore.resolver.stubs import Provided, write_stubs
 from envstore.resolver.target import Target
@@ -91,7 +91,7 @@ def solve(
     if warnings is not None:
         warnings.extend(said.warnings)
     needs = _needs(said.log, constraints)
-    tags = target.wheel_tags(python)
+    tags = ranked(target.wheel_tags(python))
     skipped = {item.name for item in provided}
     packages = [
         _package(item, request, asked, needs, tags) for item in found if item.name not in skipped
@@ -172,7 +172,7 @@ def _package(
     request: PypiRequest,
     asked: Mapping[str, Asked],
     needs: Mapping[str, Mapping[str, tuple[str, ...]]],
-    tags: Sequence[Tag],
+    tags: Mapping[Tag, int],
 ) -> PypiPackage:
     """Return one resolved distribution with the wheel, or the source, that fits best."""
     said = asked.get(found.name, Asked())
@@ -204,7 +204,7 @@ def _requires(needs: Mapping[str, tuple[str, ...]], version: str) -> tuple[str, 
 
 
 def _source(
-    found: Distribution, request: PypiRequest, said: Asked, tags: Sequence[Tag]
+    found: Distribution, request: PypiRequest, said: Asked, tags: Mapping[Tag, int]
 ) -> tuple[File | None, Build | None]:
     if found.git is not None:
         below = found.git.subdirectory
@@ -235,7 +235,7 @@ def _source(
         return best, None
     if sdist is None or {found.name, ":all:"} & set(request.only_binary):
         raise EnvstoreError(
-            f"no wheel of {found.name} {found.version} fits {tags[0]}",
+            f"no wheel of {found.name} {found.version} fits {next(iter(tags))}",
             hint="ask for another version, or --platform, --glibc or --python",
         )
     below = f"#subdirectory={found.subdirectory}" if found.subdirectory else ""

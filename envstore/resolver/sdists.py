@@ -25,7 +25,7 @@ from envstore.errors import CorruptError, EnvstoreError, NotFoundError, Unavaila
 from envstore.resolver.compiler import base_interpreter
 from envstore.resolver.conflicts import clip
 from envstore.resolver.lock import Build, PypiPackage
-from envstore.resolver.pylock import File, best_wheel
+from envstore.resolver.pylock import File, best_wheel, ranked
 from envstore.resolver.rattler_call import without_secrets
 from envstore.resolver.request import PypiRequest
 from envstore.resolver.target import Target
@@ -316,7 +316,7 @@ def _git(arguments: Iterable[str], directory: Path, source: _Source) -> None:
 
 def _check_fit(package: PypiPackage, filename: str, builder: Builder) -> None:
     """Refuse a wheel that the target does not run, or may not: it was compiled for another."""
-    tags = builder.target.wheel_tags(builder.python)
+    tags = ranked(builder.target.wheel_tags(builder.python))
     if best_wheel([File("", filename, "")], tags) is None:
         raise EnvstoreError(f"{filename} was built, which does not fit {builder.tag}")
     if not filename.endswith("-any.whl") and not builder.target.runs_here:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import re
@@ -18,6 +19,7 @@ from tests.channel.content import GENERIC
 from tests.channel.packing import JANUARY, MONTH, SUBDIR, About, Package
 from tests.channel.server import serving
 from tests.resolver.surroundings import _no_settings, cache
+from tests.s3server import S3Server
 
 __all__ = ["_no_settings", "cache"]
 
@@ -257,3 +259,45 @@ def test_a_channel_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with serving(tmp_path / "empty") as server, pytest.raises(NotFoundError, match="check the"):
         run([f"{server.url}/team"], "python", cache=tmp_path)
+
+
+def test_a_channel_in_a_bucket(
+    conda_channel: Channel, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3_server.new_bucket()
+    with contextlib.closing(s3_server.client()) as client:
+        for path in conda_channel.path.glob("*/**/*"):
+            if path.is_file() and not path.name.endswith(".conda"):
+                key = f"team/{path.relative_to(conda_channel.path)}"
+                client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    channel = f"s3://{bucket}/team"
+    with monkeypatch.context() as patch:
+        # As the AWS SDKs have it, from the environment alone.
+        patch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+        patch.setenv("AWS_REGION", "us-east-1")
+        found = run([channel], "greeting", cache=tmp_path / "a")
+    assert found["greeting"].url == f"{channel}/noarch/greeting-2.0-0.conda"
+
+
+def test_settings_of_rattler_count(
+    conda_channel: Channel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tmp_path / "rattler/config.toml"
+    settings.parent.mkdir()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    with serving(conda_channel.path) as server:
+        mirrors = f'[mirrors]\n"https://up.example/team" = ["{server.url}"]\n'
+        bucket = '[s3-options.data]\nendpoint-url = "http://127.0.0.1:1"\nregion = "here"\n'
+        settings.write_text(mirrors + bucket)
+        found = run(["https://up.example/team"], "greeting", cache=tmp_path)
+        assert found["greeting"].url.startswith("https://up.example/team/noarch/")
+        settings.write_text(f"tls-no-verify = true\n{mirrors}")
+        with pytest.raises(UsageError, match="mirrors cannot be had together"):
+            run(["https://up.example/team"], "greeting", cache=tmp_path)
+        settings.write_text("tls-no-verify = maybe\n")
+        with pytest.raises(UsageError) as caught:
+            run([server.url], "greeting", cache=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "tls-no-verify" in str(caught.value)
