@@ -31,7 +31,9 @@ ALGORITHM = "1"
 
 _RECORD = re.compile(rb"conda-meta/[^/]+\.json")
 _PROGRAM = re.compile(rb"s?bin/[^/]+")
-_ENDINGS = (b"/direct_url.json", b"/kernel.json", b".pth", b".egg-link")
+_BEGINNINGS = (b"bin/", b"sbin/", b"conda-meta/", b"pyvenv.cfg")
+_TEXTS = (b"/direct_url.json", b"/kernel.json", b".pth", b".egg-link")
+_ENDINGS = (*_TEXTS, b".dist-info/RECORD")
 _MOST_TEXT = 4 << 20
 _MOST_RESTORED = 2 << 30
 _MOST_NAMED = 3
@@ -80,10 +82,18 @@ class Portable:
         files = {entry.path: entry for entry in entries if entry.kind is Kind.FILE}
         memory = _Memory(self._memory)
         self._claims = self._read_claims(files, memory)
+        claimed_of = self._claims
         for path, entry in files.items():
+            if not (
+                path.endswith(_ENDINGS)
+                or path.startswith(_BEGINNINGS)
+                or path in claimed_of
+                or b"/__editable__" in path
+            ):
+                continue  # nearly all of them
             how = self._kind_of(path)
             if how is not None:
-                claimed = self._claims.get(path, ())
+                claimed = claimed_of.get(path, ())
                 found = memory.finding(entry, claimed)
                 if found is None:
                     found = self._look(entry, how, claimed)
@@ -91,7 +101,11 @@ class Portable:
                 self._found[path] = found
         memory.save()
         self._warn()
-        return [self._stored(entry) for entry in entries]
+        found_of = self._found
+        return [
+            self._stored(entry) if entry.path in found_of or entry.target else entry
+            for entry in entries
+        ]
 
     def read(self, entry: SourceEntry) -> Iterator[bytes] | None:
         """Return the content of an entry of ``apply``, ``None`` if it is as it is on disk."""
@@ -105,9 +119,10 @@ class Portable:
         self, files: dict[bytes, SourceEntry], memory: _Memory
     ) -> dict[bytes, tuple[Claim, ...]]:
         found: dict[bytes, tuple[Claim, ...]] = {}
-        for path, entry in sorted(files.items()):
+        for path in sorted(path for path in files if path.startswith(b"conda-meta/")):
             if not _RECORD.fullmatch(path):
                 continue
+            entry = files[path]
             claimed = memory.claims(entry)
             if claimed is None:
                 try:
@@ -133,7 +148,7 @@ class Portable:
         if path.endswith(b".dist-info/RECORD"):
             return "installed"
         names_it = (
-            path.endswith(_ENDINGS)
+            path.endswith(_TEXTS)
             or (path.endswith(b".py") and b"/__editable__" in path)
             or path == b"pyvenv.cfg"
             or (path.startswith((b"bin/", b"sbin/")) and _PROGRAM.fullmatch(path) is not None)

@@ -359,3 +359,16 @@ def test_histories_and_wheels_records_lose_them_too() -> None:
     )
     record = b"../../../bin/tool,sha256=abc,12\r\npkg/bin/x,sha256=d,1\r\npkg/a.py,sha256=e,2\r\n"
     assert lasting_installed(record) == record.replace(b"sha256=abc,12", b",")
+
+
+def test_what_is_pulled_runs_where_it_is_pulled_to(installed: Installed, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.push(PrefixSource(installed.blank), "env")
+    there = tmp_path / "there"
+    store.pull(there, "env")
+    hello = run([str(there / "bin/hello"), "a"]).stdout
+    assert hello == f"hello 1.1 from {there} ['a']\n"
+    assert run([str(there / "bin/bpshow")]).stdout == f"{there}\n{there}/share:{there}/lib\n"
+    # And what was pulled is, pushed again, what it was before.
+    again = store.push(PrefixSource(there), "again")
+    assert again.manifest == store.snapshot("env").manifest
