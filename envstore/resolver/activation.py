@@ -125,7 +125,7 @@ def _sourced(
         raise EnvstoreError("there is no sh on PATH for the environment's activation scripts")
     done = subprocess.run(
         [shell, "-c", _SOURCE, "activation", *scripts],
-        env=environment,
+        env={name: value for name, value in environment.items() if name != "BASH_ENV"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         check=False,
@@ -137,7 +137,7 @@ def _sourced(
             f"the activation script {last} ended its shell with status {done.returncode}",
             hint="it must not exit",
         )
-    found = {name: environment[name] for name in _OWN if name in environment}
+    found = {name: environment[name] for name in (*_OWN, "BASH_ENV") if name in environment}
     for item in left.split(b"\0"):
         name, assigned, value = os.fsdecode(item).partition("=")
         if assigned and name not in _OWN:

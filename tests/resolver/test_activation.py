@@ -79,13 +79,15 @@ def test_scripts_see_what_was_set_before_and_change_it(tmp_path: Path) -> None:
         'export A="$CONDA_PREFIX $CONDA_DEFAULT_ENV"\nunset GONE\nexport PATH="/mine:$PATH"\n'
         'export B="two\nlines"\ncd /\n'
     )
-    found = surroundings(prefix, PATH=os.environ["PATH"], GONE="1", SHLVL="3", PWD="/x", _="y")
+    (tmp_path / "startup").write_text("export STARTUP=1\n")
+    own = {"SHLVL": "3", "PWD": "/x", "_": "y", "BASH_ENV": str(tmp_path / "startup")}
+    found = surroundings(prefix, PATH=os.environ["PATH"], GONE="1", **own)
     assert found["A"] == f"{prefix} name:tag"
     assert found["B"] == "two\nlines"
     assert "GONE" not in found
     assert found["PATH"].startswith("/mine:")
-    assert (found["SHLVL"], found["PWD"], found["_"]) == ("3", "/x", "y")
-    assert "OLDPWD" not in found
+    assert {name: found[name] for name in own} == own
+    assert not {"OLDPWD", "STARTUP"} & set(found)
     with pytest.raises(EnvstoreError, match="no sh on PATH"):
         surroundings(prefix, PATH=str(tmp_path))
 
