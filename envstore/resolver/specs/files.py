@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 from envstore.errors import EnvstoreError, NotFoundError, UsageError
 from envstore.resolver.request import SourceFile
@@ -130,9 +130,12 @@ def parse_yaml(path: Path, text: str) -> Any:
 
     if len(text) > _MOST_YAML_BYTES:
         raise wrong(path, f"holds more than {_MOST_YAML_BYTES >> 20} MiB of YAML")
-    loader = _yaml_loader()(text)
     try:
-        return loader.get_single_data()
+        loader = _yaml_loader()(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = " ".join(filter(None, (error.context, error.problem)))
@@ -147,8 +150,6 @@ def parse_yaml(path: Path, text: str) -> Any:
         raise wrong(path, f"not YAML: {error}") from error
     except RecursionError as error:
         raise wrong(path, "not YAML anybody would write: nested too deeply") from error
-    finally:
-        loader.dispose()
 
 
 def _yaml_loader() -> type[Any]:
@@ -197,13 +198,6 @@ def refuse_secrets(text: str, where: str) -> str:
 def file_url(path: Path) -> str:
     """Return the ``file`` URL of a path, made absolute against the working directory."""
     return "file://" + quote(os.path.abspath(path))
-
-
-def path_of_url(url: str) -> Path | None:
-    """Return the path that a ``file`` URL names, ``None`` for any other URL."""
-    if not url.startswith("file:"):
-        return None
-    return Path(unquote(urlsplit(url).path))
 
 
 def located(base: Path, name: str) -> Path:

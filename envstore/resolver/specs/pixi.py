@@ -6,7 +6,6 @@ each the tables that are for the platform (https://pixi.sh/latest/reference/pixi
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from envstore.resolver.specs.pyproject import (
 )
 from envstore.resolver.specs.requirements import check_versions
 from envstore.resolver.specs.selectors import true_names
+from envstore.resolver.specs.times import exclude_newer
 
 _CONDA = ("dependencies", "host-dependencies", "build-dependencies")
 _SPEC_KEYS = frozenset({"version", "build", "build-number", "file-name", "channel", "subdir"}) | {
@@ -48,7 +48,6 @@ _SPEC_KEYS = frozenset({"version", "build", "build-number", "file-name", "channe
 _SPELLED = {"build-number": "build_number", "file-name": "fn"}
 _VIRTUAL = {"linux": "__linux", "cuda": "__cuda", "libc": "__glibc", "archspec": "__archspec"}
 _PRIORITIES = ("strict", "disabled")
-_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def read_pixi(path: Path, context: Context) -> Request:
@@ -94,7 +93,7 @@ def request_of(content: dict[str, Any], path: Path, context: Context) -> Request
         variables=found.variables,
         platforms=tuple(found.platforms or _platform_names(workspace.get("platforms"), path)),
         virtual=found.virtual,
-        exclude_newer=_exclude_newer(workspace.get("exclude-newer"), path, context),
+        exclude_newer=exclude_newer(workspace.get("exclude-newer"), path, context),
     )
 
 
@@ -316,26 +315,6 @@ def _virtual(value: Any, path: Path) -> dict[str, str]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def _exclude_newer(value: Any, path: Path, context: Context) -> str:
-    """Return a point in time as RFC 3339; a mere date includes that day, as it does for pixi."""
-    import datetime
-
-    if value is None:
-        return ""
-    text = str(value)
-    try:
-        if _DATE.fullmatch(text):
-            day = datetime.date.fromisoformat(text) + datetime.timedelta(days=1)
-            return f"{day.isoformat()}T00:00:00Z"
-        when = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        context.warn(
-            f"{path}: exclude-newer = {json.dumps(text)} is not a point in time, and not followed"
-        )
-        return ""
-    return when.isoformat() if when.tzinfo else f"{when.isoformat()}Z"
 
 
 def _pypi_request(

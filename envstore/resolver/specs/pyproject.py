@@ -22,6 +22,7 @@ from envstore.resolver.specs.files import (
 )
 from envstore.resolver.specs.requirement_lines import LineError, requirement
 from envstore.resolver.specs.requirements import check_versions
+from envstore.resolver.specs.times import exclude_newer
 
 _MOST_NESTED = 32
 _STRATEGIES = ("first-index", "unsafe-first-match", "unsafe-best-match")
@@ -70,6 +71,7 @@ def request_of_project(content: dict[str, Any], path: Path, context: Context) ->
         name=name,
         pypi=_settings(content, lines, path, context),
         python=check_versions(python, str(path)) if python else "",
+        exclude_newer=exclude_newer(_uv(content, path).get("exclude-newer"), path, context),
     )
 
 
@@ -157,8 +159,7 @@ def _settings(
     content: dict[str, Any], lines: list[str], path: Path, context: Context
 ) -> PypiRequest:
     """Return a request for ``lines``, from where and how the project's settings for uv say."""
-    tool = table(content.get("tool"), path, "tool")
-    uv = table(tool.get("uv"), path, "tool.uv")
+    uv = _uv(content, path)
     sources = table(uv.get("sources"), path, "tool.uv.sources")
     indexes, default, named = list[str](), "", set[str]()
     for item in uv.get("index") or []:
@@ -201,6 +202,11 @@ def _settings(
         no_binary=tuple(strings(uv.get("no-binary-package"), path, "no-binary-package")),
         only_binary=tuple(strings(uv.get("no-build-package"), path, "no-build-package")),
     )
+
+
+def _uv(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    tool = table(content.get("tool"), path, "tool")
+    return table(tool.get("uv"), path, "tool.uv")
 
 
 def _sourced(line: str, sources: dict[str, Any], path: Path) -> str:

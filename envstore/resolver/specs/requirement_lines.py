@@ -152,16 +152,19 @@ def requirement(text: str, base: Path) -> str:
     from packaging.requirements import InvalidRequirement, Requirement
 
     body, marker = _split_marker(text)
-    if _SCHEME.match(body) and not _NAMED.match(body):
-        text = _of_url(body, base) + marker
-    elif _is_path(body):
-        text = _of_path(body, base) + marker
     try:
+        if _SCHEME.match(body) and not _NAMED.match(body):
+            text = _of_url(body, base) + marker
+        elif _is_path(body):
+            text = _of_path(body, base) + marker
         parsed = Requirement(text)
-    except InvalidRequirement as error:
+        if parsed.url:
+            parsed.url = _absolute(parsed.url, base)
+    except LineError:
+        raise
+    except (InvalidRequirement, ValueError) as error:
+        # A ValueError is what urllib has for an address in brackets that is none.
         raise LineError(f"{text!r} is not a requirement: {_first_line(error)}") from error
-    if parsed.url:
-        parsed.url = _absolute(parsed.url, base)
     return str(parsed)
 
 

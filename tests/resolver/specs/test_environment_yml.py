@@ -134,6 +134,7 @@ def test_what_has_no_meaning_is_told(tmp_path: Path) -> None:
         ("dependencies: !!python/object:os.system {}\n", r":1:15: not YAML: could not determine"),
         ("dependencies: [a]\nname: [1]\n", "name is not a string"),
         ("dependencies: [a]\nchannels: x\n", "channels is not a list of strings"),
+        ("dependencies:\n- a\x7f\n", r":2: not YAML: special characters are not allowed"),
         ("dependencies: [1]\n", "neither a string nor one section: 1"),
         ("dependencies: [{pip: [{a: b}]}]\n", "a line below pip is not a string"),
         ("dependencies: [{npm: [x]}]\n", "unknown section 'npm'.*known: pip, sel"),

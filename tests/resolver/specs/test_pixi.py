@@ -120,6 +120,20 @@ def test_the_default_environment(tmp_path: Path) -> None:
     assert ["science, the project itself" in warning for warning in warnings] == [True]
 
 
+def test_points_in_time(tmp_path: Path) -> None:
+    for text, time in {
+        "2025-03-01T10:00:00+02:00": "2025-03-01T10:00:00+02:00",
+        "2025-03-01T10:00:00": "2025-03-01T10:00:00Z",
+        "2024-12-31": "2025-01-01T00:00:00Z",
+    }.items():
+        assert read(tmp_path, MANIFEST.replace("2025-03-01", text)).exclude_newer == time
+    warnings: list[str] = []
+    for text in ("7d", "2025-13-01"):
+        found = read(tmp_path, MANIFEST.replace("2025-03-01", text), warnings=warnings)
+        assert found.exclude_newer == ""
+    assert sum("is not a point in time, and not followed" in text for text in warnings) == 2
+
+
 def test_other_platforms_and_environments(tmp_path: Path) -> None:
     assert "old ==1.4" in read(tmp_path, platform="linux-aarch64").conda.specs
     gpu = read(tmp_path, environment="gpu")

@@ -45,6 +45,7 @@ SETTINGS = """\
 constraint-dependencies = ["numpy<3"]
 override-dependencies = ["six==1.17"]
 prerelease = "allow"
+exclude-newer = "2025-03-01T12:00:00Z"
 index-strategy = "unsafe-best-match"
 no-binary-package = ["click"]
 find-links = ["wheels"]
@@ -96,7 +97,9 @@ def test_dependencies_extras_and_groups(tmp_path: Path) -> None:
 
 
 def test_settings_of_uv(tmp_path: Path) -> None:
-    found = read(project(tmp_path, PROJECT + SETTINGS)).pypi
+    request = read(project(tmp_path, PROJECT + SETTINGS))
+    assert request.exclude_newer == "2025-03-01T12:00:00+00:00"
+    found = request.pypi
     assert found.requirements[0] == "click @ git+https://git.example/click@8.1#subdirectory=py"
     assert found.constraints == ("numpy<3",)
     assert found.overrides == ("six==1.17",)

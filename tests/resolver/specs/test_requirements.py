@@ -159,6 +159,7 @@ def test_a_chain_of_files_has_an_end(tmp_path: Path) -> None:
         ("-e ./proj", "editable.*without -e"),
         ("--editable=git+https://git.example/x#egg=x", "editable"),
         ("six==", "is not a requirement"),
+        ("https://[x/six-1.0.tar.gz", "is not a requirement: Invalid IPv6 URL"),
         ("six --no-such-option", "unknown option --no-such-option"),
         ("six --hash=md5:0123", "is not a hash"),
         ("six --hash=sha256:0123", "is not a hash"),
