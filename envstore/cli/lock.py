@@ -90,7 +90,8 @@ def lock(
     it is; digests that it lacks are found by fetching.
 
     If the lock is there already, versions in it stay as they are where the specification still
-    allows it. The file appears when it is complete, and is not touched if nothing changes.
+    allows it, and so does the machine that it is for. The file appears when it is complete, and
+    is not touched if nothing changes.
     """
     from envstore.resolver.exports import export_lock
     from envstore.resolver.locking import make_lock, read
@@ -114,13 +115,17 @@ def lock(
             f"{found.path} is an environment, not a specification of one",
             hint=f"push it as it is: envstore push REF {found.path}",
         )
+    machine, held = wishes.target(), None
+    if before and not upgrade and before.platform == machine.platform:
+        held, machine = before, wishes.target_again(before)
     with progress(settings) as report:
         locked = make_lock(
             found,
             wishes,
             settings.cache_directory,
             warnings,
-            keep=before.packages if before and not upgrade else (),
+            target=machine,
+            keep=held.packages if held else (),
             progress=lambda phase, at, total: report(PHASES[phase], at, total),
         )
     new = locked.lock

@@ -44,6 +44,20 @@ class Wishes:
         """Return the machine to resolve for. Raises ``UsageError``."""
         return make_target(self.platform, glibc=self.glibc, cuda=self.cuda)
 
+    def target_again(self, lock: Lock) -> Target:
+        """Return the machine that ``lock`` is for, as far as nothing else is wished.
+
+        What its specification asked for is left to the one that is there now. Raises
+        ``UsageError``.
+        """
+        target = self.target()
+        asked = lock.request.virtual
+        virtual = {name: text for name, text in lock.virtual.items() if name not in asked}
+        for name in target.chosen:
+            virtual.pop(name, None)
+        chosen = {name: target.virtual[name] for name in target.chosen & target.virtual.keys()}
+        return Target(lock.platform, {**virtual, **chosen}, target.chosen)
+
     def change(self, request: Request) -> Request:
         """Return ``request`` with what the user says of channels, indexes and time."""
         conda, pypi = request.conda, request.pypi

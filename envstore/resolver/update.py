@@ -10,7 +10,6 @@ from pathlib import Path
 from envstore.errors import NotFoundError, UsageError
 from envstore.resolver.lock import CondaPackage, LocalPython, Lock, Package
 from envstore.resolver.locking import Locked, Progress, Wishes, make_lock
-from envstore.resolver.target import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +71,10 @@ def resolve_again(
         wishes,
         cache,
         warnings,
-        target=_target(lock, wishes),
+        target=wishes.target_again(lock),
         keep=keep if names else (),
         progress=progress,
     )
-
-
-def _target(lock: Lock, wishes: Wishes) -> Target:
-    """Return the machine that ``lock`` is for, with what is wished of it."""
-    wished = wishes.target()
-    virtual = {**lock.virtual, **{name: wished.virtual[name] for name in wished.chosen}}
-    return Target(lock.platform, virtual, frozenset(virtual))
 
 
 def _chosen(lock: Lock, names: Iterable[str]) -> set[tuple[str, str]]:

@@ -286,3 +286,42 @@ def test_a_link_is_written_through(cli: Cli, work: Path, index: Index) -> None:
     cli.ok("lock", "requirements.txt")
     assert (work / "envstore.lock").is_symlink()
     assert json.loads((work / "real" / "env.lock").read_text())["format"] == "envstore-lock"
+
+
+def test_what_only_tells_how_a_lock_came_about_does_not_change_the_tree(
+    cli: Cli, work: Path, conda_channel: Channel
+) -> None:
+    environment(work, conda_channel, "settings", "greeting")
+    cli.ok("lock", "environment.yml")
+    lock = load_lock(work / "envstore.lock")
+    other = replace(
+        lock,
+        tools={"other": "1"},
+        virtual={},
+        sources=(),
+        request=replace(lock.request, sources=(), exclude_newer="2026-01-01T00:00:00Z"),
+    )
+    (work / "other.lock").write_bytes(encode_lock(other))
+    cli.ok("init")
+    first = cli.json("push", "first", "envstore.lock")
+    second = cli.json("push", "second", "other.lock")
+    assert first["manifest"] == second["manifest"]
+    assert first["digest"] != second["digest"]
+    (work / "third.lock").write_bytes(encode_lock(replace(lock, variables={"A": "1"})))
+    assert cli.json("push", "third", "third.lock")["manifest"] != first["manifest"]
+
+
+def test_a_lock_is_for_the_same_machine_wherever_it_is_made(
+    cli: Cli, work: Path, conda_channel: Channel
+) -> None:
+    environment(work, conda_channel, "settings")
+    cli.ok("lock", "environment.yml", "--glibc", "2.17", "--cuda", "12.4")
+    lock = load_lock(work / "envstore.lock")
+    assert (lock.virtual["__glibc"], lock.virtual["__cuda"]) == ("2.17", "12.4")
+    cli.ok("lock", "environment.yml", "--check")
+    cli.ok("lock", "environment.yml", "--cuda", "none")
+    lock = load_lock(work / "envstore.lock")
+    assert lock.virtual["__glibc"] == "2.17"
+    assert "__cuda" not in lock.virtual
+    cli.ok("lock", "environment.yml", "--upgrade", "--glibc", "2.28")
+    assert load_lock(work / "envstore.lock").virtual["__glibc"] == "2.28"
