@@ -17,6 +17,8 @@ PIECE = 1 << 20
 """Bytes of content handed on at a time."""
 MAX_HEADER = 64 << 10
 """Bytes of one extended header: two paths of 4096 bytes and some attributes fit many times."""
+MAX_PADDING = 16 << 20
+"""Bytes of zeros that may end an archive; tar's largest usual block has 1 MiB."""
 MAX_HEADERS = 256 << 20
 """Bytes of all extended headers together."""
 
@@ -82,6 +84,7 @@ class TarStream:
             if block == _ZEROS:
                 if extended != self._global:
                     raise TarError("it ends with a header that belongs to nothing")
+                self._finish()
                 return
             fields = _HEADER.unpack(block)
             kind, size = self._check(block, fields), _number(fields[4], "size")
@@ -109,6 +112,14 @@ class TarStream:
             piece = self._exactly(min(self._left, PIECE))
             self._left -= len(piece)
             yield piece
+
+    def _finish(self) -> None:
+        """Read what pads the archive, so that the decompressor compares its checksum."""
+        left = MAX_PADDING
+        while data := self._read(min(left, PIECE) + 1):
+            left -= len(data)
+            if left < 0 or data.strip(b"\0"):
+                raise TarError("something follows its end")
 
     def _expect(self, size: int) -> None:
         self._left, self._padding = size, -size % BLOCK

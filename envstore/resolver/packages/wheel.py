@@ -93,7 +93,7 @@ class _Wheel:
             name = os.fsdecode(self.tree.path(member.name.encode()))
             self.tree.expect(member.size, name)
             format_ = member.mode & _FORMAT
-            if format_ not in ((0, _DIRECTORY) if member.is_directory else (0, _FILE)):
+            if format_ not in (0, _FILE, _DIRECTORY if member.is_directory else _FILE):
                 raise ValueError(f"{name} is neither a file nor a directory")
             if self.members.setdefault(name, member) is not member:
                 raise ValueError(f"{name} is there twice")
@@ -131,7 +131,8 @@ class _Wheel:
             ("its .dist-info", stem_name, stem_version),
         ):
             try:
-                same = Version(version) == Version(self.package.version)
+                # In names of directories, old tools wrote "_" for "-".
+                same = Version(version.replace("_", "-")) == Version(self.package.version)
             except InvalidVersion:
                 same = version == self.package.version
             if not same or canonicalize_name(name) != self.package.name:

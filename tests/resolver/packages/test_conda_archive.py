@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import bz2
 import io
 import json
 import os
 import tarfile
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from envstore.errors import EnvstoreError
-from envstore.resolver.lock import PythonFacts
+from envstore.resolver.lock import CondaPackage, PythonFacts
 from envstore.resolver.packages.conda_archive import unpack_conda
 from envstore.resolver.packages.extract import PackageError
 from envstore.resolver.packages.unpacked import Unpacked
@@ -270,8 +276,6 @@ def rewritten(maker: Maker, about: About, has_prefix: str) -> Unpacked:
             member = tarfile.TarInfo(f"info/{name}")
             member.size = len(text)
             tar.addfile(member, io.BytesIO(text.encode()))
-    import bz2
-
     path = maker.folder / "old.tar.bz2"
     path.write_bytes(bz2.compress(buffer.getvalue()))
     package = Package.of(replace(about, legacy=True), path)
@@ -397,8 +401,6 @@ def test_every_length_that_was_cut_off_is_an_error(maker: Maker, legacy: bool) -
 def test_a_bomb_is_refused_before_it_is_written(maker: Maker) -> None:
     header = tarfile.TarInfo("bomb")
     header.size = 100 << 30
-    import zipfile
-
     path = maker.folder / "bomb-1.0-0.conda"
     pieces = zstandard.compress(header.tobuf() + bytes(1 << 20))
     with zipfile.ZipFile(path, "w") as archive:
@@ -411,8 +413,6 @@ def test_a_bomb_is_refused_before_it_is_written(maker: Maker) -> None:
 
 
 def test_one_part_of_each_kind_is_wanted(maker: Maker) -> None:
-    import zipfile
-
     path = maker.folder / "odd-1.0-0.conda"
     part = zstandard.compress(bytes(1024))
     package_of = lambda: Package.of(About("odd", **GENERIC), path)  # noqa: E731
@@ -422,3 +422,45 @@ def test_one_part_of_each_kind_is_wanted(maker: Maker) -> None:
                 archive.writestr(name, part)
         with pytest.raises(PackageError, match="or several"):
             unpack_conda(path, maker.folder / names[-1], locked(package_of()), None)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+)
+ENTRY = st.fixed_dictionaries(
+    {},
+    optional={
+        "_path": st.sampled_from(["share/file", "share", "site-packages/x", "..", "a\ud800"])
+        | JSON,
+        "path_type": st.sampled_from(["hardlink", "softlink", "directory"]) | JSON,
+        "sha256": JSON,
+        "size_in_bytes": JSON,
+        "prefix_placeholder": st.sampled_from(["/opt/x", "x", "/a\n", "/a\0"]) | JSON,
+        "file_mode": st.sampled_from(["text", "binary"]) | JSON,
+    },
+)
+PATHS_JSON = st.fixed_dictionaries({"paths": st.lists(ENTRY, max_size=4) | JSON}) | JSON
+NOARCH = st.fixed_dictionaries({"entry_points": st.lists(st.text()) | JSON}) | JSON
+LINK_JSON = st.fixed_dictionaries({"noarch": NOARCH}) | JSON
+
+
+@given(PATHS_JSON, LINK_JSON)
+@settings(max_examples=200)
+def test_whatever_a_package_says_is_read_or_refused(paths: object, link: object) -> None:
+    buffer = io.BytesIO()
+    index = {"name": "x", "version": "1", "build": "0", "noarch": "python"}
+    info = {"info/paths.json": paths, "info/link.json": link, "info/index.json": index}
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        members = {name: json.dumps(said).encode() for name, said in info.items()}
+        for name, data in (members | {"share/file": b"/opt/x"}).items():
+            made = tarfile.TarInfo(name)
+            made.size = len(data)
+            tar.addfile(made, io.BytesIO(data))
+    package = CondaPackage("x", "1", "0", "noarch", "https://a.example/noarch/x-1-0.tar.bz2", "")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.tar.bz2")
+        path.write_bytes(bz2.compress(buffer.getvalue()))
+        with suppress(EnvstoreError):
+            json.dumps(unpack_conda(path, Path(folder, "out"), package, PYTHON).facts)
+        assert {entry.name for entry in Path(folder).iterdir()} <= {"x.tar.bz2", "out"}

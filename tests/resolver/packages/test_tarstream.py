@@ -132,6 +132,14 @@ def test_an_archive_that_was_cut_off_is_refused(end: int) -> None:
         read(archive[:end])
 
 
+def test_only_zeros_may_follow_the_end() -> None:
+    archive = packed((one(size=3), b"abc"))
+    assert len(read(archive + bytes(100_000))) == 1
+    for more in (bytes(5000) + b"x", packed((one("hidden"), b"")), bytes(17 << 20)):
+        with pytest.raises(TarError, match="something follows its end"):
+            read(archive + more)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
