@@ -57,8 +57,8 @@ def solve(
     """
     asked = requested(request)
     arguments, environment = index_settings(request, exclude_newer)
-    with tempfile.TemporaryDirectory(prefix="envstore-resolve-") as name:
-        work = Path(name).resolve()
+    with tempfile.TemporaryDirectory(prefix="envstore-resolve-") as scratch:
+        work = Path(scratch).resolve()
         constraints = [*request.constraints]
         command = ["pip", "compile", "requirements.in", "--format", "pylock.toml"]
         command += ["-o", "pylock.toml", "--generate-hashes", "--no-header"]
@@ -66,17 +66,19 @@ def solve(
         platform = target.uv_platform()
         if platform is not None:
             command += ["--python-platform", platform]
+        names = {item.name for item in provided}
+        sources = [item for item in request.no_binary if item not in names]
         if provided:
             constraints += write_stubs(provided, work / "provided")
             arguments += ["--find-links", str(work / "provided")]
-            for item in provided:
-                command += ["--no-emit-package", item.name]
-        for names, option in (
-            (request.only_binary, "--only-binary"),
-            (request.no_binary, "--no-binary"),
-        ):
-            for item_name in names:
-                command += [option, item_name]
+            for name in sorted(names):
+                command += ["--no-emit-package", name]
+                if sources:
+                    command += ["--only-binary", name]
+        for item in request.only_binary:
+            command += ["--only-binary", item]
+        for item in sources:
+            command += ["--no-binary", item]
         _write(work / "requirements.in", request.requirements)
         for lines, option in ((constraints, "-c"), (request.overrides, "--overrides")):
             if lines:
@@ -92,9 +94,8 @@ def solve(
         warnings.extend(said.warnings)
     needs = _needs(said.log, constraints)
     tags = ranked(target.wheel_tags(python))
-    skipped = {item.name for item in provided}
     packages = [
-        _package(item, request, asked, needs, tags) for item in found if item.name not in skipped
+        _package(item, request, asked, needs, tags) for item in found if item.name not in names
     ]
     if request.require_hashes:
         _require_hashes(packages, asked)

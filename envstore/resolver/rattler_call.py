@@ -84,6 +84,8 @@ def checked(make: Callable[[], _T]) -> _T:
         return make()
     except EnvstoreError:
         raise
+    except ValueError as error:
+        raise UsageError(clip(without_secrets(str(error)))) from error
     except Exception as error:
         raise translated(error) from error
 
@@ -137,6 +139,8 @@ def _of_fetching(text: str) -> EnvstoreError:
         )
     if status and status[1] in {"404", "410"}:
         return NotFoundError(f"{where} is not there (HTTP {status[1]})")
+    if "No such file" in text:
+        return NotFoundError(clip(f"{first.partition(':')[0]}: there is no such file"))
     if "No space left" in text or "quota" in text.lower():
         return NoSpaceError(clip(first + ": " + last))
     if "Permission denied" in text:

@@ -206,6 +206,7 @@ def _wheels(
         request.pypi,
         around.exclude_newer,
         python,
+        tuple(conda),
     )
     return tuple(make_wheels(found, builder, progress)[0])
 

@@ -24,11 +24,11 @@ from urllib.parse import unquote, urlsplit
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnavailableError
 from envstore.resolver.compiler import base_interpreter
 from envstore.resolver.conflicts import clip
-from envstore.resolver.lock import Build, PypiPackage
+from envstore.resolver.lock import Build, CondaPackage, PypiPackage
 from envstore.resolver.pylock import File, best_wheel, ranked
 from envstore.resolver.rattler_call import without_secrets
 from envstore.resolver.request import PypiRequest
-from envstore.resolver.target import Target
+from envstore.resolver.target import Target, own_platform
 from envstore.resolver.uvtool import index_settings, run_uv
 
 BUILT = "built"
@@ -59,8 +59,9 @@ class Builder:
     """Where and how wheels are built: for CPython ``python`` (``3.11.7``) on ``target``.
 
     ``pypi`` says which indexes build requirements come from, ``exclude_newer`` (RFC 3339 or
-    empty) how old they must be. ``interpreter`` is one of the same minor version, by default the
-    one this program runs on, or whichever uv finds.
+    empty) how old they must be. ``interpreter`` is one of the same minor version, by default that
+    of the environment's ``conda`` packages if it runs here, else the one this program runs on or
+    whichever uv finds.
     """
 
     python: str
@@ -69,6 +70,7 @@ class Builder:
     pypi: PypiRequest = field(default_factory=PypiRequest)
     exclude_newer: str = ""
     interpreter: Path | None = None
+    conda: tuple[CondaPackage, ...] = ()
 
     @property
     def minor(self) -> str:
@@ -81,11 +83,19 @@ class Builder:
         return f"cp{self.minor.replace('.', '')}-{self.target.platform}"
 
     def program(self) -> str:
-        """Return the interpreter to build with, as uv's ``--python`` takes it."""
+        """Return the interpreter to build with, as uv's ``--python`` takes it.
+
+        Raises what fetching raises, if one has to be fetched.
+        """
         if self.interpreter is not None:
             return str(self.interpreter)
-        own = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return str(base_interpreter()) if own == self.minor else self.minor
+        if self.conda and self.target.platform == own_platform():
+            from envstore.resolver.buildpython import conda_interpreter
+
+            return str(conda_interpreter(self.conda, self.cache / BUILT / "pythons"))
+        if self.minor == f"{sys.version_info.major}.{sys.version_info.minor}":
+            return str(base_interpreter())
+        return self.minor
 
 
 def make_wheels(

@@ -35,6 +35,10 @@ _WHERE = re.compile(
 )
 _REFUSED = re.compile(r"An index URL \((\S+)\) could not be queried .*?\((401|403) ")
 _FRAME = re.compile(r"hint:|cause:|\[(stdout|stderr)\]$")
+_NO_PYTHON = re.compile(
+    r"No interpreter found for Python (\S+) in"
+    r"|Failed to inspect Python interpreter .*python([0-9.]+)`"
+)
 _LAST_LINES = 5
 _IGNORED = frozenset(
     {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME", "PYTHONPATH", "RUST_LOG", "UV_PYTHON"}
@@ -133,7 +137,7 @@ def index_settings(request: PypiRequest, exclude_newer: str) -> tuple[list[str],
         arguments += ["--find-links", place]
     if request.no_index:
         arguments.append("--no-index")
-    if request.index_strategy:
+    if request.index_strategy != "first-index":  # uv's default, unless the user's settings differ
         arguments += ["--index-strategy", request.index_strategy]
     if request.prerelease:
         arguments += ["--prerelease", request.prerelease]
@@ -163,6 +167,13 @@ def _failure(messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
         return _refusal(refused[1], refused[2])
     if "No solution found" in text:
         return uv_conflict(text)
+    missing = _NO_PYTHON.search(flat)
+    if missing:
+        wanted = next(group for group in missing.groups() if group)
+        return NotFoundError(
+            f"no Python {wanted} is there to build {what or 'a package'} with",
+            hint="install one, or ask for a version that has wheels",
+        )
     if re.search(r"build backend returned an error|Failed to build|Build backend failed", text):
         return _build_failure(text, messages, first, logs, what)
     status = _STATUS.search(text)

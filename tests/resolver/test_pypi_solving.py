@@ -24,7 +24,7 @@ from envstore.resolver.stubs import Provided
 from envstore.resolver.target import make_target
 from tests.channel.pypi import Index
 from tests.channel.server import serving
-from tests.channel.wheelmaking import make_wheel
+from tests.channel.wheelmaking import make_sdist, make_wheel
 from tests.resolver.surroundings import _no_settings, cache, pip
 
 __all__ = ["_no_settings", "cache"]
@@ -222,6 +222,15 @@ def test_what_is_provided_is_neither_fetched_nor_locked(wheel_index: Index, cach
         with pytest.raises(UnsatisfiableError, match=r"numpy==1\.26\.4\+conda") as caught:
             run(pip("wants-new-numpy", index=index), cache, provided=provided)
     assert "what conda installs" in str(caught.value)
+
+
+def test_what_is_provided_needs_no_source(tmp_path: Path, cache: Path) -> None:
+    make_sdist(tmp_path, "needs-numpy", "1.0", {}, requires=["numpy"])
+    place = (tmp_path.as_uri(),)
+    provided = [Provided("numpy", "1.26.4", "numpy")]
+    for names in ((":all:",), ("numpy", "needs-numpy")):
+        request = PypiRequest(("needs-numpy",), find_links=place, no_index=True, no_binary=names)
+        assert list(run(request, cache, provided=provided)) == ["needs-numpy"]
 
 
 def test_an_index_behind_a_password(

@@ -10,7 +10,9 @@ from rattler import Channel as RattlerChannel
 from rattler import Gateway, MatchSpec
 
 from envstore.errors import EnvstoreError, NotFoundError, UnavailableError, UsageError
+from envstore.resolver.conda import records_of
 from envstore.resolver.conflicts import UnsatisfiableError
+from envstore.resolver.lock import CondaPackage
 from envstore.resolver.rattler_call import call, checked, without_secrets
 from tests.channel.conda import Channel
 from tests.resolver.surroundings import _no_settings, cache
@@ -20,6 +22,7 @@ __all__ = ["_no_settings", "cache"]
 _PROGRAM = """
 import sys
 from rattler import Channel, Gateway
+from envstore.resolver.lock import CondaPackage
 from envstore.resolver.rattler_call import call
 
 names = call(lambda: Gateway(cache_dir=sys.argv[2]).names([Channel(sys.argv[1])], ["noarch"]))
@@ -61,6 +64,8 @@ def test_errors_of_rattler_become_ours(tmp_path: Path) -> None:
         names("http://127.0.0.1:1/channel", tmp_path)
     with pytest.raises(UsageError, match="version spec"):
         checked(lambda: MatchSpec("python ===="))
+    with pytest.raises(UsageError, match="archive identifier"):
+        records_of([CondaPackage("a", "1", "0", "noarch", "https://x.example/a.zip", "ab" * 32)])
 
 
 def test_errors_of_others_stay_theirs() -> None:

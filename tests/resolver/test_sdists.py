@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnavailableError
+from envstore.resolver.conda import solve
 from envstore.resolver.lock import Build, PypiPackage
 from envstore.resolver.request import PypiRequest
 from envstore.resolver.sdists import Builder, make_wheel, make_wheels
 from envstore.resolver.target import make_target
+from tests.channel.conda import Channel
 from tests.channel.pypi import Index
 from tests.channel.server import serving
 from tests.channel.wheelmaking import make_sdist
@@ -205,3 +207,35 @@ def test_only_what_has_no_wheel_is_built(sdist: Path, tmp_path: Path) -> None:
     record = next((tmp_path / "cache/built").glob("*/cp*.json"))
     assert json.loads(record.read_text())["sha256"] == packages[1].sha256
     assert f"cp{sys.version_info.major}{sys.version_info.minor}" in record.name
+
+
+def test_the_environments_own_interpreter_builds(
+    conda_channel: Channel, sdist: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    found = solve(["speedup"], [conda_channel.url], make_target(), cache=cache / "repodata")
+    own = builder(cache, conda=found)
+    program = Path(own.program())
+    assert program.is_relative_to(cache)
+    said = subprocess.run(
+        [program, "-c", "import sys; print(sys.prefix)"], check=True, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == str(program.parent.parent)
+    assert not (program.parent.parent / "lib/speedup").exists()
+    first = program.stat().st_ino
+    assert make_wheel(source(sdist), own)[0].filename == "from_source-1.0-py3-none-any.whl"
+    assert Path(own.program()).stat().st_ino == first
+    gone = [
+        dataclasses.replace(item, url=item.url.replace("/channel/", "/gone/")) for item in found
+    ]
+    with pytest.raises(NotFoundError):
+        builder(tmp_path / "other", conda=tuple(gone)).program()
+
+
+def test_an_interpreter_that_is_not_there(
+    sdist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    later = dataclasses.replace(builder(tmp_path / "cache"), python="3.99.1")
+    with pytest.raises(NotFoundError, match=r"no Python 3\.99 is there to build from-source"):
+        make_wheel(source(sdist), later)
