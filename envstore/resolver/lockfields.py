@@ -262,4 +262,5 @@ def _kind(value: Any) -> str:
 
 
 def _shown(name: str) -> str:
-    return name if len(name) <= 100 else f"{name[:100]}..."
+    short = name if len(name) <= 100 else f"{name[:100]}..."
+    return short if short.isprintable() else ascii(short)

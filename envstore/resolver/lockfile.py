@@ -143,11 +143,11 @@ def _parse_json(data: bytes, what: str) -> dict[str, Any]:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FieldError("", f"the field {twice[:100]!r} is there twice in one object")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise FieldError("", f"the field {name[:100]!r} is there twice in one object")
+        found[name] = value
     return found
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+# No scheme is longer, and without a bound a long word would be looked at once for each letter.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s'\"<>]+")
 _CONDA_TOKEN = re.compile(r"/t/(?!\$|<)[^/]+/")
 # A user name by itself is the usual way to write an address of SSH, and no secret there.
 _NAMELY_SSH = ("ssh://", "git+ssh://")
