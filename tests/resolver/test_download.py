@@ -460,6 +460,24 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         fetch_archives([], tmp_path / "file" / "archives")
 
 
+def test_a_full_disk_is_named_and_what_fitted_is_kept(web: Web, there: Path) -> None:
+    item = archive(web)
+    program = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from envstore.errors import NoSpaceError\n"
+        "from envstore.resolver.packages.download import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "try: fetch_archives([Archive(sys.argv[1], sys.argv[2])], Path(sys.argv[3]))\n"
+        "except NoSpaceError as error: sys.exit(7 if sys.argv[3] in str(error) else 8)\n"
+    )
+    command = [sys.executable, "-c", program, item.url, item.sha256, str(there)]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 7
+    assert [path.name for path in there.iterdir()] == [f".{item.sha256}.part"]
+    assert fetched(item, there) == DATA
+    assert web.seen[-1].headers["Range"] == "bytes=1000000-"
+
+
 # Logins
 
 

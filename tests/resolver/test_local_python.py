@@ -134,6 +134,19 @@ def test_it_is_the_same_from_wherever_it_is_taken(
         assert other.entries == unpacked.entries
 
 
+def test_a_prefix_behind_a_link_is_known_by_both_names(
+    own: tuple[LocalPython, Unpacked], tmp_path: Path
+) -> None:
+    python, unpacked = own
+    real = install(unpacked, tmp_path / "3.11.99")
+    link = tmp_path / "3.11"
+    link.symlink_to(real)
+    for path in real.rglob("_sysconfigdata*"):
+        if not path.is_symlink():
+            path.write_text(path.read_text().replace(str(real), str(link)))
+    assert describe_interpreter(link / "bin/python") == python
+
+
 def test_anything_that_changes_it_changes_its_digest(
     own: tuple[LocalPython, Unpacked], tmp_path: Path
 ) -> None:

@@ -70,7 +70,10 @@ _SHARED_PREFIXES = ("/", "/usr", "/usr/local", "/opt", "/opt/local")
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """A base installation: where it is, and what it says of itself."""
+    """A base installation: where it is, and what it says of itself.
+
+    ``names`` are all paths by which it knows its prefix; some may be links.
+    """
 
     program: Path
     prefix: Path
@@ -81,6 +84,7 @@ class _Base:
     include: Path
     config: Path
     has_tk: bool
+    names: tuple[bytes, ...]
 
     @property
     def library(self) -> str:
@@ -152,6 +156,7 @@ def _ask_base(program: Path) -> _Base:
         Path(said["program"]).resolve(), prefix, stdlib, said["version"], said["minor"],
         said["flags"], Path(said["include"]), Path(said["config"]),
         said["tk"] or any((stdlib / "lib-dynload").glob("_tkinter.*")),
+        tuple(dict.fromkeys((os.fsencode(prefix), os.fsencode(said["prefix"])))),
     )  # fmt: skip
 
 
@@ -266,7 +271,10 @@ def _take_configuration(tree: _Tree) -> None:
             tree.files[f"lib/pkgconfig/{path.name}"] = path.resolve()
     for name, source in list(tree.files.items()):
         if isinstance(source, Path) and _is_configuration(name):
-            tree.files[name] = _with_placeholder(source.read_bytes(), os.fsencode(base.prefix))
+            data = source.read_bytes()
+            for prefix in base.names:
+                data = _with_placeholder(data, prefix)
+            tree.files[name] = data
 
 
 def _is_configuration(name: str) -> bool:

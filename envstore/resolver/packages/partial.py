@@ -39,13 +39,17 @@ class Partial:
 
     def __enter__(self) -> Partial:
         self._fd = self._open()
-        while data := os.read(self._fd, 1 << 20):
-            self._count(data)
+        try:
+            while data := os.read(self._fd, 1 << 20):
+                self._count(data)
+        except BaseException:
+            os.close(self._fd)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self._renamed and not (self._resume and self.size):
-            os.unlink(self._path)
+            self._path.unlink(missing_ok=True)
         os.close(self._fd)
 
     def digest(self, algorithm: str) -> str:
@@ -85,10 +89,9 @@ class Partial:
             try:
                 self._lock(fd)
                 # Whoever had it may have finished and renamed it.
-                if os.path.exists(self._path) and os.path.samestat(
-                    os.fstat(fd), os.stat(self._path)
-                ):
-                    return fd
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                        return fd
             except BaseException:
                 os.close(fd)
                 raise
