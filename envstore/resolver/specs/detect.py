@@ -49,6 +49,7 @@ _TOML_TABLE = re.compile(
     r"^\[{1,2}[ \t]*([\w.\"' -]+?)[ \t]*\]{1,2}[ \t]*(?:#.*)?\r?$", re.MULTILINE
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s*(\[[^\]]*\]\s*)?([(=<>!~;@].*)?$", re.DOTALL)
+_ASKS = re.compile(r"[=<>~]=|[<>@;]|://|\[")
 _REQUIREMENTS_NAME = re.compile(r".*(requirements|constraints).*\.(txt|in)", re.IGNORECASE)
 
 
@@ -161,9 +162,10 @@ def _is_requirements(text: str, name: str) -> bool:
         lines = [parse_line(line) for _, line in logical_lines(text)]
     except LineError:
         return False
-    if not lines:
+    # A list of words is not taken for names to fetch from an index: that some line asks for more
+    # than a name shows what it is meant for.
+    if not any(line.options or _ASKS.search(line.requirement) for line in lines):
         return False
-    # A page of prose has words on lines too; a requirement is a name and what is asked of it.
     return all(
         not line.requirement
         or _NAME.match(line.requirement)

@@ -153,12 +153,15 @@ def _sorted_out(path: Path, context: Context) -> str:
         known = ", ".join(sorted((REQUESTS | LOCKS) - {"explicit", "envstore-lock"}))
         raise UsageError(
             f"{path} is no specification of an environment that is known here",
-            hint=f"known are {known}, @EXPLICIT lists and envstore's own locks",
+            hint=f"known are {known}, @EXPLICIT lists and envstore's own locks; "
+            "--pip FILE takes a list of bare names",
         )
     return kind
 
 
 def _of_kind(path: Path, context: Context, kinds: frozenset[str], option: str) -> tuple[Path, str]:
+    if option == "pip" and path.is_file() and not detect_format(path):
+        return path, "requirements.txt"  # its user knows what a list of bare names is for
     kind = _sorted_out(path, context)
     if kind not in kinds:
         raise UsageError(f"{path} is of the format {kind}, which --{option} does not take")

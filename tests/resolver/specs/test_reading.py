@@ -45,7 +45,10 @@ def test_formats_are_known_by_content() -> None:
 @pytest.mark.parametrize(
     ("text", "name", "form"),
     [
-        ("six\n", "x", "requirements.txt"),
+        ("six\n", "x", ""),
+        ("six\n", "my-requirements.txt", "requirements.txt"),
+        ("six >=1\n", "x", "requirements.txt"),
+        ("-r other.txt\nsix\n", "x", "requirements.txt"),
         ("", "x", ""),
         ("", "requirements-dev.txt", "requirements.txt"),
         ("", "environment.yml", "environment.yml"),
