@@ -53,6 +53,18 @@ def served(packages: Iterable[Unpacked], prefix: str) -> Layout:
     return found
 
 
+def materialise(layout: Layout, prefix: Path) -> None:
+    """Write a layout to disk."""
+    for name, (kind, executable, data) in layout.items():
+        path = prefix / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind is Kind.SYMLINK:
+            path.symlink_to(os.fsdecode(data))
+        else:
+            path.write_bytes(data)
+            path.chmod(0o755 if executable else 0o644)
+
+
 def relocate(data: bytes, relocation: bytes, prefix: str) -> bytes:
     """Return a whole file as it is at ``prefix``."""
     there = Relocated(Relocation.decode(relocation), prefix.encode())

@@ -21,12 +21,15 @@ from envstore.resolver.lock import (
 )
 from envstore.resolver.packages.conda_archive import unpack_conda
 from envstore.resolver.packages.generated import GeneratedFile, generate
+from envstore.resolver.packages.wheel import unpack_wheel
 from envstore.resolver.request import CondaRequest, Request
 from tests.channel.conda import Channel
 from tests.channel.interpreter import MINOR, SITE_PACKAGES, VERSION
 from tests.channel.packing import SUBDIR
-from tests.resolver.packages.layouts import locked
+from tests.channel.wheelmaking import make_wheel
+from tests.resolver.packages.layouts import locked, locked_wheel, materialise, served
 
+UV = Path(sys.executable).with_name("uv")
 PYTHON = PythonFacts(VERSION, SITE_PACKAGES)
 NAMES = ["python", "greeting", "hello-pkg", "binprefix", "settings"]
 WHEEL = PypiPackage("thing", "1.0", "thing-1.0-py3-none-any.whl", "", "ab" * 32)
@@ -266,3 +269,39 @@ def test_a_channel_is_taken_from_the_url() -> None:
     record = json.loads(files_of(Lock(SUBDIR, (package,)), [facts])["conda-meta/x-1-0.json"])
     assert record["channel"] == "https://channel.example/a/b"
     assert record["build_number"] == 0
+
+
+def test_uv_knows_the_environment_and_leaves_it_alone(
+    conda_channel: Channel, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "env"
+    made = [conda_channel.package(name) for name in NAMES]
+    packages = [locked(package) for package in made]
+    unpacked = [
+        unpack_conda(package.path, tmp_path / package.about.name, locked(package), PYTHON)
+        for package in made
+    ]
+    thing = make_wheel(tmp_path, "thing", "1.0", {"thing.py": ""})
+    wheel = replace(locked_wheel(thing), direct="https://files.example/thing.whl", sha256="ab" * 32)
+    unpacked.append(unpack_wheel(thing, tmp_path / "thing", wheel, PYTHON))
+    materialise(served(unpacked, str(prefix)), prefix)
+    lock = Lock(SUBDIR, (*packages, wheel))
+    for path, data in files_of(lock, [one.facts for one in unpacked]).items():
+        (prefix / path).parent.mkdir(parents=True, exist_ok=True)
+        (prefix / path).write_bytes(data)
+
+    def uv(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        where = ["--python", prefix / "bin/python", "--cache-dir", tmp_path / "cache", "--offline"]
+        return subprocess.run(
+            [UV, "pip", *command, *where], capture_output=True, text=True, check=False
+        )
+
+    assert "hello-pkg==1.1\nthing @ https://files.example/thing.whl" in uv("freeze").stdout
+    refused = uv("install", "--no-deps", thing)
+    assert refused.returncode
+    assert "envstore push" in refused.stderr
+    program = (
+        "import importlib.metadata as m; print(m.distribution('thing').read_text('INSTALLER'))"
+    )
+    said = subprocess.run([prefix / "bin/python", "-Ic", program], capture_output=True, check=True)
+    assert said.stdout.strip() == b"envstore"

@@ -25,7 +25,14 @@ from tests.channel.interpreter import MINOR, SITE_PACKAGES, VERSION
 from tests.channel.pypi import Index
 from tests.channel.wheelhouse import locked_names, wheel
 from tests.channel.wheelmaking import make_wheel
-from tests.resolver.packages.layouts import Layout, assert_same, installed, locked_wheel, served
+from tests.resolver.packages.layouts import (
+    Layout,
+    assert_same,
+    installed,
+    locked_wheel,
+    materialise,
+    served,
+)
 
 PYTHON = PythonFacts(VERSION, SITE_PACKAGES)
 UV = Path(sys.executable).with_name("uv")
@@ -163,10 +170,7 @@ def test_scripts_run_at_any_prefix(tmp_path: Path) -> None:
     for name in ("short", "with blank", "long" * 50):
         prefix = tmp_path / name
         subprocess.run([UV, "venv", "-q", "--no-project", "-p", sys.executable, prefix], check=True)
-        for where, (_, executable, data) in served([unpacked], str(prefix)).items():
-            (prefix / where).parent.mkdir(parents=True, exist_ok=True)
-            (prefix / where).write_bytes(data)
-            (prefix / where).chmod(0o755 if executable else 0o644)
+        materialise(served([unpacked], str(prefix)), prefix)
         said = subprocess.run([prefix / "bin/t", "a b"], capture_output=True, text=True, check=True)
         assert said.stdout == f"['a b'] {prefix}\n"
 
