@@ -207,7 +207,7 @@ class _Check:
             if self._machine.find(name) is not None:
                 yield self._of_machine(path, name, "comes from this machine")
                 return
-        elif name in GCC or (name in ALLOWED and not elsewhere):
+        elif name in GCC | ALLOWED:
             return
         elif is_driver(name):
             if not self._target.cuda:

@@ -252,13 +252,22 @@ def glibc_symbols() -> frozenset[str]:
     return frozenset((files(__package__) / "glibc_symbols.txt").read_text("ascii").split())
 
 
+# Mangled names of what is in std, __gnu_cxx or __cxxabiv1, with vtables, type information and
+# thunks; operators new and delete; types that the language itself has; what compilers call.
 _RUN_TIME = re.compile(
-    r"_ZN?K?S[t-]|_ZN?K?S[absiod]|_ZT[ISV]|_Z[nd][aw]|_ZN10__cxxabiv|_ZGVNSt|_ZSt"
-    r"|__cxa_|__gxx_|_Unwind_|__dynamic_cast|__emutls|__gcc_personality|__register_frame"
-    r"|__deregister_frame|__atomic_|__(mul|div)[sdxt]c3|__(u?div|u?mod|mul|add|sub|neg|ashl|ashr|lshr|cmp|ucmp)[a-z]*[dt]i[234]"
+    r"_Z(T[ISVTCW]|Thn?\d+_|Tvn?\d+_n?\d+_|GV|GR|GTt)?N?[KVrRO]*(S[tabsiod]|9__gnu_cxx|10__cxxabiv1)"
+    r"|_Z(nw|na|dl|da)|_ZT[IS]P?K?[a-z]$|__cxa_|__gxx_|__dynamic_cast|_Unwind_|__emutls"
+    r"|__gcc_personality|__(de)?register_frame|__atomic_|__cpu_|__clear_cache$"
+    r"|__[a-z]+(hi|si|di|ti|hf|sf|df|tf|xf|hc|sc|dc|tc|xc)\d?$"
 )
+_DRIVERS = re.compile(r"cu[A-Z]|nvml[A-Z]")
 
 
 def is_run_time(symbol: str) -> bool:
     """Whether a symbol looks like one of GCC's run-time libraries."""
     return _RUN_TIME.match(symbol) is not None
+
+
+def is_drivers(symbol: str) -> bool:
+    """Whether a symbol looks like one of the NVIDIA driver's libraries."""
+    return _DRIVERS.match(symbol) is not None

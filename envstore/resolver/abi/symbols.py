@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from envstore.resolver.abi.facts import symbol_hash
 from envstore.resolver.abi.machine import MachineLibraries
-from envstore.resolver.abi.names import GCC, glibc_symbols, is_driver, is_run_time
+from envstore.resolver.abi.names import GCC, glibc_symbols, is_driver, is_drivers, is_run_time
 from envstore.resolver.abi.search import Scope, Search, Tree
 
 
@@ -98,4 +98,4 @@ class Symbols:
         """Whether a symbol is one that the process has anyway, or that cannot be judged."""
         if name.startswith(("Py", "_Py")) and not python:
             return True
-        return is_run_time(name) or name in glibc_symbols()
+        return is_run_time(name) or is_drivers(name) or name in glibc_symbols()

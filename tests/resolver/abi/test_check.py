@@ -14,7 +14,7 @@ from envstore.resolver.abi.check import check, glibc_floor
 from envstore.resolver.abi.facts import ElfFacts
 from envstore.resolver.abi.host import AbiTarget, gcc_promised, glibc_of
 from envstore.resolver.abi.machine import MachineLibraries
-from envstore.resolver.abi.names import glibc_symbols, providers
+from envstore.resolver.abi.names import glibc_symbols, is_run_time, providers
 from envstore.resolver.abi.reading import directory_tree, owner_of
 from envstore.resolver.abi.search import Tree
 from tests.resolver.abi.builds import SITE, TO_LIB, Build, own_platform
@@ -257,6 +257,20 @@ def test_who_provides_what() -> None:
     assert providers("libstdc++.so.6") == "libstdcxx (conda)"
     assert providers("libunheard.so.1") == ""
     assert {"cbrt", "malloc", "dlopen", "pthread_create"} <= glibc_symbols()
+
+
+def test_symbols_of_run_time_libraries_are_known_by_their_looks() -> None:
+    theirs = (
+        "_ZNSt6localeC1Ev _ZdlPv _Znwm _ZTTNSt7__cxx1118basic_stringstreamIcE _ZTIi _ZTSPKc "
+        "_ZTVN10__cxxabiv117__class_type_infoE _ZN9__gnu_cxx6__stoaE __cxa_throw __udivti3 "
+        "_ZThn16_NSdD0Ev _ZTv0_n24_NSdD0Ev _Unwind_Resume __gxx_personality_v0 __floattisf "
+        "_ZGVNSt7collateIcE2idE __cpu_model __mulsc3"
+    )
+    assert [name for name in theirs.split() if not is_run_time(name)] == []
+    others = "no_such_symbol _ZN3FooC1Ev _ZTV3Foo PyLong_X __my_add __fixture _ZTI3Foo cudaFree"
+    assert [name for name in others.split() if is_run_time(name)] == []
+    facts = ElfFacts(**X86, undefined=("_ZNSt6localeC1Ev", "cuCtxGetCurrent", "malloc"))
+    assert _codes({MODULE: facts}) == []
 
 
 def test_links_that_lead_nowhere_are_followed_no_further() -> None:
