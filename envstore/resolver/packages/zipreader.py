@@ -127,11 +127,12 @@ class ZipReader:
 
     def _data(self, member: ZipMember) -> int:
         """Return where a member's content starts; its local header must say the same of it."""
-        fields = _LOCAL.unpack(self._exactly(_LOCAL.size, member.offset))
+        header = self._exactly(_LOCAL.size + len(member.raw), member.offset)
+        fields = _LOCAL.unpack_from(header)
         magic, _, flags, method = fields[:4]
         name_size, extra_size = fields[-2:]
-        name = self._exactly(name_size, member.offset + _LOCAL.size)
-        if magic != b"PK\3\4" or name != member.raw or method != member.method:
+        same = name_size == len(member.raw) and header[_LOCAL.size :] == member.raw
+        if magic != b"PK\3\4" or not same or method != member.method:
             raise ZipError(f"{member.name} is not where the directory says")
         if flags & _ENCRYPTED:
             raise ZipError(f"{member.name} is encrypted")
