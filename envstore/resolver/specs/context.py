@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from envstore.resolver.request import SourceFile
 
@@ -31,3 +33,12 @@ class Context:
         """Keep a warning, once."""
         if text not in self.warnings:
             self.warnings.append(text)
+
+    def left_out(self, path: Path, names: Sequence[str]) -> None:
+        """Warn that the projects which a file is about are not part of the environment."""
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            what = "the project itself, is" if len(names) == 1 else "the projects themselves, are"
+            self.warn(
+                f"{path}: {shown}, {what} not part of the environment: build a package and add that"
+            )

@@ -31,6 +31,7 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_BROKEN_INLINE = ("Invalid initial character for a key part", "Unclosed inline table")
 _TOML_PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
@@ -105,7 +106,9 @@ def parse_toml(path: Path, text: str) -> dict[str, Any]:
         if place and not line:
             line = text.count("\n") + 1
         what = _TOML_PLACE.sub("", message)
-        raise wrong(path, f"not TOML: {what}", line=line, column=column) from error
+        # TOML 1.1, which few read yet, has them over several.
+        hint = "inline tables are of one line" if what.startswith(_BROKEN_INLINE) else None
+        raise wrong(path, f"not TOML: {what}", line=line, column=column, hint=hint) from error
     except RecursionError as error:
         raise wrong(path, "not TOML anybody would write: nested too deeply") from error
 

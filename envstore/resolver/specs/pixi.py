@@ -209,10 +209,7 @@ class _Found:
     def _left_out(self, name: str, value: Any) -> bool:
         if not _is_itself(value, self.path):
             return False
-        self.context.warn(
-            f"{self.path}: {name}, the project itself, is not part of the environment:"
-            " build a package of it and add that"
-        )
+        self.context.left_out(self.path, [name])
         return True
 
 

@@ -61,11 +61,7 @@ def request_of_project(content: dict[str, Any], path: Path, context: Context) ->
         lines += extra_lines(project, extra, path)
     for group in context.groups:
         lines += group_lines(groups, group, path)
-    if name:
-        context.warn(
-            f"{path}: {name}, the project itself, is not part of the environment:"
-            " build a wheel of it and add that"
-        )
+    context.left_out(path, [name] if name else [])
     python = string(project.get("requires-python"), path, "project.requires-python")
     return Request(
         name=name,

@@ -108,8 +108,13 @@ def _platform(environment: Environment, path: Path, wanted: str) -> LockPlatform
 
 
 def _virtual(platform: LockPlatform) -> dict[str, str]:
-    pairs = (str(item).partition("=") for item in platform.virtual_packages)
-    return {name: rest.lstrip("=").partition("=")[0] for name, _, rest in pairs}
+    """Return virtual packages by name, as a version or ``version=build`` if that says anything."""
+    found = {}
+    for item in platform.virtual_packages:
+        name, _, rest = str(item).partition("=")
+        version, _, build = rest.lstrip("=").partition("=")
+        found[name] = version if build in ("", "0") else f"{version}={build}"
+    return found
 
 
 def _packages(
@@ -118,17 +123,18 @@ def _packages(
     from rattler import PackageRecord
     from rattler.lock import CondaLockedBinaryPackage, PypiLockedPackage
 
-    found, pypi = dict[str, tuple[PackageRecord, str, str]](), list[PypiPackage]()
+    found, pypi = dict[str, tuple[PackageRecord, str, str]](), dict[str, PypiPackage]()
     for package in environment.packages(platform) or []:
         if isinstance(package, PypiLockedPackage):
             wheel = _pypi(package, path, context)
-            pypi += [wheel] if wheel else []
+            if wheel is not None and pypi.setdefault(wheel.name, wheel) != wheel:
+                raise wrong(path, f"holds {wheel.name} twice for {platform.name}")
             continue
         if package.name.startswith("__"):
             continue
         if not isinstance(package, CondaLockedBinaryPackage):
             if _is_itself(package.location, path):
-                _leave_out(package.name, path, context)
+                context.left_out(path, [package.name])
                 continue
             raise wrong(
                 path,
@@ -138,10 +144,11 @@ def _packages(
         record = package.package_record
         if record is None:
             raise wrong(path, f"says nothing of {package.location}")
-        if record.name.normalized in found:
-            raise wrong(path, f"holds {record.name.normalized} twice for {platform.name}")
         channel = package.repo_data_record().channel or ""
         url = _conda_url(package.location, path)
+        # conda-lock repeats a package for each category that it is of.
+        if found.get(record.name.normalized, (record, url, ""))[1] != url:
+            raise wrong(path, f"holds {record.name.normalized} twice for {platform.name}")
         found[record.name.normalized] = (record, url, channel)
     # Sorted before, so that ties come out the same whatever the lock's order.
     records = [record for _, (record, _, _) in sorted(found.items())]
@@ -149,20 +156,13 @@ def _packages(
     for record in PackageRecord.sort_topologically(records):
         _, url, channel = found[record.name.normalized]
         conda.append(_conda(json.loads(record.to_json()), url, channel, path))
-    return conda, pypi
+    return conda, list(pypi.values())
 
 
 def _is_itself(location: str, path: Path) -> bool:
     """Return whether a package is the directory that the lock is in."""
     there = os.path.realpath(path.parent / unquote(location))
     return "://" not in location and there == os.path.realpath(path.parent)
-
-
-def _leave_out(name: str, path: Path, context: Context) -> None:
-    context.warn(
-        f"{path}: {name}, the project itself, is not part of the environment:"
-        " build a package of it and add that"
-    )
 
 
 def _conda_url(location: str, path: Path) -> str:
@@ -204,7 +204,7 @@ def _pypi(package: Any, path: Path, context: Context) -> PypiPackage | None:
     where = f"{path}: {package.name}"
     if "://" not in location:
         if _is_itself(location, path):
-            _leave_out(package.name, path, context)
+            context.left_out(path, [package.name])
             return None
         if not location.endswith((".whl", ".tar.gz", ".zip", ".tar.bz2")):
             raise UsageError(

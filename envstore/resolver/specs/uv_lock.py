@@ -52,11 +52,7 @@ def _lock(text: str, content: dict[str, Any], path: Path, context: Context) -> L
     arguments += [word for name in context.groups for word in ("--group", name)]
     exported = parse_toml(path, _export(text, members, arguments, path))
     names = [member["project"]["name"] for member in members.values() if "project" in member]
-    if names:
-        context.warn(
-            f"{path}: {', '.join(names)}, the project itself, is not part of the environment:"
-            " build a wheel of it and add that"
-        )
+    context.left_out(path, names)
     # The export holds only what the extras and groups ask for, without saying which that were.
     return lock_of(exported, path, replace(context, extras=(), groups=()))
 

@@ -193,6 +193,56 @@ def test_a_relative_path_of_the_lock_itself(
     assert lock.sources[0].name == "pixi.lock"
 
 
+VARIANTS = f"""\
+version: 7
+platforms:
+- name: gpu
+  subdir: linux-64
+  virtual-packages:
+  - __glibc=2.28
+  - __cuda=12.4
+  - __archspec=1=x86_64
+environments:
+  default:
+    channels:
+    - url: {FORGE}/
+    packages:
+      gpu:
+      - conda: {FORGE}/linux-64/zlib-1.3-h1_0.conda
+packages:
+- conda: {FORGE}/linux-64/zlib-1.3-h1_0.conda
+  sha256: {SHA}
+"""
+
+
+def test_a_variant_of_a_platform(tmp_path: Path) -> None:
+    lock = read(tmp_path, VARIANTS)
+    assert [package.name for package in lock.conda()] == ["zlib"]
+    assert lock.virtual == {"__cuda": "12.4", "__glibc": "2.28", "__archspec": "1=x86_64"}
+    assert lock.platform == "linux-64"
+    plain = "- name: cpu\n  subdir: linux-64\n"
+    two = VARIANTS.replace("platforms:\n", f"platforms:\n{plain}", 1)
+    two = two.replace("packages:\n      gpu:", "packages:\n      cpu: []\n      gpu:", 1)
+    with pytest.raises(UsageError, match=r"several variants of linux-64, .*\(it is for cpu, gpu\)"):
+        read(tmp_path, two)
+    assert len(read(tmp_path, two.replace("cpu", "linux-64")).packages) == 0
+
+
+def test_packages_that_are_built_from_source(tmp_path: Path) -> None:
+    source = (
+        "- conda_source: tool[abcd1234] @ {}\n  version: 1.0.0\n  build: h0\n  subdir: linux-64\n"
+    )
+    listed = "      - conda_source: tool[abcd1234] @ {}\npackages:\n"
+    for where in ("./tool", "git+https://git.example/tool.git?tag=v1#" + "0" * 40):
+        text = VARIANTS.replace("\npackages:\n", "\n" + listed.format(where)) + source.format(where)
+        with pytest.raises(UsageError, match=r"tool is built from source .*build a conda package"):
+            read(tmp_path, text)
+    warnings: list[str] = []
+    text = VARIANTS.replace("\npackages:\n", "\n" + listed.format(".")) + source.format(".")
+    assert len(read(tmp_path, text, warnings=warnings).packages) == 1
+    assert ["tool, the project itself, is not" in warning for warning in warnings] == [True]
+
+
 def test_conda_lock(tmp_path: Path) -> None:
     warnings: list[str] = []
     lock = read(tmp_path, CONDA_LOCK, name="conda-lock.yml", warnings=warnings)
@@ -201,6 +251,19 @@ def test_conda_lock(tmp_path: Path) -> None:
     [idna] = lock.pypi()
     assert (idna.version, idna.sha256) == ("3.10", OTHER)
     assert ["categories dev are included" in warning for warning in warnings] == [True]
+
+
+def test_a_package_of_several_categories(tmp_path: Path) -> None:
+    again = "- name: zlib" + CONDA_LOCK.partition("- name: zlib")[2]
+    again = again.replace("category: dev", "category: main")
+    lock = read(tmp_path, CONDA_LOCK + again, name="conda-lock.yml")
+    assert [package.name for package in lock.packages] == ["zlib", "idna"]
+    other = again.replace("idna-3.10", "idna-3.11").replace("'3.10'", "'3.11'")
+    with pytest.raises(UsageError, match="holds idna twice for linux-64"):
+        read(tmp_path, CONDA_LOCK + other, name="conda-lock.yml")
+    other = again.replace("zlib-1.3", "zlib-1.4").replace("'1.3'", "'1.4'")
+    with pytest.raises(UsageError, match="holds zlib twice for linux-64"):
+        read(tmp_path, CONDA_LOCK + other, name="conda-lock.yml")
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def test_a_lock_beside_it_is_pointed_at(tmp_path: Path) -> None:
         (('zlib = "*"', 'zlib = { path = "../zlib" }'), "zlib is built from source"),
         (('zlib = "*"', 'zlib = { vesion = "1" }'), "'vesion' of the dependency zlib is not known"),
         (('zlib = "*"', "zlib = '1\"]'"), "version of the dependency zlib is not written like"),
+        (('zlib = "*"', 'zlib = {\n  version = "1" }'), "inline tables are of one line"),
         (('zlib = "*"', 'zlib = ">="'), "is not a conda package specification"),
         (('zlib = "*"', 'zlib = "1"\nzlib = "2"'), r"pixi.toml:\d+:\d+: not TOML: Cannot overwr"),
         (('six = "*"', 'six = { path = "nowhere" }'), "six: there is no /"),
