@@ -100,6 +100,8 @@ def lock(
 
     if not specs and not resolving.names_files:
         raise UsageError("nothing to lock", hint="name a specification")
+    if target == "":
+        raise UsageError("the path after --output is empty")
     where = target or (_DEFAULT if form == "envstore" else _STDOUT)
     if check and (where == _STDOUT or form != "envstore"):
         raise UsageError("--check compares with a lock file of envstore")

@@ -78,9 +78,18 @@ class Resolving:
         return bool(self.conda or self.pip)
 
     def wishes(self) -> Wishes:
-        """Return them as the resolver takes them."""
+        """Return them as the resolver takes them. Raises ``UsageError`` for credentials."""
         from envstore.resolver.locking import Wishes
+        from envstore.resolver.specs.files import refuse_secrets
 
+        for option, places in (
+            ("--channel", self.channel),
+            ("--index-url", (self.index_url or "",)),
+            ("--extra-index-url", self.extra_index_url),
+            ("--find-links", self.find_links),
+        ):
+            for place in places:
+                refuse_secrets(place, option)
         python = self.python or ""
         program = Path(os.path.abspath(python)) if os.sep in python else None
         return Wishes(

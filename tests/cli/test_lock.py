@@ -262,6 +262,10 @@ def test_usage_errors(cli: Cli, work: Path, index: Index) -> None:
     assert "--check compares" in cli.fails(2, "lock", path, "--check", "-o", "-")
     assert "cannot write" in cli.fails(1, "lock", path, "-o", "no/where.lock")
     assert "isn't-a-time" in cli.fails(2, "lock", path, "--exclude-newer", "isn't-a-time")
+    assert "--output is empty" in cli.fails(2, "lock", path, "-o", "")
+    said = cli.fails(2, "lock", path, "--channel", "https://me:word@channel.example/main")
+    assert "--channel: a URL holds a user name or password" in said
+    assert "word@" not in said
     cli.ok("lock", path)
     assert "--find-links changes nothing" in cli.fails(
         2, "lock", "envstore.lock", "-o", "x.lock", "--find-links", str(index.find_links)
