@@ -88,9 +88,9 @@ def unpacking(archive: str) -> Iterator[None]:
     except OSError as error:
         message = f"cannot unpack {archive}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(message, hint="free space, or set TMPDIR") from error
+            raise NoSpaceError(message, hint="free space, or set ENVSTORE_CACHE_DIR") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise AccessDeniedError(message, hint="check permissions, or set TMPDIR") from error
+            raise AccessDeniedError(message, hint="check permissions") from error
         raise EnvstoreError(message) from error
 
 
