@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.channel.conda import Channel
 from tests.channel.pypi import Index
 from tests.commands import Cli
+from tests.s3server import S3Server
 
 
 def _run(prefix: Path, *command: str) -> str:
@@ -107,3 +108,27 @@ def test_what_is_no_specification_is_pushed_as_a_tree(cli: Cli) -> None:
     assert cli.json("push", "data", "data.txt")["kind"] == "dir"
     (cli.root / "requirements.txt").write_text("leaf\n")
     assert cli.json("push", "spec", "requirements.txt", "--kind", "dir")["kind"] == "dir"
+
+
+def test_packages_are_shared_over_s3(
+    cli: Cli, conda_channel: Channel, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """What one machine stored, another composes and mounts without fetching a package."""
+    cli.env |= s3_server.env
+    cli.env["ENVSTORE_URL"] = s3_server.url(s3_server.new_bucket(), "team")
+    cli.ok("init")
+    (cli.root / "environment.yml").write_text(
+        f"channels: ['{conda_channel.url}']\ndependencies: [python, hello-pkg, binprefix]\n"
+    )
+    first = cli.json("push", "tools", "environment.yml")
+    lock = cli.root / "from-the-store.lock"
+    lock.write_text(cli.ok("show", "tools", "--lock"))
+    other = {"ENVSTORE_CACHE_DIR": str(tmp_path / "another machine")}
+    done = cli("--json", "push", "again", lock, env=other)
+    second = done.json
+    assert (second["new_packages"], second["downloaded_bytes"]) == (0, 0)
+    assert second["manifest"] == first["manifest"]
+    with _mounted(cli, "again", tmp_path / "mount") as place:
+        assert _run(place, "hello") == f"hello 1.1 from {place} []\n"
+        assert _run(place, "bpshow").startswith(f"{place}\n")
+    assert cli.json("verify", "--read-data")["ok"] is True
