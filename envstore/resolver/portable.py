@@ -34,6 +34,8 @@ _PROGRAM = re.compile(rb"s?bin/[^/]+")
 _BEGINNINGS = (b"bin/", b"sbin/", b"conda-meta/", b"pyvenv.cfg")
 _TEXTS = (b"/direct_url.json", b"/kernel.json", b".pth", b".egg-link")
 _ENDINGS = (*_TEXTS, b".dist-info/RECORD")
+# Whoever names these means the system, not the environment.
+_EVERYBODYS = (b"/", b"/usr")
 _MOST_TEXT = 4 << 20
 _MOST_RESTORED = 2 << 30
 _MOST_NAMED = 3
@@ -64,7 +66,8 @@ class Portable:
         self._tree = tree
         root = os.fsencode(tree.root)
         # Installers differ in which of the two they write.
-        self._prefixes = tuple(dict.fromkeys((root, os.path.realpath(root))))
+        both = dict.fromkeys((root, os.path.realpath(root)))
+        self._prefixes = tuple(path for path in both if path not in _EVERYBODYS)
         name = blake2b(f"{ALGORITHM}\0{tree.identity}".encode(errors="surrogateescape"))
         self._memory = memory / f"{name.hexdigest()[:40]}.json"
         self._original: dict[bytes, SourceEntry] = {}

@@ -281,6 +281,16 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path) -> None:
     assert memory is None or "script" not in memory.read_text()
 
 
+def test_what_names_the_system_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/script").write_text("#!/usr/bin/env sh\n")
+    (tmp_path / "bin/link").symlink_to("/usr/bin/true")
+    tree = DirectorySource(tmp_path, kind="env", normalise=True)
+    entries = tree.scan()
+    monkeypatch.setattr(tree, "root", Path("/usr"))
+    assert Portable(tree, tmp_path / "memory").apply(entries) == entries
+
+
 # The transformations
 
 
