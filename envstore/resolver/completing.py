@@ -183,6 +183,7 @@ def _with_wheels(lock: Lock, means: Means) -> Lock:
         lock.request.pypi,
         lock.request.exclude_newer,
         means.interpreter if lock.local_python() is not None else None,
+        lock.conda(),
     )
     made = iter(make_wheels(waiting, builder, means.progress)[0])
     packages = [next(made) if package in waiting else package for package in lock.packages]

@@ -29,19 +29,24 @@ def names_in(paths: Sequence[str]) -> list[tuple[str, str]]:
     return sorted((name, version) for name, version in found)
 
 
-def names_at_hand(packages: Sequence[CondaPackage], known: Mapping[str, object]) -> Names:
-    """Return what the archives of ``packages`` hold that lie in a channel on this machine.
+def names_at_hand(
+    packages: Sequence[CondaPackage], known: Mapping[str, object], downloads: Path
+) -> Names:
+    """Return what the archives of ``packages`` hold that lie in ``downloads`` or a local channel.
 
     Those that ``known`` has are not looked at. Raises ``EnvstoreError`` for archives that cannot
     be read.
     """
     from rattler.package_streaming import PackageArchive
 
-    wanted = {
-        package.sha256: Path(unquote(urlsplit(package.url).path))
-        for package in packages
-        if package.url.startswith("file:") and package.sha256 not in known
-    }
+    wanted = {}
+    for package in packages:
+        suffix = ".conda" if package.filename.endswith(".conda") else ".tar.bz2"
+        path = downloads / f"{package.sha256}{suffix}"
+        if not path.is_file() and package.url.startswith("file:"):
+            path = Path(unquote(urlsplit(package.url).path))
+        if package.sha256 not in known and path.is_file():
+            wanted[package.sha256] = path
     if not wanted:
         return {}
 
@@ -52,9 +57,8 @@ def names_at_hand(packages: Sequence[CondaPackage], known: Mapping[str, object])
     async def read() -> Names:
         found: Names = {}
         for sha256, path in wanted.items():
-            if path.is_file():
-                paths = (await listed(path)).paths
-                found[sha256] = names_in([str(entry.relative_path) for entry in paths])
+            paths = (await listed(path)).paths
+            found[sha256] = names_in([str(entry.relative_path) for entry in paths])
         return found
 
     try:

@@ -20,6 +20,7 @@ from envstore.resolver.target import Target
 from envstore.resolver.uvtool import index_settings, run_uv
 
 if TYPE_CHECKING:
+    from packaging.requirements import Requirement
     from packaging.tags import Tag
 
 _NEED = re.compile(r"DEBUG Adding transitive dependency for ([^\s=]+)==(\S+): (.+)")
@@ -56,6 +57,8 @@ def solve(
     builds are kept below ``cache``. Raises ``UnsatisfiableError`` and whatever ``run_uv`` raises.
     """
     asked = requested(request)
+    for line in (*request.constraints, *request.overrides):
+        _parsed(line)
     arguments, environment = index_settings(request, exclude_newer)
     with tempfile.TemporaryDirectory(prefix="envstore-resolve-") as scratch:
         work = Path(scratch).resolve()
@@ -75,10 +78,8 @@ def solve(
                 command += ["--no-emit-package", name]
                 if sources:
                     command += ["--only-binary", name]
-        for item in request.only_binary:
-            command += ["--only-binary", item]
-        for item in sources:
-            command += ["--no-binary", item]
+        command += [f"--only-binary={item}" for item in request.only_binary]
+        command += [f"--no-binary={item}" for item in sources]
         _write(work / "requirements.in", request.requirements)
         for lines, option in ((constraints, "-c"), (request.overrides, "--overrides")):
             if lines:
@@ -104,15 +105,11 @@ def solve(
 
 def requested(request: PypiRequest) -> dict[str, Asked]:
     """Return what the requirements say, by normalised name. Raises ``UsageError``."""
-    from packaging.requirements import InvalidRequirement, Requirement
     from packaging.utils import canonicalize_name
 
     found: dict[str, Asked] = {}
     for line in request.requirements:
-        try:
-            parsed = Requirement(line)
-        except InvalidRequirement as error:
-            raise UsageError(f"{line!r} is no requirement: {clip(str(error))}") from error
+        parsed = _parsed(line)
         name = canonicalize_name(parsed.name)
         before = found.get(name, Asked())
         hashes = {
@@ -130,6 +127,18 @@ def requested(request: PypiRequest) -> dict[str, Asked]:
             before.direct or parsed.url or "",
         )
     return found
+
+
+def _parsed(line: str) -> Requirement:
+    """Return a requirement that uv will not take for an option or for several lines."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        if "\n" in line or "\r" in line:
+            raise InvalidRequirement("it is more than one line")
+        return Requirement(line)
+    except InvalidRequirement as error:
+        raise UsageError(f"{line!r} is no requirement: {clip(str(error))}") from error
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:

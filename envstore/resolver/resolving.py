@@ -180,14 +180,15 @@ def _wheels(
 ) -> tuple[PypiPackage, ...]:
     """Return the wheels that pip brings to Python ``version``, built where there are none."""
     from envstore.resolver.pypi import solve as solve_pypi
-    from envstore.resolver.sdists import Builder, make_wheels
+    from envstore.resolver.sdists import DOWNLOADS, Builder, make_wheels
     from envstore.resolver.stubs import python_names, read_names
 
     _refuse_other_pythons(conda)
     if conda:
         from envstore.resolver.provided import names_at_hand
 
-        known = {**names_at_hand(conda, known), **known}
+        downloads = around.cache / DOWNLOADS
+        known = {**names_at_hand(conda, known, downloads), **known}
     found = solve_pypi(
         request.pypi,
         around.target,

@@ -34,7 +34,9 @@ from envstore.resolver.uvtool import index_settings, run_uv
 BUILT = "built"
 """The directory below the cache where built wheels and their records are kept."""
 
-_DOWNLOADS = "downloads"
+DOWNLOADS = "downloads"
+"""The directory below the cache where archives are kept."""
+
 _EPOCH = "315532800"  # 1980, the first year that a zip archive knows
 _SETTINGS = {
     "SOURCE_DATE_EPOCH": _EPOCH,
@@ -283,7 +285,7 @@ def _fetch(package: PypiPackage, build: Build, work: Path, builder: Builder) -> 
     from envstore.resolver.packages.download import Archive, iter_archives
 
     archive = Archive(source.url, build.sha256, name=f"the source of {package.name}")
-    (fetched,) = iter_archives([archive], builder.cache / _DOWNLOADS)
+    (fetched,) = iter_archives([archive], builder.cache / DOWNLOADS)
     named = work / unquote(urlsplit(source.url).path.rpartition("/")[2])
     os.symlink(fetched.path.absolute(), named)
     return named
@@ -307,7 +309,11 @@ def _clone(source: _Source, work: Path) -> Path:
 
 
 def _git(arguments: Iterable[str], directory: Path, source: _Source) -> None:
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    environment = {
+        **os.environ,
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_ALLOW_PROTOCOL": "file:git:http:https:ssh",  # others run commands
+    }
     try:
         done = subprocess.run(
             ["git", *arguments],

@@ -132,17 +132,16 @@ def index_settings(request: PypiRequest, exclude_newer: str) -> tuple[list[str],
             variables[f"UV_INDEX_{name.upper()}_USERNAME"] = pair[0]
             variables[f"UV_INDEX_{name.upper()}_PASSWORD"] = pair[1]
             url = f"{name}={url}"
-        arguments += [option, url]
-    for place in request.find_links:
-        arguments += ["--find-links", place]
+        arguments.append(f"{option}={url}")
+    arguments += [f"--find-links={place}" for place in request.find_links]
     if request.no_index:
         arguments.append("--no-index")
     if request.index_strategy != "first-index":  # uv's default, unless the user's settings differ
-        arguments += ["--index-strategy", request.index_strategy]
+        arguments.append(f"--index-strategy={request.index_strategy}")
     if request.prerelease:
-        arguments += ["--prerelease", request.prerelease]
+        arguments.append(f"--prerelease={request.prerelease}")
     if exclude_newer:
-        arguments += ["--exclude-newer", exclude_newer]
+        arguments.append(f"--exclude-newer={exclude_newer}")
     return arguments, variables
 
 

@@ -143,6 +143,17 @@ def test_constraints_overrides_and_times(wheel_index: Index, cache: Path) -> Non
         assert (early["tool-pkg"].version, early["leaf"].version) == ("1.0", "1.0")
 
 
+@pytest.mark.parametrize("line", ["-r /etc/passwd", "leaf\n--no-index", "--index-url=x", ""])
+def test_nothing_but_requirements_reaches_uv(cache: Path, line: str) -> None:
+    for request in (
+        PypiRequest((line,)),
+        PypiRequest(("leaf",), constraints=(line,)),
+        PypiRequest(("leaf",), overrides=(line,)),
+    ):
+        with pytest.raises(UsageError, match="is no requirement"):
+            run(request, cache)
+
+
 def test_hashes_that_are_asked_for_are_kept_to(wheel_index: Index, cache: Path) -> None:
     place = links(wheel_index)
     sha256 = run(pip("leaf ==1.1", links=place), cache)["leaf"].sha256

@@ -190,6 +190,10 @@ def test_repositories_are_built_at_a_commit(tmp_path: Path) -> None:
     absent = f"git+{tree.as_uri()}@{'0' * 40}"
     with pytest.raises(UnavailableError, match="git cannot fetch"):
         make_wheel(source(tree, "from-source", absent), builder(tmp_path / "cache"))
+    command = f"git+ext::sh -c touch% {tmp_path}/made@{commit}"
+    with pytest.raises(UnavailableError, match="not allowed"):
+        make_wheel(source(tree, "from-source", command), builder(tmp_path / "cache"))
+    assert not (tmp_path / "made").exists()
     outside = f"{place}#subdirectory=../.."
     with pytest.raises(NotFoundError, match="no directory"):
         make_wheel(source(tree, "from-source", outside), builder(tmp_path / "cache"))

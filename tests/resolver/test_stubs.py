@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -123,17 +124,25 @@ def test_packages_on_this_machine_are_asked_themselves(tmp_path: Path, cache: Pa
     channel = build_channel(tmp_path / "channel", ["hello-pkg", "binprefix", "greeting"])
     target = make_target()
     found = solve(["hello-pkg", "binprefix"], [channel.url], target, cache=cache / "repodata")
-    names = names_at_hand(found, {})
+    downloads = tmp_path / "downloads"
+    names = names_at_hand(found, {}, downloads)
     by_name = {item.name: names[item.sha256] for item in found}
     assert [name.replace("_", "-") for name, _ in by_name["hello-pkg"]] == ["hello-pkg"]
     assert by_name["binprefix"] == []
     # Then binprefix, which depends on python, is known to be no distribution.
     assert [item.name for item in python_names(found, names)] == ["hello-pkg"]
-    assert names_at_hand(found, {item.sha256: [] for item in found}) == {}
+    assert names_at_hand(found, {item.sha256: [] for item in found}, downloads) == {}
+    # One from elsewhere may have been downloaded before.
+    hello = next(item for item in found if item.name == "hello-pkg")
+    downloads.mkdir()
+    path = channel.package("hello-pkg").path
+    (downloads / f"{hello.sha256}.conda").write_bytes(path.read_bytes())
+    remote = dataclasses.replace(hello, url=f"https://channels.example/noarch/{path.name}")
+    assert names_at_hand([remote], {}, downloads) == {hello.sha256: names[hello.sha256]}
 
 
-def test_packages_elsewhere_are_not_looked_for() -> None:
-    assert names_at_hand([package("gone", "1.0", "python")], {}) == {}
+def test_packages_elsewhere_are_not_looked_for(tmp_path: Path) -> None:
+    assert names_at_hand([package("gone", "1.0", "python")], {}, tmp_path) == {}
 
 
 def test_stubs_hold_a_name_and_a_version_alone(tmp_path: Path) -> None:
