@@ -10,7 +10,6 @@ from envstore.resolver.request import CondaRequest, Request
 from envstore.resolver.specs.context import Context
 from envstore.resolver.specs.files import (
     at,
-    attempt,
     file_url,
     located,
     parse_yaml,
@@ -91,9 +90,12 @@ def checked_spec(text: str, path: Path) -> str:
     from rattler.exceptions import InvalidMatchSpecError, InvalidPackageNameError
 
     refuse_secrets(text, str(path))
-    errors = (InvalidMatchSpecError, InvalidPackageNameError)
-    what = f"{text!r} is not a conda package specification"
-    return str(attempt(lambda: MatchSpec(text, strict=False), path, what, *errors))
+    try:
+        return str(MatchSpec(text, strict=False))
+    except (InvalidMatchSpecError, InvalidPackageNameError) as error:
+        reason = " ".join(str(error).split())
+        what = f"{text!r} is not a conda package specification: {reason}"
+        raise wrong(path, what) from error
 
 
 def _dependencies(
@@ -111,14 +113,9 @@ def _dependencies(
         if not isinstance(item, dict) or len(item) != 1:
             raise wrong(path, f"a dependency is neither a string nor one section: {str(item)[:80]}")
         key, below = next(iter(item.items()))
-        selector = _SELECTOR.fullmatch(key) if isinstance(key, str) else None
-        if selector:
-            if attempt(
-                lambda text=selector[1]: evaluate(text, context.platform),  # type: ignore[misc]
-                path,
-                f"{key!r} is no selector",
-                ValueError,
-            ):
+        holds = _holds(key, path, context.platform)
+        if holds is not None:
+            if holds:
                 _dependencies(below, path, context, specs, pip, depth + 1)
         elif key == "pip":
             _pip(below, path, context, pip)
@@ -130,17 +127,23 @@ def _pip(value: Any, path: Path, context: Context, pip: Reader) -> None:
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict) and len(item) == 1:
             key, below = next(iter(item.items()))
-            selector = _SELECTOR.fullmatch(str(key))
-            if selector and attempt(
-                lambda text=selector[1]: evaluate(text, context.platform),  # type: ignore[misc]
-                path,
-                f"{key!r} is no selector",
-                ValueError,
-            ):
+            holds = _holds(key, path, context.platform)
+            if holds:
                 _pip(below, path, context, pip)
-            if selector:
+            if holds is not None:
                 continue
         if item is not None and not isinstance(item, str):
             raise wrong(path, f"a line below pip is not a string: {str(item)[:80]}")
         for _, line in logical_lines(item or ""):
             pip.line(line, path)
+
+
+def _holds(key: object, path: Path, platform: str) -> bool | None:
+    """Return whether ``sel(...)`` holds, ``None`` for a key that is something else."""
+    selector = _SELECTOR.fullmatch(key) if isinstance(key, str) else None
+    if selector is None:
+        return None
+    try:
+        return evaluate(selector[1], platform)
+    except ValueError as error:
+        raise wrong(path, f"{key!r} is no selector: {error}") from error

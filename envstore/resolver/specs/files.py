@@ -10,12 +10,11 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from envstore.errors import EnvstoreError, NotFoundError, UsageError
+from envstore.errors import NotFoundError, UsageError
 from envstore.resolver.request import SourceFile
 from envstore.resolver.secrets import secret_in
 from envstore.resolver.specs.context import Context
@@ -240,16 +239,3 @@ def string(value: Any, path: Path, what: str) -> str:
     if not isinstance(value, str):
         raise wrong(path, f"{what} is not a string")
     return value
-
-
-def attempt(
-    make: Callable[[], Any], path: Path, what: str, *errors: type[Exception], line: int = 0
-) -> Any:
-    """Return what ``make`` returns; its ``errors`` become a ``UsageError`` with the place."""
-    try:
-        return make()
-    except EnvstoreError:
-        raise
-    except errors as error:
-        reason = " ".join(str(error).split())
-        raise wrong(path, f"{what}: {reason}", line=line) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from envstore.errors import UsageError
@@ -65,8 +65,8 @@ def _pypi(requests: Sequence[PypiRequest]) -> PypiRequest:
     )
 
 
-def _joined(groups: object) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(item for group in groups for item in group))  # type: ignore[attr-defined]
+def _joined(groups: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(item for group in groups for item in group))
 
 
 def _one(items: Sequence[_T], get: Callable[[_T], str], what: str) -> str:
