@@ -80,14 +80,15 @@ def _with_digests(lock: Lock, means: Means) -> Lock:
             wanted.append(Archive(package.url, package.sha256, package.size, label, md5))
     if not wanted:
         return lock
-    found = {
-        item.archive.url: item
-        for item in iter_archives(
-            wanted,
-            means.cache / ARCHIVES,
-            progress=lambda done, total: means.progress("download", done, total),
-        )
-    }
+    found = {}
+    for item in iter_archives(
+        wanted,
+        means.cache / ARCHIVES,
+        progress=lambda done, total: means.progress("download", done, total),
+    ):
+        # Of one digest one archive is fetched, whatever it is called.
+        same = (one.url for one in wanted if one.sha256 == item.sha256)
+        found.update(dict.fromkeys((item.archive.url, *same), item))
     packages = [_with_digest(package, found) for package in lock.packages]
     return replace(lock, packages=tuple(_described(packages, found) if bare else packages))
 
@@ -127,10 +128,11 @@ def _described(packages: Sequence[Package], found: Mapping[str, Fetched]) -> lis
 
 
 def _with_index(package: CondaPackage, index: IndexJson) -> CondaPackage:
-    name, version, build = index.name.normalized, str(index.version), str(index.build)
-    if (name, version, build) != (package.name.lower(), package.version, package.build):
+    # The version is compared where the archive is unpacked; rattler may spell it otherwise.
+    name, build = index.name.normalized, str(index.build)
+    if (name, build) != (package.name.lower(), package.build):
         raise CorruptError(
-            f"{package.filename} holds {name} {version} {build}",
+            f"{package.filename} holds {name} {index.version} {build}",
             hint="it was renamed or replaced: fetch it elsewhere",
         )
     noarch = "python" if index.noarch.python else "generic" if index.noarch.generic else ""

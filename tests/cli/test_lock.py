@@ -329,3 +329,17 @@ def test_a_lock_is_for_the_same_machine_wherever_it_is_made(
     assert "__cuda" not in lock.virtual
     cli.ok("lock", "environment.yml", "--upgrade", "--glibc", "2.28")
     assert load_lock(work / "envstore.lock").virtual["__glibc"] == "2.28"
+
+
+def test_a_wheel_that_was_built_goes_with_the_store(cli: Cli, work: Path, index: Index) -> None:
+    requirements(work, index, "from-source")
+    cli.ok("lock", "requirements.txt")
+    cli.ok("init")
+    other = work / "other"
+    elsewhere = ("--cache-dir", other / "cache")
+    said = cli.fails(1, "push", "analysis", "envstore.lock", *elsewhere)
+    assert "from-source-1.0 was built on another machine" in said
+    first = cli.json("push", "analysis", "envstore.lock")
+    second = cli.json("push", "again", "envstore.lock", *elsewhere)
+    assert first["manifest"] == second["manifest"]
+    assert second["downloaded_bytes"] == second["new_packages"] == 0

@@ -168,6 +168,19 @@ def test_an_archive_that_is_another_package_is_refused(
         complete(Lock("linux-64", (lying,)), means(tmp_path / "cache"))
 
 
+def test_one_archive_may_lie_at_two_places(conda_channel: Channel, tmp_path: Path) -> None:
+    there = conda_channel.package("settings")
+    copy = tmp_path / "mirror" / there.about.filename
+    copy.parent.mkdir()
+    copy.write_bytes(there.path.read_bytes())
+    known = {"url": copy.as_uri(), "sha256": there.sha256, "size": 0}
+    one = conda("settings", "1.0", there.about.build, **known)
+    two = replace(one, name="other", url=conda_channel.package_url("settings"))
+    with pytest.raises(CorruptError, match="holds settings"):
+        complete(Lock("linux-64", (one, two)), means(tmp_path / "cache"))
+    assert complete(Lock("linux-64", (one,)), means(tmp_path / "cache")).lock.conda()[0].noarch
+
+
 def test_a_digest_that_is_wrong_is_refused(conda_channel: Channel, tmp_path: Path) -> None:
     url = conda_channel.package_url("settings")
     lying = conda("settings", url=url, sha256="", md5="0" * 32, size=0)
