@@ -9,16 +9,25 @@ prefix they were built for keep it, and get a relocation.
 from __future__ import annotations
 
 import bz2
-import json
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 from envstore.resolver.lock import CondaPackage, PythonFacts
+from envstore.resolver.packages.conda_info import (
+    FILES,
+    HAS_PREFIX,
+    INDEX,
+    KINDS,
+    LINK,
+    PATHS,
+    Listed,
+    entry_point_lines,
+    listed_paths,
+    read_json,
+)
 from envstore.resolver.packages.entry_points import parse_conda
 from envstore.resolver.packages.extract import Found, PackageError, Tree, unpacking
 from envstore.resolver.packages.metadata import MAX_METADATA, distribution
@@ -28,27 +37,10 @@ from envstore.resolver.packages.zipreader import ZipError, ZipReader
 from envstore.store.relocation import PLACEHOLDER, Mode, link_relocation, plan
 from envstore.store.source import Kind
 
-_INDEX, _PATHS, _LINK = b"info/index.json", b"info/paths.json", b"info/link.json"
-_FILES, _HAS_PREFIX = b"info/files", b"info/has_prefix"
-_WANTED = (_INDEX, _PATHS, _LINK, _FILES, _HAS_PREFIX)
-_OLD_PLACEHOLDER = "/opt/anaconda1anaconda2anaconda3"
+_WANTED = (INDEX, PATHS, LINK, FILES, HAS_PREFIX)
 _READ = 1 << 20
 _LINK_SCRIPTS = ("pre-link", "post-link", "pre-unlink")
 _ACTIVATION = (b"etc/conda/activate.d/", b"etc/conda/deactivate.d/", b"etc/conda/env_vars.d/")
-
-
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    """A path that the package lists: ``kind`` is its ``path_type``; empty is what is not said."""
-
-    kind: str
-    sha256: str = ""
-    size: int = -1
-    placeholder: str = ""
-    mode: str = ""
-
-
-_KINDS = {"hardlink": Kind.FILE, "softlink": Kind.SYMLINK, "directory": Kind.DIRECTORY}
 
 
 def unpack_conda(
@@ -65,17 +57,17 @@ def unpack_conda(
     with unpacking(name):
         tree = Tree(into, os.path.getsize(archive))
         info = _extract(archive, tree)
-        index = _json(info, _INDEX)
+        index = read_json(info, INDEX)
         _check_identity(index, package)
         noarch = index.get("noarch") == "python"
-        listed = _listed(info, tree)
+        listed = listed_paths(info, tree)
         _verify(tree, listed)
         entry_points = []
         if noarch:
             if python is None:
                 raise ValueError("it is for any Python, and the environment has none")
             listed = _map(tree, listed, python)
-            entry_points = _entry_points(tree, _link(info), python)
+            entry_points = _entry_points(tree, entry_point_lines(info), python)
         tree.prune(path for path, one in listed.items() if one.kind == "directory")
         package_name = f"{package.name}-{package.version}"
         relocations = _relocations(tree, listed, entry_points, package_name)
@@ -180,20 +172,7 @@ def _keep(path: bytes, member: Member, stream: TarStream, info: dict[bytes, byte
     info[path] = b"".join(stream.pieces())
 
 
-# What the package says of itself.
-
-
-def _json(info: dict[bytes, bytes], path: bytes) -> dict[str, Any]:
-    name = path.decode()
-    if path not in info:
-        raise ValueError(f"it has no {name}")
-    try:
-        value = json.loads(info[path])
-    except (ValueError, RecursionError):
-        raise ValueError(f"{name} is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is not a JSON object")
-    return value
+# Laying it out.
 
 
 def _check_identity(index: dict[str, Any], package: CondaPackage) -> None:
@@ -209,71 +188,7 @@ def _check_identity(index: dict[str, Any], package: CondaPackage) -> None:
             )
 
 
-def _listed(info: dict[bytes, bytes], tree: Tree) -> dict[bytes, _Listed]:
-    """Return what is to be installed, by path."""
-    if _PATHS not in info:
-        return _listed_before_paths_json(info, tree)
-    entries = _json(info, _PATHS).get("paths")
-    if not isinstance(entries, list):
-        raise ValueError("info/paths.json has no paths")
-    listed: dict[bytes, _Listed] = {}
-    for entry in entries:
-        path, one = _entry(entry, tree)
-        if path in listed:
-            raise ValueError(f"info/paths.json lists {os.fsdecode(path)} twice")
-        listed[path] = one
-    return listed
-
-
-def _entry(entry: Any, tree: Tree) -> tuple[bytes, _Listed]:
-    """Return the path and the meaning of one entry of paths.json."""
-    if not isinstance(entry, dict):
-        raise ValueError("info/paths.json has an entry that is not an object")
-    names = ("_path", "path_type", "sha256", "prefix_placeholder", "file_mode")
-    texts = [entry.get(name) or "" for name in names]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("info/paths.json has an entry that is not valid")
-    name, kind, sha256, placeholder, mode = texts
-    size = entry.get("size_in_bytes")
-    size = -1 if size is None else size
-    if kind not in _KINDS or mode not in ("", "text", "binary") or not isinstance(size, int):
-        raise ValueError(f"info/paths.json says nothing valid of {name}")
-    return tree.path(name.encode()), _Listed(kind, sha256, size, placeholder, mode)
-
-
-def _listed_before_paths_json(info: dict[bytes, bytes], tree: Tree) -> dict[bytes, _Listed]:
-    """Return what old packages say in ``files`` and ``has_prefix``."""
-    if _FILES not in info:
-        raise ValueError("it has neither info/paths.json nor info/files")
-    prefixes = dict(_prefix_lines(info.get(_HAS_PREFIX, b"").decode("utf-8", "replace")))
-    listed = {}
-    for line in info[_FILES].decode("utf-8", "replace").splitlines():
-        if not line.strip():
-            continue
-        path = tree.path(line.encode())
-        there = tree.found.get(path)
-        kind = "softlink" if there and there.kind is Kind.SYMLINK else "hardlink"
-        placeholder, mode = prefixes.get(line, ("", ""))
-        listed[path] = _Listed(kind, placeholder=placeholder, mode=mode)
-    return listed
-
-
-def _prefix_lines(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield path, placeholder and mode of each line of ``has_prefix``."""
-    for line in text.splitlines():
-        try:
-            fields = [field.strip("\"'") for field in shlex.split(line, posix=False)]
-        except ValueError:
-            raise ValueError(f"info/has_prefix has a line that is not valid: {line}") from None
-        if len(fields) == 3:
-            yield fields[2], (fields[0], fields[1])
-        elif len(fields) == 1:
-            yield fields[0], (_OLD_PLACEHOLDER, "text")
-        elif fields:
-            raise ValueError(f"info/has_prefix has a line that is not valid: {line}")
-
-
-def _verify(tree: Tree, listed: dict[bytes, _Listed]) -> None:
+def _verify(tree: Tree, listed: dict[bytes, Listed]) -> None:
     """See that everything listed is there and as it should be; drop what is not listed."""
     for path, one in listed.items():
         name = os.fsdecode(path)
@@ -282,7 +197,7 @@ def _verify(tree: Tree, listed: dict[bytes, _Listed]) -> None:
         there = tree.found.get(path)
         if there is None:
             raise ValueError(f"{name} is listed, but not in it")
-        if there.kind is not _KINDS[one.kind]:
+        if there.kind is not KINDS[one.kind]:
             raise ValueError(f"{name} is not the {one.kind} that info/paths.json says")
         if there.kind is Kind.FILE:
             _verify_file(name, there, one)
@@ -291,17 +206,14 @@ def _verify(tree: Tree, listed: dict[bytes, _Listed]) -> None:
             tree.remove(path)
 
 
-def _verify_file(name: str, there: Found, one: _Listed) -> None:
+def _verify_file(name: str, there: Found, one: Listed) -> None:
     if one.size not in (-1, there.size):
         raise ValueError(f"{name} has {there.size} bytes instead of {one.size}")
     if one.sha256 and one.sha256.lower() != there.digest.hex():
         raise ValueError(f"{name} does not have the SHA-256 that info/paths.json says")
 
 
-# Laying it out.
-
-
-def _map(tree: Tree, listed: dict[bytes, _Listed], python: PythonFacts) -> dict[bytes, _Listed]:
+def _map(tree: Tree, listed: dict[bytes, Listed], python: PythonFacts) -> dict[bytes, Listed]:
     """Move what belongs to Python where this environment's interpreter has it."""
     homes = {b"site-packages/": os.fsencode(python.site_packages), b"python-scripts/": b"bin"}
     mapped = {}
@@ -318,17 +230,6 @@ def _map(tree: Tree, listed: dict[bytes, _Listed], python: PythonFacts) -> dict[
     return mapped
 
 
-def _link(info: dict[bytes, bytes]) -> list[str]:
-    """Return the lines of ``link.json`` that say entry points."""
-    if _LINK not in info:
-        return []
-    noarch = _json(info, _LINK).get("noarch")
-    lines = noarch.get("entry_points", []) if isinstance(noarch, dict) else []
-    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise ValueError("info/link.json has entry points that are not valid")
-    return lines
-
-
 def _entry_points(tree: Tree, lines: list[str], python: PythonFacts) -> list[bytes]:
     """Write the scripts of entry points, over files of the same name, and return their paths."""
     paths = {}
@@ -343,11 +244,11 @@ def _entry_points(tree: Tree, lines: list[str], python: PythonFacts) -> list[byt
 
 
 def _relocations(
-    tree: Tree, listed: dict[bytes, _Listed], scripts: list[bytes], package: str
+    tree: Tree, listed: dict[bytes, Listed], scripts: list[bytes], package: str
 ) -> dict[bytes, bytes]:
     """Return the encoded relocation of every file and link that has one."""
     relocations = {}
-    made = {path: _Listed("hardlink", placeholder=PLACEHOLDER.decode()) for path in scripts}
+    made = {path: Listed("hardlink", placeholder=PLACEHOLDER.decode()) for path in scripts}
     # Nobody says of links that they lead into the prefix; what the files say holds for them too.
     placeholders = {one.placeholder.encode() for one in listed.values()} - {b""}
     for path, one in (listed | made).items():
@@ -367,7 +268,7 @@ def _relocations(
 def _facts(
     tree: Tree,
     index: dict[str, Any],
-    listed: dict[bytes, _Listed],
+    listed: dict[bytes, Listed],
     scripts: list[bytes],
     relocations: dict[bytes, bytes],
 ) -> dict[str, Any]:
@@ -385,12 +286,12 @@ def _facts(
 
 
 def _path_facts(
-    tree: Tree, listed: dict[bytes, _Listed], scripts: list[bytes]
+    tree: Tree, listed: dict[bytes, Listed], scripts: list[bytes]
 ) -> Iterator[dict[str, Any]]:
     """Yield what ``conda-meta`` says of each path, sorted, without what is empty."""
     for path in sorted({*listed, *scripts}):
         there = tree.found[path]
-        one = listed.get(path, _Listed("hardlink"))
+        one = listed.get(path, Listed("hardlink"))
         kind = "unix_python_entry_point" if path in scripts else one.kind
         fact: dict[str, Any] = {"_path": path.decode(), "path_type": kind}
         if there.kind is Kind.FILE:
