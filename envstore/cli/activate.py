@@ -70,8 +70,7 @@ def activate(
 
     settings.export_cache()
     shell = shell or _asking_shell()
-    with settings.open(cached=False) as repository:
-        snapshot = repository.resolve(ref).hex()
+    snapshot = _snapshot(settings, ref)
     place = Path(os.path.abspath(mountpoint)) if mountpoint else place_of(ref, snapshot)
     if ":" in str(place):
         raise UsageError(
@@ -103,6 +102,17 @@ def activate(
     # As it is: a path need not be text.
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(hook))
+
+
+def _snapshot(settings: Settings, ref: str) -> str:
+    """Return the digest that ``ref`` stands for, in hex; a whole digest needs no store."""
+    from envstore.store.digest import parse_hex
+
+    whole = parse_hex(ref.removeprefix("@")) if ref.startswith("@") else None
+    if whole is not None:
+        return whole.hex()
+    with settings.open(cached=False) as repository:
+        return repository.resolve(ref).hex()
 
 
 def _facts(record: MountRecord, made: bool, shell: str, hook: str) -> dict[str, object]:

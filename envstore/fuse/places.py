@@ -27,9 +27,9 @@ def place_of(name: str, snapshot: str) -> Path:
         base = os.environ.get("XDG_DATA_HOME", "")
         if not os.path.isabs(base):  # to be ignored, says the standard
             base = os.path.expanduser("~/.local/share")
-    label = name.replace("/", "+").replace(":", "+").removeprefix("@")
-    label = label.removesuffix("+latest")
-    return Path(base) / "envstore" / "envs" / f"{label}-{snapshot[:12]}"
+    label = name.replace("/", "+").replace(":", "+").removesuffix("+latest")
+    label = "" if name.startswith("@") else f"{label}-"
+    return Path(base) / "envstore" / "envs" / f"{label}{snapshot[:12]}"
 
 
 def mount_or_join(request: MountRequest, snapshot: str) -> tuple[MountRecord, bool]:
