@@ -78,20 +78,26 @@ class Wishes:
 
         Raises ``UsageError``.
         """
-        # An interpreter that the lock leaves open comes from a channel.
-        channels = () if python_of(lock) is None else self.channels
+        python = python_of(lock)
+        # What another tool's lock leaves open is chosen: an interpreter, and wheels that fit.
+        own, bare = "envstore" in lock.tools, python is None
         for option, value in (
-            ("--channel", channels),
+            ("--channel", not bare and self.channels),
             ("--exclude-newer", self.exclude_newer),
             ("--index-url", self.default_index),
             ("--extra-index-url", self.indexes),
             ("--find-links", self.find_links),
+            ("--glibc", own and self.glibc),
+            ("--cuda", own and self.cuda),
+            ("--python", self.interpreter and not bare and lock.local_python() is None),
         ):
             if value:
                 raise UsageError(
                     f"{option} changes nothing: a lock is taken as it is",
                     hint="name the specification that it was made from instead",
                 )
+        if python is not None and self.python and not _is_version(python.version, self.python):
+            raise UsageError(f"this lock is for Python {python.version}, not {self.python}")
         if self.platform is not None and self.platform != lock.platform:
             raise UsageError(f"this lock is for {lock.platform}, not {self.platform}")
 
@@ -170,6 +176,11 @@ def make_lock(
         )
     means = Means(target, cache, wishes.channels, wishes.interpreter, warnings, progress)
     return complete(found, means)
+
+
+def _is_version(exact: str, wanted: str) -> bool:
+    """Whether ``exact`` (``3.11.7``) is a version that ``wanted`` (``3.11``) means."""
+    return f"{exact}.".startswith(f"{wanted}.")
 
 
 def _joined(first: Sequence[str], then: Sequence[str]) -> tuple[str, ...]:

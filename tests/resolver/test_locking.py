@@ -64,10 +64,17 @@ def test_wishes_that_change_nothing_of_a_lock_are_refused() -> None:
         Wishes(exclude_newer="2026-01-01T00:00:00Z"),
         Wishes(indexes=("https://a.example",)),
         Wishes(platform="linux-aarch64"),
+        Wishes(glibc="2.28"),
+        Wishes(cuda="none"),
+        Wishes(python="3.1"),
+        Wishes(python="3.12"),
+        Wishes(interpreter=Path("/usr/bin/python3")),
     ):
         with pytest.raises(UsageError):
             wishes.refuse_for(lock)
-    Wishes(platform="linux-64", glibc="2.28").refuse_for(lock)
+    Wishes(platform="linux-64", python="3.11").refuse_for(lock)
+    Wishes(python="3.11.7", glibc="2.28").refuse_for(replace(lock, tools={"uv": "1"}))
+    Wishes(interpreter=Path("/usr/bin/python3")).refuse_for(local_lock())
     # The interpreter that it leaves open comes from a channel.
     Wishes(channels=("mine",)).refuse_for(Lock("linux-64", (wheel("six"),)))
 
