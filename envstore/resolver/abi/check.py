@@ -46,8 +46,8 @@ from envstore.resolver.abi.search import Scope, Search, Tree
 from envstore.resolver.abi.symbols import Symbols
 
 _SYSROOT = re.compile(r"(^|/)(sysroot|stubs)/")
-_PROGRAM = re.compile(r"bin/python(3\.(\d+)t?)?")
-_LIBRARY = re.compile(r"lib/python3\.(\d+)t?/")
+_PROGRAM = re.compile(r"bin/python(3\.(?P<minor>\d+)t?)?")
+_LIBRARY = re.compile(r"lib/python3\.(?P<minor>\d+)t?/")
 
 
 def check(
@@ -97,6 +97,7 @@ class _Check:
         self._tree, self._target = tree, target
         self._packages, self._machine = packages, machine
         self._interpreter = find_interpreter(tree)
+        self._python = self._find_python()
         self._search = Search(tree, self._interpreter)
         self._foreign = {path for path, (_, facts) in tree.files.items() if not self._fits(facts)}
         self._scopes: dict[str, Scope] = {
@@ -143,15 +144,16 @@ class _Check:
     def _is_ours(self, path: str) -> bool:
         """Whether the environment's Python would load a file, going by the tag in its name."""
         tag = python_tag(path)
-        return tag is None or tag == self._python()
+        return tag is None or tag == self._python
 
-    def _python(self) -> str | None:
-        """Return the interpreter's ``311``."""
-        for pattern, group in ((_PROGRAM, 2), (_LIBRARY, 1)):
-            for path in ([self._interpreter] if self._interpreter else []) + list(self._tree.files):
+    def _find_python(self) -> str | None:
+        """Return the interpreter's ``311``, by its name or by where its library is."""
+        first = [self._interpreter] if self._interpreter else []
+        for pattern in (_PROGRAM, _LIBRARY):
+            for path in (*first, *self._tree.files):
                 match = pattern.match(path)
-                if match and match[group]:
-                    return f"3{match[group]}"
+                if match and match["minor"]:
+                    return f"3{match['minor']}"
         return None
 
     def _finding(

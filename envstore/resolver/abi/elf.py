@@ -40,6 +40,8 @@ _MAX_STRINGS = 256 << 20
 _MAX_NAMES = 512 << 20
 _MAX_NAME = 64 << 10
 _MAX_VERSION_ENTRIES = 65_536
+_MAX_NEEDED = 4096
+_MAX_FOLDERS = 512
 
 
 class MalformedError(Exception):
@@ -161,10 +163,14 @@ class _Reader:
         if _STRTAB not in tags or _STRSZ not in tags:
             raise MalformedError("no string table")
         self._strings = self._at(tags[_STRTAB], tags[_STRSZ], _MAX_STRINGS)
+        if len(needed) > _MAX_NEEDED:
+            raise MalformedError(f"{len(needed)} libraries needed")
         found.needed = [self._name(at) for at in needed]
         found.soname = self._named(tags, _SONAME)
         found.rpath = self._named(tags, _RPATH)
         found.runpath = self._named(tags, _RUNPATH)
+        if max(found.rpath.count(b":"), found.runpath.count(b":")) > _MAX_FOLDERS:
+            raise MalformedError("a path of too many directories")
         found.verneed = self._verneed(tags)
         found.verdef = self._verdef(tags)
         if _SYMTAB in tags:

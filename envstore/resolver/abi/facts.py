@@ -14,6 +14,8 @@ from envstore.errors import CorruptError, EnvstoreError
 from envstore.resolver.abi import elf
 from envstore.resolver.abi.names import PROMISED
 
+_MAX_SHIFT = 63
+
 VERSION = 1
 """Of the facts' meaning and form; what was stored under another one is to be made again."""
 
@@ -156,6 +158,8 @@ def _decode(data: bytes) -> list[int]:
         step |= (byte & 127) << shift
         if byte & 128:
             shift += 7
+            if shift > _MAX_SHIFT:
+                raise ValueError("a number without an end")
             continue
         number += step
         numbers.append(number)

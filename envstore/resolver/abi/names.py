@@ -191,6 +191,7 @@ _OTHERS = {
 }
 
 
+@functools.lru_cache(1 << 16)
 def stem_of(soname: str) -> str:
     """``libfoo`` of ``libfoo.so.1``; a name of another form is its own stem."""
     match = _STEM.match(soname)

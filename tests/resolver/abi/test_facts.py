@@ -101,6 +101,7 @@ def test_facts_survive_being_kept(library: Path) -> None:
         lambda value: value["files"].update(x={"machine": "y"}),
         lambda value: value["files"]["a"].update(undefined="no base 85 \x00"),
         lambda value: value["files"]["a"].update(undefined=base64.b85encode(b"\5").decode()),
+        lambda value: value["files"]["a"].update(undefined=base64.b85encode(b"\x80" * 99).decode()),
         lambda value: value["files"]["a"].update(verneed=["x"]),
         lambda value: value.update(version=99),
     ],
