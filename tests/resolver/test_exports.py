@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.pylock import Pylock
 
 from envstore.errors import UsageError
 from envstore.resolver.exports import FORMATS, export_lock
@@ -97,6 +98,7 @@ def test_uv_takes_pylock(lock: Lock, venv: Path, tmp_path: Path) -> None:
     path.write_bytes(export_lock(lock, "pylock"))
     assert planned(venv, "-r", str(path)) == {"leaf", "tool-pkg", "apart", "made"}
     content = tomllib.loads(path.read_text())
+    assert len(Pylock.from_dict(content).packages) == 4
     assert content["lock-version"] == "1.0"
     assert content["requires-python"] == f"=={MINOR}.*"
     leaf, tool, apart, made = content["packages"]
@@ -181,6 +183,7 @@ def test_a_git_source_is_named_by_its_commit() -> None:
     (package,) = tomllib.loads(export_lock(Lock("linux-64", (demo,)), "pylock").decode())[
         "packages"
     ]
+    Pylock.from_dict(tomllib.loads(export_lock(Lock("linux-64", (demo,)), "pylock").decode()))
     assert package["vcs"] == {
         "type": "git",
         "url": "https://code.example/demo.git",
