@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from envstore.errors import CorruptError, EnvstoreError, UsageError
 from envstore.resolver.channels import find_channels, make_client, with_channel
+from envstore.resolver.conflicts import UnsatisfiableError
 from envstore.resolver.lock import CondaPackage
 from envstore.resolver.rattler_call import call, checked, without_secrets
-from envstore.resolver.target import Target
+from envstore.resolver.target import Target, own_platform
 
 if TYPE_CHECKING:
     from rattler import Channel, GenericVirtualPackage, MatchSpec, RepoDataRecord
@@ -56,23 +57,29 @@ def solve(
     parsed = [_parsed(spec, sources) for spec in specs]
     limits = [_parsed(spec, sources) for spec in constraints]
     gateway = rattler.Gateway(cache_dir=cache, client=make_client())
-    strict = rattler.ChannelPriority.Strict
+    levels = rattler.ChannelPriority
+    level = levels.Strict if priority == "strict" else levels.Disabled
     cutoff = cutoff_time(exclude_newer)
     virtual = _virtual(target.virtual)
     locked = records_of(keep)
-    records = call(
-        lambda: rattler.solve(
-            sources,
-            parsed,
-            gateway=gateway,
-            platforms=[rattler.Subdir(target.platform), rattler.Subdir("noarch")],
-            locked_packages=locked,
-            virtual_packages=virtual,
-            channel_priority=strict if priority == "strict" else rattler.ChannelPriority.Disabled,
-            exclude_newer=cutoff,
-            constraints=limits,
+    try:
+        records = call(
+            lambda: rattler.solve(
+                sources,
+                parsed,
+                gateway=gateway,
+                platforms=[rattler.Subdir(target.platform), rattler.Subdir("noarch")],
+                locked_packages=locked,
+                virtual_packages=virtual,
+                channel_priority=level,
+                exclude_newer=cutoff,
+                constraints=limits,
+            )
         )
-    )
+    except UnsatisfiableError as error:
+        if target.platform == own_platform():
+            raise
+        raise UnsatisfiableError(f"{target.platform}: {error.message}", hint=error.hint) from error
     known = {package.url: package for package in keep}
     ordered = _ordered(records)
     return tuple(known.get(str(record.url)) or _package(record) for record in ordered)

@@ -38,7 +38,7 @@ _UV_PHRASES = (
 _UV_TARGET = re.compile(r"\{[^{}]*(?:python_full_version|sys_platform|platform_)[^{}]*\}")
 _PREAMBLE = "Cannot solve the request because of:"
 _HEADING = "The following packages are incompatible"
-_ANY = re.compile(r"^(\S+) \*(?=,|$| is| cannot)")
+_ANY = re.compile(r" \*(?=,|$| is| cannot)")
 
 
 class UnsatisfiableError(EnvstoreError):
@@ -122,7 +122,7 @@ def _statement(text: str) -> str:
         if pattern.match(text):
             text = pattern.sub(replacement, text)
             break
-    return _ANY.sub(r"\1", text)
+    return _ANY.sub("", text)
 
 
 def _chains(node: _Node) -> list[tuple[str, ...]]:

@@ -83,7 +83,7 @@ class Target:
     def wanting(self, virtual: Mapping[str, str]) -> Target:
         """Return the target with the virtual packages that a specification file asks for."""
         wanted = {
-            name: _valid(name, version)
+            name: _valid(name, version or "0")
             for name, version in virtual.items()
             if name not in self.chosen
         }

@@ -41,8 +41,11 @@ _NO_PYTHON = re.compile(
 )
 _LAST_LINES = 5
 _IGNORED = frozenset(
-    {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME", "PYTHONPATH", "RUST_LOG", "UV_PYTHON"}
-)
+    {
+        "CONDA_PREFIX", "PYTHONHOME", "PYTHONPATH", "RUST_LOG", "VIRTUAL_ENV",
+        "UV_PROJECT", "UV_PYTHON", "UV_SYSTEM_PYTHON", "UV_WORKING_DIR",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def test_wishes_of_a_specification_do_not_replace_what_was_said() -> None:
     target = make_target("linux-64", cuda="12.4").wanting({"__cuda": "11", "__glibc": "2.17"})
     assert target.virtual["__cuda"] == "12.4"
     assert target.virtual["__glibc"] == "2.17"
+    assert target.wanting({"__unix": ""}) == target
 
 
 def test_what_is_compiled_here_runs_where_the_c_library_is_as_new() -> None:
