@@ -23,13 +23,21 @@ def place_of(name: str, snapshot: str) -> Path:
     ref that moves leads elsewhere, so who uses the old snapshot is not disturbed.
     """
     base = os.environ.get("XDG_RUNTIME_DIR", "")
-    if not os.path.isabs(base) or not os.access(base, os.W_OK | os.X_OK):
+    if not os.path.isabs(base) or not _is_own(base):
         base = os.environ.get("XDG_DATA_HOME", "")
         if not os.path.isabs(base):  # to be ignored, says the standard
             base = os.path.expanduser("~/.local/share")
     label = name.replace("/", "+").replace(":", "+").removesuffix("+latest")
     label = "" if name.startswith("@") else f"{label}-"
     return Path(base) / "envstore" / "envs" / f"{label}{snapshot[:12]}"
+
+
+def _is_own(directory: str) -> bool:
+    """Whether a directory is this user's, and not left over from whoever became root here."""
+    try:
+        return os.stat(directory).st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def mount_or_join(request: MountRequest, snapshot: str) -> tuple[MountRecord, bool]:

@@ -108,9 +108,9 @@ def activated(activation: Activation, base: Mapping[str, str]) -> dict[str, str]
     ``EnvstoreError`` if one of them ends the shell.
     """
     found = {name: value for name, value in base.items() if name not in activation.unset}
-    found.update(activation.variables)
     if activation.programs:
         found["PATH"] = f"{activation.programs}:{base.get('PATH') or os.defpath}"
+    found.update(activation.variables)
     return _sourced(activation.enter, found, base) if activation.enter else found
 
 

@@ -93,8 +93,11 @@ def _bind(tree: Path, program: Path, lib: Path) -> None:
     """Bring the interpreter's own library if it has one, without debugging symbols."""
     bound = []
     if f"libpython{MINOR}" in _patchelf("--print-needed", program):
-        for path in Path(sysconfig.get_config_var("LIBDIR")).glob(f"libpython{MINOR}.so*"):
-            shutil.copy(path, tree / "lib", follow_symlinks=False)
+        # Who was moved after it was built may not know where its library is.
+        for folder in (Path(sys.base_prefix) / "lib", Path(sysconfig.get_config_var("LIBDIR"))):
+            for path in folder.glob(f"libpython{MINOR}.so*"):
+                if not (tree / "lib" / path.name).exists():
+                    shutil.copy(path, tree / "lib", follow_symlinks=False)
         bound = [program, *lib.rglob("*.so")]
     if shutil.which("strip"):
         unstripped = [program, *tree.glob("lib/lib*.so.*"), *lib.rglob("*.so")]
@@ -125,6 +128,8 @@ def _undebianise(lib: Path) -> None:
     text = _CUSTOMISE.format(site_packages=SITE_PACKAGES)
     (lib / "sitecustomize.py").write_text(text.lstrip())
     paths = lib / "sysconfig.py"
+    if not paths.exists():  # a package since 3.13
+        paths = lib / "sysconfig" / "__init__.py"
     text = paths.read_text()
     assert "prefix_scheme = 'posix_local'" in text
     paths.write_text(
