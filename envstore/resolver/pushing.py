@@ -64,7 +64,7 @@ class AbiError(EnvstoreError):
         first = findings[0]
         more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
         super().__init__(
-            f"{first.package}: {first.path}: {first.message}{more}",
+            f"{first.line}{more}",
             hint=f"{first.hint or 'change what it is made of'}; or push with --allow-abi-errors",
         )
         self.findings = tuple(findings)

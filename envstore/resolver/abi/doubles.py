@@ -68,12 +68,12 @@ def cuda_runtimes(
         )
         hint = f"take builds for CUDA {numbers(driver)[0]}, or say --cuda {major}.0 if "
         hint += "all machines have such a driver"
-        package = tree.package(path) if path else what
+        package = tree.package(path) if path else what.partition(" ")[0]
         yield Finding(ERROR, "CUDA_MISMATCH", path, package, what, message, "", hint)
     if len(found) > 1:
         low, high = min(found), max(found)
         path, what = found[high]
-        package = tree.package(path) if path else what
+        package = tree.package(path) if path else what.partition(" ")[0]
         message = f"runtimes of CUDA {low} ({found[low][1]}) and {high} ({what}) are there"
         hint = "what was built for one cannot use what the other made"
         yield Finding(WARNING, "CUDA_MISMATCH", path, package, what, message, "", hint)

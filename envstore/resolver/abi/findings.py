@@ -32,6 +32,11 @@ class Finding:
     hint: str = ""
     files: int = 1
 
+    @property
+    def line(self) -> str:
+        """What to tell in one line: whose file it is, which, and what is wrong with it."""
+        return ": ".join(part for part in (self.package, self.path, self.message) if part)
+
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON value."""
         return {name: getattr(self, name) for name in self.__slots__}

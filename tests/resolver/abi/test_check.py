@@ -202,11 +202,11 @@ def test_a_package_may_say_which_cuda_it_is_for() -> None:
     def found(driver: str) -> list[tuple[str, str]]:
         target = AbiTarget("linux-64", cuda=driver)
         return [
-            (finding.level, finding.subject)
+            (finding.level, finding.line.partition(": CUDA")[0])
             for finding in check(Tree({}), target, {"pytorch-cuda": "12.4", "numpy": "13.0"})
         ]
 
-    assert found("11.8") == [("error", "pytorch-cuda 12.4")]
+    assert found("11.8") == [("error", "pytorch-cuda: pytorch-cuda 12.4")]
     assert found("12.0") == []
 
 
