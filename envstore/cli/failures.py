@@ -19,6 +19,11 @@ from envstore.errors import EnvstoreError
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 _LOG_LIMIT = 1 << 20
+_EXTRAS = {
+    **dict.fromkeys(("packaging", "rattler", "uv", "yaml"), ("resolver", "reading and resolving")),
+    **dict.fromkeys(("pyfuse3", "trio"), ("fuse", "mounting")),
+}
+"""What needs more than the core, by the top-level module that is missing then."""
 
 
 def report(error: BaseException, settings: Settings) -> int:
@@ -35,6 +40,11 @@ def report(error: BaseException, settings: Settings) -> int:
         return _say(settings, "failed", _joined(error), None, error.exit_code)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return _say(settings, "interrupted", "interrupted", None, INTERRUPTED)
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in _EXTRAS:
+        module = str(error.name).partition(".")[0]
+        extra, what = _EXTRAS[module]
+        message = f"{what} needs the Python module {module}, which is not installed"
+        return _say(settings, "failed", message, f"pip install 'envstore[{extra}]'", 1)
     return _report_bug(error, settings)
 
 

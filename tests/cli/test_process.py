@@ -266,3 +266,21 @@ def test_what_fails_in_the_wake_of_an_interrupt_is_the_interrupt(
     monkeypatch.setattr(entry, "_run", interrupted)
     assert entry.main(["ls"]) == 130
     assert capsys.readouterr().err == "envstore: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("requirements.txt", "packaging"), ("environment.yml", "yaml")],
+)
+def test_what_an_extra_is_needed_for_is_said(cli: Cli, name: str, module: str) -> None:
+    cli.ok("init")
+    (cli.root / name).write_text("channels: [x]\ndependencies: []\n" if "yml" in name else "leaf\n")
+    without = f"import sys; sys.modules[{module!r}] = None\n"
+    without += "from envstore.cli.main import main; sys.exit(main(['push', 'x', sys.argv[1]]))"
+    done = subprocess.run(
+        [sys.executable, "-c", without, cli.root / name],
+        env=cli.env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"needs the Python module {module}, which is not installed" in done.stderr
+    assert "pip install 'envstore[resolver]'" in done.stderr
