@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envstore.errors import UsageError
 from envstore.resolver.conflicts import UnsatisfiableError
+from envstore.resolver.lock import LocalPython
 from envstore.resolver.target import Target, own_platform
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
+
+
+_log = logging.getLogger(__name__)
 
 
 def conda_python(requires: str) -> str:
@@ -44,6 +53,28 @@ def check_local(program: Path, version: str, requires: str, target: Target) -> N
             f"{program} is Python {version}, and python{requires} is asked for",
             hint="--python PROGRAM names another, --channel NAME takes one from conda",
         )
+
+
+def described(program: Path, directory: Path) -> LocalPython:
+    """Return what the interpreter ``program`` is as a package, kept below ``directory``.
+
+    Found there as long as none of its files changed. Raises as ``describe_interpreter``.
+    """
+    from envstore.resolver.packages.interpreter import describe_interpreter, fingerprint
+
+    path = directory / f"{fingerprint(program)}.json"
+    try:
+        return LocalPython(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError) as error:
+        _log.warning("what is kept of an interpreter, %s, cannot be read: %s", path, error)
+    found = describe_interpreter(program)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
+        json.dump(asdict(found), file)
+    os.replace(file.name, path)
+    return found
 
 
 def _specifiers(text: str) -> SpecifierSet:

@@ -16,7 +16,7 @@ from envstore.errors import AccessDeniedError, NotFoundError, UnavailableError, 
 from envstore.resolver.compiler import base_interpreter
 from envstore.resolver.conda import cutoff_time
 from envstore.resolver.conda import solve as solve_conda
-from envstore.resolver.interpreters import check_local, conda_python
+from envstore.resolver.interpreters import check_local, conda_python, described
 from envstore.resolver.lock import (
     CondaPackage,
     Lock,
@@ -106,12 +106,10 @@ def resolve(
     if conda is not None:
         facts = python_of(locked(conda))
         return locked([*conda, *wheels(facts.version if facts else "", conda)])
-    from envstore.resolver.packages.interpreter import describe_interpreter
-
-    # Describing an interpreter takes about as long as uv does, and the version is known before.
+    # Describing an interpreter may take as long as uv does, and the version is known before.
     program = python or base_interpreter()
     with ThreadPoolExecutor(1) as pool:
-        describing = pool.submit(describe_interpreter, program)
+        describing = pool.submit(described, program, cache / "interpreters")
         version = describing.result().version if python else platform.python_version()
         check_local(program, version, request.python, target)
         found = wheels(version, ())
