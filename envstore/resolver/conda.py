@@ -28,6 +28,8 @@ _PLAIN = _DROPPED | frozenset(
     }
 )  # fmt: skip
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LAST_SECOND = 253_402_300_799
+"""The end of the year 9999, in seconds since 1970."""
 
 
 def solve(
@@ -45,11 +47,12 @@ def solve(
     """Return the packages that ``specs`` need on ``target``, in the order of installation.
 
     ``channels`` are as in ``CondaRequest``, the first having most to say. ``keep`` are packages
-    that stay as they are if that is possible; ``constraints`` hold for packages that come in
-    anyway. ``exclude_newer`` (RFC 3339) leaves out what was published later, and what does not say
-    when it was. Repodata is kept below ``cache``. Raises ``UnsatisfiableError``, ``UsageError``
-    for a malformed spec or channel, ``NotFoundError``, ``UnavailableError`` and
-    ``AccessDeniedError`` for channels, ``CorruptError`` for what they say.
+    that stay as they are if that is possible, which it is not for those of other channels;
+    ``constraints`` hold for packages that come in anyway. ``exclude_newer`` (RFC 3339) leaves out
+    what was published later, and what does not say when it was. Repodata is kept below ``cache``.
+    Raises ``UnsatisfiableError``, ``UsageError`` for a malformed spec or channel,
+    ``NotFoundError``, ``UnavailableError`` and ``AccessDeniedError`` for channels,
+    ``CorruptError`` for what they say.
     """
     import rattler
 
@@ -61,7 +64,7 @@ def solve(
     level = levels.Strict if priority == "strict" else levels.Disabled
     cutoff = cutoff_time(exclude_newer)
     virtual = _virtual(target.virtual)
-    locked = records_of(keep)
+    locked = records_of(_still_offered(keep, sources, cutoff))
     try:
         records = call(
             lambda: rattler.solve(
@@ -83,6 +86,31 @@ def solve(
     known = {package.url: package for package in keep}
     ordered = _ordered(records)
     return tuple(known.get(str(record.url)) or _package(record) for record in ordered)
+
+
+def _still_offered(
+    packages: Iterable[CondaPackage], sources: Sequence[Channel], cutoff: datetime.datetime | None
+) -> list[CondaPackage]:
+    """Return those of ``packages`` that are of these channels and not too new.
+
+    rattler takes what is locked from wherever it came, and whenever.
+    """
+    bases = tuple(f"{channel.base_url.rstrip('/')}/" for channel in sources)
+    found = []
+    for package in packages:
+        offered = package.url.startswith(bases) or f"{package.channel.rstrip('/')}/" in bases
+        if offered and (cutoff is None or 0 < _published(package) <= cutoff.timestamp()):
+            found.append(package)
+    return found
+
+
+def _published(package: CondaPackage) -> float:
+    """Return when a package was published, in seconds since 1970; 0 if it does not say."""
+    stamp = package.extra.get("timestamp")
+    if not isinstance(stamp, int | float):
+        return 0
+    # Repodata has milliseconds, and in its early days seconds.
+    return stamp / 1000 if stamp > _LAST_SECOND else stamp
 
 
 def cutoff_time(text: str) -> datetime.datetime | None:

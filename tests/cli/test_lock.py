@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import sys
 from dataclasses import replace
@@ -343,3 +344,16 @@ def test_a_wheel_that_was_built_goes_with_the_store(cli: Cli, work: Path, index:
     second = cli.json("push", "again", "envstore.lock", *elsewhere)
     assert first["manifest"] == second["manifest"]
     assert second["downloaded_bytes"] == second["new_packages"] == 0
+
+
+def test_nothing_stays_from_a_channel_that_is_not_named_any_more(
+    cli: Cli, work: Path, conda_channel: Channel
+) -> None:
+    environment(work, conda_channel, "greeting ==1.0")
+    cli.ok("lock", "environment.yml")
+    moved = work / "moved"
+    shutil.copytree(conda_channel.path, moved)
+    environment(work, replace(conda_channel, path=moved), "greeting")
+    cli.ok("lock", "environment.yml")
+    (package,) = load_lock(work / "envstore.lock").conda()
+    assert package.url.startswith(moved.as_uri())

@@ -156,6 +156,26 @@ def test_what_is_newer_than_a_moment_is_left_out(tmp_path: Path, cache: Path) ->
         run([url], "lib", cache=cache, exclude_newer="yesterday")
 
 
+def test_locked_packages_stay_only_where_they_are_offered(tmp_path: Path, cache: Path) -> None:
+    abouts = [
+        About("lib", f"{number}.0", timestamp=JANUARY + number * MONTH, **GENERIC)
+        for number in (1, 2, 3)
+    ]
+    url = listed(tmp_path / "channel", *abouts)
+    other = listed(tmp_path / "other", *abouts)
+    keep = list(run([url], "lib ==2.0", cache=cache).values())
+    assert run([url], "lib", cache=cache, keep=keep)["lib"] == keep[0]
+    moved = run([other], "lib", cache=cache, keep=keep)["lib"]
+    assert (moved.version, moved.channel.rstrip("/")) == ("3.0", other)
+    earlier = run([url], "lib", cache=cache, keep=keep, exclude_newer="2025-02-20")["lib"]
+    assert earlier.version == "1.0"
+    later = run([url], "lib", cache=cache, keep=keep, exclude_newer="2026-01-01")["lib"]
+    assert later == keep[0]
+    nameless = [dataclasses.replace(keep[0], extra={"timestamp": "then"})]
+    later = run([url], "lib", cache=cache, keep=nameless, exclude_newer="2026-01-01")["lib"]
+    assert later.version == "3.0"
+
+
 def test_locked_packages_stay_unless_they_are_in_the_way(tmp_path: Path, cache: Path) -> None:
     abouts = [About("lib", f"{number}.0", **GENERIC) for number in (1, 2)]
     abouts.append(About("tool", "1.0", depends=("lib",), **GENERIC))
