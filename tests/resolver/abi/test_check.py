@@ -12,6 +12,7 @@ import pytest
 from envstore.errors import UsageError
 from envstore.resolver.abi.check import check, glibc_floor
 from envstore.resolver.abi.facts import ElfFacts
+from envstore.resolver.abi.findings import Finding
 from envstore.resolver.abi.host import AbiTarget, gcc_promised, glibc_of
 from envstore.resolver.abi.machine import MachineLibraries
 from envstore.resolver.abi.names import glibc_symbols, is_run_time, providers
@@ -290,3 +291,11 @@ def test_links_that_lead_nowhere_are_followed_no_further() -> None:
     assert tree.real("dir/lib//./x") == "lib/x"
     assert Tree({}, {"l": "/envstore-prefix-" + "0" * 32 + "/lib"}).real("l/x") == "lib/x"
     assert Tree({}, {"l": "/b/_h_env_placehold_placehold/lib"}).real("l/x") == "lib/x"
+
+
+def test_the_document_has_every_code() -> None:
+    root = Path(__file__).parents[3]
+    documented = set(re.findall(r"^\| `([A-Z_]+)` \|", (root / "docs/check.md").read_text(), re.M))
+    source = "".join(path.read_text() for path in (root / "envstore/resolver/abi").glob("*.py"))
+    assert documented == set(re.findall(r"[A-Z]+_[A-Z_]+", Finding.__doc__ or ""))
+    assert all(f'"{code}"' in source for code in documented)
