@@ -27,6 +27,8 @@ from envstore.resolver.lock import (
 from envstore.resolver.request import Request
 from envstore.resolver.target import Target
 
+_FREE_THREADED = re.compile(r"python3\.\d+t(/|$)")
+
 DEFAULT_CHANNELS = ("conda-forge",)
 """Where conda packages come from if nobody says."""
 
@@ -113,7 +115,13 @@ def resolve(
         version = describing.result().version if python else platform.python_version()
         check_local(program, version, request.python, target)
         found = wheels(version, ())
-        return locked([describing.result(), *found])
+        local = describing.result()
+    if found and _FREE_THREADED.search(local.site_packages):
+        raise UsageError(
+            f"wheels are chosen for the usual CPython, and {program} is free-threaded",
+            hint="--python names another interpreter",
+        )
+    return locked([local, *found])
 
 
 def _tools(packages: Sequence[Package]) -> dict[str, str]:

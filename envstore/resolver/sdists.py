@@ -7,6 +7,7 @@ for each source and interpreter, a record of the wheel that it became.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +39,8 @@ BUILT = "built"
 DOWNLOADS = "downloads"
 """The directory below the cache where archives are kept."""
 
+_WORK = "making-"
+_ABANDONED = 2 * 86_400  # seconds
 _EPOCH = "315532800"  # 1980, the first year that a zip archive knows
 _SETTINGS = {
     "SOURCE_DATE_EPOCH": _EPOCH,
@@ -229,7 +233,8 @@ def _build(package: PypiPackage, build: Build, builder: Builder) -> _Known:
     """Build a wheel and put it into the cache."""
     place = builder.cache / BUILT
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="making-", dir=place) as name:
+    _sweep(place)
+    with tempfile.TemporaryDirectory(prefix=_WORK, dir=place) as name:
         work = Path(name)
         source = _fetch(package, build, work, builder)
         arguments, environment = index_settings(builder.pypi, builder.exclude_newer)
@@ -260,6 +265,14 @@ def _build(package: PypiPackage, build: Build, builder: Builder) -> _Known:
             backend = match[1]
     made = Build(build.source, build.sha256, backend or build.backend, tuple(sorted(tools)))
     return wheel.name, sha256, size, made
+
+
+def _sweep(place: Path) -> None:
+    """Remove what builds left that were killed."""
+    for path in place.glob(f"{_WORK}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _fetch(package: PypiPackage, build: Build, work: Path, builder: Builder) -> Path:

@@ -17,7 +17,7 @@ def _no_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     home = tmp_path_factory.mktemp("resolver-home")
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith(("UV_", "PIP_", "CONDA_", "RATTLER_", "NETRC")):
+            if name.startswith(("UV_", "CONDA_", "RATTLER_", "NETRC")):
                 patch.delenv(name)
         patch.setenv("HOME", str(home))
         patch.setenv("XDG_CONFIG_HOME", str(home / "config"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from envstore.errors import EnvstoreError, UsageError
+from envstore.resolver import resolving
 from envstore.resolver.conflicts import UnsatisfiableError
 from envstore.resolver.lock import CondaPackage, LocalPython, Lock, PypiPackage
 from envstore.resolver.request import CondaRequest, PypiRequest, Request, SourceFile
@@ -217,6 +218,15 @@ def test_wheels_are_chosen_for_the_usual_python_only(
     )
     with pytest.raises(UsageError, match="0_cp313t"):
         run(request, cache)
+
+
+def test_a_free_threaded_interpreter_of_this_machine_is_refused(
+    wheel_index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = LocalPython(VERSION, "ab" * 32, "lib/python3.13t/site-packages")
+    monkeypatch.setattr(resolving, "described", lambda program, directory: found)
+    with pytest.raises(UsageError, match="free-threaded"):
+        run(Request(pypi=pip("leaf", links=links(wheel_index))), cache)
 
 
 def test_updating_one_package_leaves_the_others(

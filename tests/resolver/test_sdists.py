@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -90,6 +91,15 @@ def test_a_wheel_that_was_damaged_is_built_again(sdist: Path, tmp_path: Path) ->
     (record,) = (tmp_path / "cache/built").glob("*/cp*.json")
     record.write_text("{")
     assert make_wheel(source(sdist), builder(tmp_path / "cache"))[0] == made
+
+
+def test_what_killed_builds_left_is_removed_in_time(sdist: Path, tmp_path: Path) -> None:
+    place = tmp_path / "cache/built"
+    for name in ("making-old", "making-new"):
+        (place / name / "source").mkdir(parents=True)
+    os.utime(place / "making-old", (0, 0))
+    make_wheel(source(sdist), builder(tmp_path / "cache"))
+    assert [path.name for path in place.glob("making-*")] == ["making-new"]
 
 
 def test_the_same_source_gives_the_same_wheel_elsewhere(sdist: Path, tmp_path: Path) -> None:
