@@ -30,6 +30,7 @@ from envstore.resolver.interpreter import Interpreter
 from envstore.store.source import Kind, SourceEntry, stat_signature
 
 _CACHE = b"__pycache__"
+_TESTS = b"/tests/"
 _LONGEST_NAME = 255
 _LONGEST_PATH = 4095
 _LEVELS = ((0, b""), (1, b".opt-1"), (2, b".opt-2"))
@@ -58,7 +59,8 @@ def plan(
 
     Without an interpreter all bytecode is left out. The size of an entry that will be made is an
     estimate; its signature changes whenever its content may. With ``inner`` the directories
-    directly below ``base`` are trees of their own, not part of the names in the bytecode.
+    directly below ``base`` are packages, not part of the names in the bytecode, and of their test
+    suites only bytecode that is there is kept.
     """
     found = _sort_out(entries)
     kept, there, jobs = found.kept, found.bytecode, dict[bytes, Job]()
@@ -73,7 +75,8 @@ def plan(
             slash = path.rfind(b"/") + 1
             parent = path[:slash] + _CACHE
             stem = b"%b/%b.%b" % (parent, path[slash:-3], interpreter.tag.encode())
-            create = path.startswith(below)
+            # Compiling test suites would take as long as all else of a scientific environment.
+            create = path.startswith(below) and not (inner and _TESTS in path)
             for level, suffix in _LEVELS:
                 if level and not there:
                     break
