@@ -65,8 +65,7 @@ def conda_conflict(report: str) -> UnsatisfiableError:
 
 def uv_conflict(report: str) -> UnsatisfiableError:
     """Return the error for what uv says when there is no solution, a chain of sentences."""
-    _, found, reason = report.partition("cause:")
-    text, _, advice = (reason if found else report).partition("hint:")
+    text, _, advice = report.rpartition("cause:")[2].partition("hint:")
     text = " ".join(text.split()).strip().rstrip(".")
     for phrase in _UV_PHRASES:
         text = text.replace(phrase, "")

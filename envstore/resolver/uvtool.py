@@ -21,7 +21,7 @@ from envstore.errors import (
     UnavailableError,
     UsageError,
 )
-from envstore.resolver.conflicts import clip, uv_conflict
+from envstore.resolver.conflicts import UnsatisfiableError, clip, uv_conflict
 from envstore.resolver.rattler_call import without_secrets
 from envstore.resolver.request import PypiRequest
 
@@ -34,6 +34,7 @@ _WHERE = re.compile(
     r"(?:Failed to (?:fetch|download|query|read metadata)[^:]*: ?|url \()[`(]?([a-z]+://[^\s`)]+)"
 )
 _REFUSED = re.compile(r"An index URL \((\S+)\) could not be queried .*?\((401|403) ")
+_BUILT = re.compile(r"Failed to (?:build|download and build|prepare)[^`]*`([^`]+)`")
 _FRAME = re.compile(r"hint:|cause:|\[(stdout|stderr)\]$")
 _NO_PYTHON = re.compile(
     r"No interpreter found for Python (\S+) in"
@@ -82,11 +83,9 @@ def run_uv(
 ) -> Said:
     """Run uv in ``directory`` with ``arguments`` and ``environment`` beside this process's own.
 
-    ``what`` is built, for messages.
-
-    No project's settings are read unless they lie above ``directory``; the user's and the
-    machine's are. What a failed build said is kept in a file below ``logs``. Raises
-    ``UnsatisfiableError`` and other ``EnvstoreError``\\ s for what uv could not do.
+    ``what`` names what is built, for messages. No project's settings are read unless they lie
+    above ``directory``; the user's and the machine's are. What a failed build said is kept in a
+    file below ``logs``. Raises ``UnsatisfiableError`` and other errors for what uv could not do.
     """
     own = {key: value for key, value in os.environ.items() if key not in _IGNORED}
     command = [find_uv(), *arguments, "--no-progress", "--color", "never", "--verbose"]
@@ -167,8 +166,13 @@ def _failure(messages: Sequence[str], logs: Path, what: str) -> EnvstoreError:
     refused = _REFUSED.search(flat)
     if refused:
         return _refusal(refused[1], refused[2])
+    built = _BUILT.search(text)
     if "No solution found" in text:
-        return uv_conflict(text)
+        error = uv_conflict(text)
+        if built is None:
+            return error
+        message = f"{what or built[1]} cannot be built: {error.message}"
+        return UnsatisfiableError(message, hint=error.hint)
     missing = _NO_PYTHON.search(flat)
     if missing:
         wanted = next(group for group in missing.groups() if group)
@@ -223,7 +227,7 @@ def _build_failure(
         hint = f"log: {log}"
     except OSError as error:
         hint = f"its log could not be kept: {error.strerror}"
-    named = re.search(r"(?:Failed to (?:build|download and build|prepare)[^`]*)`([^`]+)`", text)
+    named = _BUILT.search(text)
     said = [line.strip() for line in messages[:first] if line.strip()]
     rest = (line.strip() for line in messages[first + 1 :])
     said += [line for line in rest if line and not _FRAME.match(line)]

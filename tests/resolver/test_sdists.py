@@ -13,6 +13,7 @@ import pytest
 
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnavailableError
 from envstore.resolver.conda import solve
+from envstore.resolver.conflicts import UnsatisfiableError
 from envstore.resolver.lock import Build, PypiPackage
 from envstore.resolver.request import PypiRequest
 from envstore.resolver.sdists import Builder, make_wheel, make_wheels
@@ -128,6 +129,16 @@ def test_a_failing_build_leaves_its_log(wheel_index: Index, tmp_path: Path) -> N
     assert "looking for the library" in log.read_text()
     assert not list((tmp_path / "cache/built").glob("*/*.json"))
     assert not list((tmp_path / "cache/built").glob("making-*"))
+
+
+def test_build_requirements_that_cannot_be_had(tmp_path: Path) -> None:
+    tree = tmp_path / "thing"
+    tree.mkdir()
+    (tree / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["no-such-backend"]\nbuild-backend = "no_such"\n'
+    )
+    with pytest.raises(UnsatisfiableError, match=r"^thing cannot be built: .*no-such-backend"):
+        make_wheel(source(tree), builder(tmp_path / "cache"))
 
 
 def test_a_source_with_another_digest_is_refused(sdist: Path, tmp_path: Path) -> None:
