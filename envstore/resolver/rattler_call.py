@@ -60,8 +60,8 @@ def call(start: Callable[[], Awaitable[_T]]) -> _T:
     """Run what ``start`` returns, in a loop of its own, and return its result.
 
     May be called from several threads at once, but not from a thread that already runs an
-    asyncio loop. ``start`` is called inside the loop. Raises ``EnvstoreError``\\ s for whatever
-    rattler raises.
+    asyncio loop. ``start`` is called inside the loop. What rattler raises becomes one of the
+    ``EnvstoreError`` family.
     """
 
     async def settle() -> _T:
