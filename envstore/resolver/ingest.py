@@ -209,32 +209,30 @@ def _unpack_all(
     for number, (_, package) in enumerate(batch):
         archive = None if isinstance(package, LocalPython) else archives[package.sha256]
         jobs.append((package, archive, root / str(number), python, intake.program))
-    total = sum(job[1].stat().st_size for job in jobs if job[1] is not None)
+    sizes = [archive.stat().st_size if archive else 0 for _, archive, *_ in jobs]
+    total, done = sum(sizes), 0
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
-    intake.progress("unpack", 0, len(jobs))
+    intake.progress("unpack", 0, total)
+    found = []
     if total < _WORTH_PROCESSES or workers < 2:
-        found = []
-        for number, job in enumerate(jobs):
+        for job, size in zip(jobs, sizes, strict=True):
             found.append(unpack(*job))
-            intake.progress("unpack", number + 1, len(jobs))
+            done += size
+            intake.progress("unpack", done, total)
         return found
-    # Largest first, so that no processor waits for the last one.
-    order = sorted(range(len(jobs)), key=lambda at: -_size(jobs[at][1]))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        # The interpreter and what is large first, so that no processor waits for the last one.
+        order = sorted(range(len(jobs)), key=lambda at: -(sizes[at] or 1 << 62))
         tasks = {at: pool.submit(unpack, *jobs[at]) for at in order}
         try:
-            found = []
-            for number in range(len(jobs)):
+            for number, size in enumerate(sizes):
                 found.append(tasks[number].result())
-                intake.progress("unpack", number + 1, len(jobs))
-            return found
+                done += size
+                intake.progress("unpack", done, total)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _size(archive: Path | None) -> int:
-    return archive.stat().st_size if archive is not None else 1 << 62
+    return found
 
 
 def unpack(

@@ -202,7 +202,7 @@ class _LockPush:
 
     def _look_up(self, keys: Sequence[str], bases: Sequence[bytes]) -> dict[str, StoredPackage]:
         """Return the packages that are stored, and learn where their chunks lie."""
-        self._progress("look", 0, len(keys))
+        self._progress("look", 0, 0)
         with ThreadPoolExecutor(1) as pool:
             learned = pool.submit(self._known.learn_snapshots, bases)
             found = load_packages(self._repository.objects, keys, self._warnings)
@@ -303,11 +303,10 @@ class _LockPush:
     ) -> list[Entry]:
         """Return the entries after the packages' post-link scripts have run, if there are any."""
         scripts = [
-            (package, path)
+            (package, script)
             for package, stored in zip(self._lock.packages, packages, strict=True)
             if isinstance(package, CondaPackage)
-            for path in stored.facts["link_scripts"]
-            if path.endswith("-post-link.sh")
+            and (script := f"bin/.{package.name}-post-link.sh") in stored.facts["link_scripts"]
         ]
         if not scripts:
             return entries
