@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.channel.interpreter import MINOR, NEXT_MINOR, SITE_PACKAGES, TAG, VERSION, stage_python
 from tests.channel.packing import JANUARY, MONTH, PLACEHOLDER, SHORT_PLACEHOLDER, About
@@ -26,8 +27,8 @@ from tests.channel.wheelhouse import (
 
 PYTHON = f"python >={MINOR},<{NEXT_MINOR}.0a0"
 PYTHON_ABI = f"python_abi {MINOR}.* *_{TAG}"
-PURE = {"subdir": "noarch", "noarch": "python", "build": "pyh0_0"}
-GENERIC = {"subdir": "noarch", "noarch": "generic"}
+PURE: dict[str, Any] = {"subdir": "noarch", "noarch": "python", "build": "pyh0_0"}
+GENERIC: dict[str, Any] = {"subdir": "noarch", "noarch": "generic"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,11 @@ def post_link_fails(tree: Path) -> None:
 
 def text(name: str, said: str) -> Callable[[Path], None]:
     """Return what fills a package with one text file."""
-    return lambda tree: write(tree, name, said) and None
+
+    def fill(tree: Path) -> None:
+        write(tree, name, said)
+
+    return fill
 
 
 def _of_wheel(name: str, *depends: str) -> Recipe:
