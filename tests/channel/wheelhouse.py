@@ -1,4 +1,8 @@
-"""Real wheels, of the versions and hashes in wheels.lock, fetched once and kept."""
+"""Real wheels, of the versions and hashes in wheels.lock, fetched once and kept.
+
+They are kept in ``~/.cache/envstore-tests``, or where ENVSTORE_TESTS_CACHE says; so are the conda
+packages that the tests' channel is made of.
+"""
 
 from __future__ import annotations
 
