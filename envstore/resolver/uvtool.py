@@ -229,8 +229,11 @@ def _build_failure(
         hint = f"its log could not be kept: {error.strerror}"
     named = _BUILT.search(text)
     said = [line.strip() for line in messages[:first] if line.strip()]
-    rest = (line.strip() for line in messages[first + 1 :])
-    said += [line for line in rest if line and not _FRAME.match(line)]
+    rest = [line.strip() for line in messages[first + 1 :] if line.strip()]
+    said += [line for line in rest if not _FRAME.match(line)]
+    causes = [line.removeprefix("cause: ") for line in rest if line.startswith("cause: ")]
+    if causes and "build backend returned an error" not in text:
+        said = causes  # no backend ran that could have said something
     last = " | ".join(said[-_LAST_LINES:])
     return EnvstoreError(
         f"{what or (named[1] if named else 'a package')} cannot be built: {clip(last)}", hint=hint

@@ -382,6 +382,16 @@ def test_files_are_fetched_like_anything_else(tmp_path: Path, there: Path) -> No
         fetch_archives([Archive((tmp_path / "gone.whl").as_uri(), "0" * 64)], there)
 
 
+@pytest.mark.timeout(60)
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, there: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.whl")
+    (tmp_path / "endless.whl").symlink_to("/dev/zero")
+    (tmp_path / "directory.whl").mkdir()
+    for name in ("pipe.whl", "endless.whl", "directory.whl"):
+        with pytest.raises(UsageError, match=f"{name} is not a regular file"):
+            fetch_archives([Archive((tmp_path / name).as_uri(), "0" * 64)], there)
+
+
 def test_buckets_are_fetched_from(
     s3_server: S3Server, there: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

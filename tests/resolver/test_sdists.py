@@ -141,6 +141,12 @@ def test_build_requirements_that_cannot_be_had(tmp_path: Path) -> None:
         make_wheel(source(tree), builder(tmp_path / "cache"))
 
 
+def test_what_is_no_project_is_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "thing").mkdir()
+    with pytest.raises(EnvstoreError, match=r"cannot be built: .*not appear to be a Python proj"):
+        make_wheel(source(tmp_path / "thing"), builder(tmp_path / "cache"))
+
+
 def test_a_source_with_another_digest_is_refused(sdist: Path, tmp_path: Path) -> None:
     asked = source(sdist)
     assert asked.build is not None

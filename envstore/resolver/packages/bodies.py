@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from typing import IO, Protocol
 from urllib.parse import unquote_to_bytes
 
@@ -93,7 +94,10 @@ def open_file(host: str, path: str, start: int) -> Body:
     try:
         if b"\0" in name:
             raise FileNotFoundError
-        return _FileBody(open(name, "rb", buffering=0), start)
+        # Opening a pipe would wait for somebody to write to it.
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise Failed(UsageError(f"{path} is not a regular file"), passing=False)
+        return _FileBody(open(os.fsdecode(name), "rb", buffering=0), start)
     except OSError as error:
         raise Failed(_file_error(path, error), passing=False) from error
 
