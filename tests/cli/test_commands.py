@@ -21,7 +21,7 @@ _PUSH = {
 }  # fmt: skip
 _SHOW = {
     "ref", "digest", "kind", "files", "logical_bytes", "created", "parents", "manifest", "message",
-    "attributes",
+    "attributes", "lock",
 }  # fmt: skip
 _DU = {"logical_bytes", "unique_bytes", "stored_bytes", "exclusive_bytes"}
 
