@@ -1,8 +1,8 @@
 """Environments of packages: pushing requirements beside installing them with uv.
 
-``python -m benchmarks environments``. Both read the same requirements and the same directory of
-wheels, which is filled once. uv's cache is warm, as its users know it; envstore's own caches are
-empty whenever it pushes for the first time.
+``python -m benchmarks environments``. Both read the same requirements and ask the same index on
+this machine, which is filled once. uv's cache is warm, as its users know it; envstore's own caches
+are empty whenever it pushes for the first time.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import socket
+import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -77,18 +82,19 @@ def main(arguments: Sequence[str], console: Console, say: Callable[[str], None])
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        rounds = _Rounds(scratch, wheels, uv, result)
-        rounds.warm()
-        result.absent |= interleave(
-            options.rounds,
-            {
-                UV: lambda: rounds.install(UV),
-                UV_COMPILED: lambda: rounds.install(UV_COMPILED, "--compile-bytecode"),
-                OURS: rounds.push,
-                "200 packages": rounds.many,
-            },
-            say,
-        )
+        with _serving(_index(scratch / "index", wheels)) as index:
+            rounds = _Rounds(scratch, index, uv, result)
+            rounds.warm()
+            result.absent |= interleave(
+                options.rounds,
+                {
+                    UV: lambda: rounds.install(UV),
+                    UV_COMPILED: lambda: rounds.install(UV_COMPILED, "--compile-bytecode"),
+                    OURS: rounds.push,
+                    "200 packages": rounds.many,
+                },
+                say,
+            )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     report.show(console, result)
@@ -98,10 +104,10 @@ def main(arguments: Sequence[str], console: Console, say: Callable[[str], None])
 class _Rounds:
     """One round of each; everything it makes lies below ``scratch``."""
 
-    def __init__(self, scratch: Path, wheels: Path, uv: Path, result: Result) -> None:
+    def __init__(self, scratch: Path, index: str, uv: Path, result: Result) -> None:
         self._scratch, self._uv, self._result = scratch, uv, result
         self._requirements = scratch / "requirements.txt"
-        lines = [f"--find-links {wheels}", "--no-index", *REQUIREMENTS]
+        lines = [f"--index-url {index}", *REQUIREMENTS]
         self._requirements.write_text("\n".join(lines) + "\n")
         self._older = scratch / "older.txt"
         self._older.write_text("\n".join([*lines, f"{CHANGED}=={OLDER}"]) + "\n")
@@ -195,6 +201,44 @@ def _wheels(work: Path, uv: Path, say: Callable[[str], None]) -> Path:
         run([*pip, "--no-deps", "--only-binary", ":all:", f"{CHANGED}=={OLDER}"])
         done.touch()
     return folder
+
+
+def _index(directory: Path, wheels: Path) -> Path:
+    """Make a simple index (PEP 503) of the wheels and return its directory."""
+    projects: dict[str, list[str]] = {}
+    for wheel in sorted(wheels.glob("*.whl")):
+        name = re.sub(r"[-_.]+", "-", wheel.name.partition("-")[0]).lower()
+        with wheel.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        link = f'<a href="../../files/{wheel.name}#sha256={sha256}">{wheel.name}</a>'
+        projects.setdefault(name, []).append(link)
+    for name, links in projects.items():
+        page = directory / "simple" / name / "index.html"
+        page.parent.mkdir(parents=True)
+        page.write_text("<!DOCTYPE html>\n" + "\n".join(links) + "\n")
+    (directory / "files").symlink_to(wheels)
+    return directory
+
+
+@contextmanager
+def _serving(directory: Path) -> Iterator[str]:
+    """Serve ``directory`` over HTTP from a process of its own; yields the index's URL."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    quiet = subprocess.DEVNULL
+    server = subprocess.Popen(command, cwd=directory, stdout=quiet, stderr=quiet)
+    try:
+        for _ in range(100):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        else:
+            raise BenchmarkError("the index does not answer")
+        yield f"http://127.0.0.1:{port}/simple/"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def _make_wheel(folder: Path, number: int) -> None:

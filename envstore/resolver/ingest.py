@@ -11,9 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 from envstore.errors import NotFoundError
@@ -21,6 +19,7 @@ from envstore.resolver.compiler import Compiler, base_interpreter
 from envstore.resolver.lock import CondaPackage, LocalPython, Package, PythonFacts
 from envstore.resolver.packages.source import PackagesSource
 from envstore.resolver.packages.unpacked import Unpacked
+from envstore.resolver.workers import worker_processes
 from envstore.store.filing import Progress, entries_of, scan, store_files
 from envstore.store.known import KnownChunks
 from envstore.store.manifest import Entry
@@ -220,18 +219,14 @@ def _unpack_all(
             done += size
             intake.progress("unpack", done, total)
         return found
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with worker_processes(workers) as pool:
         # The interpreter and what is large first, so that no processor waits for the last one.
         order = sorted(range(len(jobs)), key=lambda at: -(sizes[at] or 1 << 62))
         tasks = {at: pool.submit(unpack, *jobs[at]) for at in order}
-        try:
-            for number, size in enumerate(sizes):
-                found.append(tasks[number].result())
-                done += size
-                intake.progress("unpack", done, total)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for number, size in enumerate(sizes):
+            found.append(tasks[number].result())
+            done += size
+            intake.progress("unpack", done, total)
     return found
 
 
