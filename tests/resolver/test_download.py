@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -313,6 +314,25 @@ def test_two_processes_share_one_download(web: Web, there: Path) -> None:
     thread.join()
     assert found == [DATA]
     assert web.seen == []
+
+
+def test_what_another_process_removes_meanwhile_is_fetched_again(
+    web: Web, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = archive(web)
+    (path,) = fetch_archives([item], there).values()
+    real = hashlib.file_digest
+
+    def removed_meanwhile(file: Any, name: str) -> Any:
+        found = real(file, name)
+        path.unlink(missing_ok=True)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", removed_meanwhile)
+        (again,) = fetch_archives([item], there).values()
+    assert again.read_bytes() == DATA
+    assert len(web.seen) == 2
 
 
 def test_leftovers_go_after_a_week(web: Web, there: Path) -> None:

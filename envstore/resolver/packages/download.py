@@ -248,8 +248,8 @@ class _Fetcher(threading.Thread):
                 self._stopped,
                 resume=bool(archive.sha256),
             ) as partial:
-                if archive.sha256 and _verified(final, archive):
-                    size = final.stat().st_size
+                size = _verified(final, archive) if archive.sha256 else None
+                if size is not None:
                     self._tally.set(archive, size, size)
                     partial.restart()
                     return Fetched(archive, final, archive.sha256, size)
@@ -387,19 +387,20 @@ def _suffix(url: str) -> str:
     return next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
 
 
-def _verified(path: Path, archive: Archive) -> bool:
-    """Return whether an archive is there already, whole; a damaged one is removed."""
+def _verified(path: Path, archive: Archive) -> int | None:
+    """Return the size of an archive that is there already, whole; a damaged one is removed."""
     try:
         with open(path, "rb") as file:
             sound = hashlib.file_digest(file, "sha256").hexdigest() == archive.sha256
             size = os.fstat(file.fileno()).st_size
+        if sound and archive.size in (0, size):
+            os.utime(path)
+            return size
     except FileNotFoundError:
-        return False
-    if not sound or archive.size not in (0, size):
-        path.unlink(missing_ok=True)
-        return False
-    os.utime(path)
-    return True
+        # Another push may be done with it, and remove it, at any time.
+        return None
+    path.unlink(missing_ok=True)
+    return None
 
 
 def _wrong_size(archive: Archive, url: str, found: str) -> CorruptError:
