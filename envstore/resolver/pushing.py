@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from envstore.errors import EnvstoreError
+from envstore.errors import CorruptError, EnvstoreError
 from envstore.resolver import ingest, postlink
 from envstore.resolver.abi.check import check
 from envstore.resolver.abi.findings import ERROR, Finding
@@ -27,6 +27,7 @@ from envstore.resolver.libraries import target_of, tree_of, versions_of
 from envstore.resolver.lock import CondaPackage, Lock
 from envstore.resolver.lockfile import encode_lock
 from envstore.resolver.packages.generated import generate
+from envstore.resolver.packages.identity import is_of
 from envstore.resolver.packages.memory import MemorySource
 from envstore.resolver.target import own_platform
 from envstore.store.describing import store_manifest
@@ -167,6 +168,11 @@ class _LockPush:
             writer.adopt(orphans)
             self._complete(writer, keys, stored)
             packages = [stored[key] for key in keys]
+            for asked, package in zip(self._lock.packages, packages, strict=True):
+                if not is_of(package.facts, asked):
+                    raise CorruptError(
+                        f"the lock names the archive of another package for {ingest.label(asked)}"
+                    )
             composed = self._compose(packages)
             if check_abi:
                 self._check_abi(composed, packages)
@@ -208,8 +214,10 @@ class _LockPush:
             found = load_packages(self._repository.objects, keys, self._warnings)
             learned.result()
         stored = {}
-        for key, package in zip(keys, found, strict=True):
-            if package is not None:
+        for key, package, asked in zip(keys, found, self._lock.packages, strict=True):
+            if package is not None and not is_of(package.facts, asked):
+                self._warnings.append(f"a package is stored again: {key} is of another one")
+            elif package is not None:
                 stored[key] = package
                 package.learn(self._known.index)
         return stored

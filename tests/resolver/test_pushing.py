@@ -66,6 +66,35 @@ def test_the_same_lock_gives_the_same_manifest_anywhere(lock: Lock, tmp_path: Pa
     assert len(manifests) == 1
 
 
+def test_a_stored_package_under_the_key_of_another_is_stored_again(
+    store: Store, lock: Lock, tmp_path: Path
+) -> None:
+    first = push(store, lock, tmp_path / "machine")
+    keys = store.object_keys("packages/")
+    objects = store.repository.objects
+    everything = [objects.get(key) for key in keys]
+    for key, data in zip(keys, [*everything[1:], everything[0]], strict=True):
+        objects.put(key, data)
+    again = push(store, lock, tmp_path / "machine", "other")
+    assert again.new_packages == len(keys)
+    assert again.result.manifest == first.result.manifest
+    assert all("of another" in warning for warning in again.result.warnings[: len(keys)])
+
+
+@pytest.mark.parametrize("said", ["sha256", "version", "build"])
+def test_a_lock_that_lies_is_refused_whatever_is_stored(
+    store: Store, conda_channel: Channel, tmp_path: Path, said: str
+) -> None:
+    lock = listed_lock(conda_channel, "greeting", "settings")
+    push(store, lock, tmp_path / "machine")
+    true, other = lock.conda()
+    lie = {"sha256": {"sha256": other.sha256, "url": other.url, "size": other.size}}
+    package = dataclasses.replace(true, **lie.get(said, {said: "9"}))
+    for packages in ((package, other), (other, package), (package,)):
+        with pytest.raises(EnvstoreError, match=r"instead of|archive of another package"):
+            push(store, dataclasses.replace(lock, packages=packages), tmp_path / "machine", "lie")
+
+
 def test_stored_packages_are_not_fetched_again(store: Store, lock: Lock, tmp_path: Path) -> None:
     first = push(store, lock, tmp_path / "first")
     phases: list[str] = []

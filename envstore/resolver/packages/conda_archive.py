@@ -30,6 +30,7 @@ from envstore.resolver.packages.conda_info import (
 )
 from envstore.resolver.packages.entry_points import parse_conda
 from envstore.resolver.packages.extract import Found, PackageError, Tree, unpacking
+from envstore.resolver.packages.identity import differs
 from envstore.resolver.packages.metadata import MAX_METADATA, distribution
 from envstore.resolver.packages.tarstream import Member, TarStream, Type
 from envstore.resolver.packages.unpacked import Unpacked
@@ -176,16 +177,12 @@ def _keep(path: bytes, member: Member, stream: TarStream, info: dict[bytes, byte
 
 
 def _check_identity(index: dict[str, Any], package: CondaPackage) -> None:
-    for key, wanted in (
-        ("name", package.name),
-        ("version", package.version),
-        ("build", package.build),
-    ):
-        # What other tools' locks leave out cannot be compared.
-        if wanted and index.get(key) != wanted:
-            raise PackageError(
-                f"{package.filename} holds {key} {index.get(key)!r} instead of {wanted!r}"
-            )
+    key = differs(package, index)
+    if key:
+        raise PackageError(
+            f"{package.filename} holds {key} {index.get(key)!r} instead of "
+            f"{getattr(package, key)!r}"
+        )
 
 
 def _verify(tree: Tree, listed: dict[bytes, Listed]) -> None:

@@ -17,6 +17,7 @@ from envstore.resolver.lock import PypiPackage, PythonFacts
 from envstore.resolver.packages.entry_points import parse_groups, scripts
 from envstore.resolver.packages.extract import PackageError, Tree, unpacking
 from envstore.resolver.packages.generated import stdlib
+from envstore.resolver.packages.identity import is_called
 from envstore.resolver.packages.metadata import MAX_METADATA, first, headers
 from envstore.resolver.packages.records import Row, read_record, write_record
 from envstore.resolver.packages.unpacked import Unpacked
@@ -122,20 +123,12 @@ class _Wheel:
 
     def _check_identity(self, about: dict[str, list[str]]) -> None:
         """See that file name, directory, metadata and lock mean the same distribution."""
-        from packaging.utils import canonicalize_name
-        from packaging.version import InvalidVersion, Version
-
         stem_name, _, stem_version = self.stem.partition("-")
         for what, name, version in (
             ("METADATA", first(about, "name"), first(about, "version")),
             ("its .dist-info", stem_name, stem_version),
         ):
-            try:
-                # In names of directories, old tools wrote "_" for "-".
-                same = Version(version.replace("_", "-")) == Version(self.package.version)
-            except InvalidVersion:
-                same = version == self.package.version
-            if not same or canonicalize_name(name) != self.package.name:
+            if not is_called(self.package, name, version):
                 raise PackageError(
                     f"{self.package.filename}: {what} says {name} {version} "
                     f"instead of {self.package.name} {self.package.version}"
