@@ -228,8 +228,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     # What a symbolic link leads to is meant.
     real = os.path.realpath(path)
     try:
-        if os.path.exists(real) and not stat.S_ISREG(os.stat(real).st_mode):
-            with open(real, "wb") as device:
+        # Under its own name: what /dev/stdout leads to has none if it is a pipe.
+        if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "wb") as device:
                 device.write(data)
             return
         temporary = f"{real}.{secrets.token_hex(4)}.tmp"

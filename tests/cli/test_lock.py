@@ -171,6 +171,13 @@ def test_standard_output_gets_the_bytes_of_the_file(cli: Cli, work: Path, index:
     assert text == (work / "envstore.lock").read_text()
 
 
+def test_a_pipe_may_be_named_as_a_file(cli: Cli, work: Path, index: Index) -> None:
+    requirements(work, index, "leaf")
+    cli.ok("lock", "requirements.txt")
+    text = (work / "envstore.lock").read_text()
+    assert cli.ok("-q", "lock", "requirements.txt", "-o", "/dev/stdout") == text
+
+
 def test_other_formats_come_from_a_lock(
     cli: Cli, work: Path, index: Index, conda_channel: Channel
 ) -> None:
