@@ -1,7 +1,7 @@
 """Which interpreter makes an environment's bytecode: one of exactly the version that runs it.
 
 Bytecode is the same whichever build of a version made it, so any will do that runs here: the one
-this program runs on, the local one of a lock, or the environment's own, unpacked for the purpose.
+this program runs on, the one that is named, or the environment's own, unpacked for the purpose.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import sys
 from pathlib import Path
 
-from envstore.resolver.lock import CondaPackage, Lock, PythonFacts, python_of
+from envstore.resolver.lock import CondaPackage, LocalPython, Lock, PythonFacts, python_of
 from envstore.resolver.target import own_platform
 
 
@@ -23,24 +23,26 @@ def base_interpreter() -> Path:
 class Compiler:
     """Finds the interpreter for one lock.
 
-    ``python`` are the facts of the lock's interpreter, ``None`` if it has none. ``able`` says
-    whether bytecode can be made here; if not, ``trouble`` says why.
+    ``python`` are the facts of the lock's interpreter, ``None`` if it has none. ``program`` is what
+    makes the bytecode; without one it is the interpreter in ``package``. ``able`` says whether
+    bytecode can be made here; if not, ``trouble`` says why.
     """
 
     def __init__(self, lock: Lock, local: Path | None = None) -> None:
         self.python: PythonFacts | None = python_of(lock)
-        self.package: CondaPackage | None = None
+        self.package: CondaPackage | LocalPython | None = None
         self.program: Path | None = None
         self.able = True
         self.trouble = ""
         if self.python is None:
             return
-        if lock.local_python() is not None:
-            self.program = local or base_interpreter()
+        own = lock.local_python()
+        if own is not None and local is not None:
+            self.program = local
         elif platform.python_version() == self.python.version and _is_cpython():
             self.program = base_interpreter()
         elif lock.platform == own_platform():
-            self.package = next(item for item in lock.conda() if item.name == "python")
+            self.package = own or next(item for item in lock.conda() if item.name == "python")
         else:
             self.able = False
             self.trouble = (

@@ -126,7 +126,7 @@ def _program(
 ) -> Path | None:
     """Return the interpreter for the bytecode, unpacking the environment's own if need be."""
     own, python = compiler.package, compiler.python
-    if own is None or python is None:
+    if own is None or python is None or compiler.program is not None:
         return compiler.program
     for (_, package), found in zip(batch, unpacked, strict=True):
         if package == own:
@@ -250,7 +250,8 @@ def unpack(
             raise NotFoundError(
                 f"{program} is not the Python {package.version} that was locked, "
                 "and that one is not stored",
-                hint="push this lock from the machine it was made on once, or lock again",
+                hint="push this lock once where it was made, with the same --python if one was "
+                "named, or lock again with --upgrade",
             )
     elif isinstance(package, CondaPackage):
         from envstore.resolver.packages.conda_archive import unpack_conda

@@ -11,8 +11,9 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from envstore.resolver.abi.findings import ERROR, Finding
 from envstore.resolver.compiler import Compiler
 from envstore.resolver.compose import Composition, compose
 from envstore.resolver.libraries import target_of, tree_of, versions_of
-from envstore.resolver.lock import CondaPackage, Lock
+from envstore.resolver.lock import CondaPackage, LocalPython, Lock, Package
 from envstore.resolver.lockfile import encode_lock
 from envstore.resolver.packages.generated import generate
 from envstore.resolver.packages.identity import is_of
@@ -242,13 +243,36 @@ class _LockPush:
                 if not self._new:
                     self._known.learn_segments()
                 self._new.update(key for key, _ in missing)
-                stored |= ingest.ingest(intake, missing, self._compiler)
+                with self._interpreter(writer, packages, stored):
+                    stored |= ingest.ingest(intake, missing, self._compiler)
             chunks = (name for package in stored.values() for name in package.chunks())
             if self._known.forget_lost(chunks):
                 return
             for key, package in list(stored.items()):
                 if any(self._lost(name) for name in package.chunks()):
                     del stored[key]
+
+    @contextmanager
+    def _interpreter(
+        self,
+        writer: PackWriter,
+        packages: Mapping[str, Package],
+        stored: Mapping[str, StoredPackage],
+    ) -> Iterator[None]:
+        """Have a stored interpreter make the bytecode if no program here is of its version."""
+        own, python = self._compiler.package, self._compiler.python
+        found = [stored[key] for key in stored if isinstance(packages[key], LocalPython)]
+        if not isinstance(own, LocalPython) or python is None or not found:
+            yield
+            return
+        with self._scratch() as scratch:
+            entries = sorted(found[0].entries, key=lambda entry: sort_key(entry.path))
+            self._write_out(writer, entries, scratch / "python")
+            self._compiler.program = scratch / "python" / "bin" / f"python{python.minor}"
+            try:
+                yield
+            finally:
+                self._compiler.program = None
 
     def _lost(self, chunk: bytes) -> bool:
         return chunk != HOLE and self._known.index.find(chunk) is None
@@ -348,13 +372,10 @@ class _LockPush:
                 f"does not run on {platform}",
                 hint="push from such a machine, or with --no-scripts",
             )
-        root = store_manifest(self._repository, entries, self._known, writer)
-        copy = Snapshot("env", root.digest, root.files, root.logical, _now())
         self._progress("scripts", 0, 0)
-        self._places.downloads.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._places.downloads) as scratch:
-            prefix = Path(scratch) / "env"
-            pull(self._repository, save_snapshot(self._repository.objects, copy), prefix)
+        with self._scratch() as scratch:
+            prefix = scratch / "env"
+            self._write_out(writer, entries, prefix)
             before = DirectorySource(prefix, kind="env", normalise=True).scan()
             messages = postlink.run_scripts(prefix, scripts)
             source = postlink.ChangesSource(prefix, before)
@@ -363,6 +384,18 @@ class _LockPush:
         removed = [os.fsdecode(path) for path in source.removed]
         facts = {"messages": [*messages, *source.warnings], "removed": removed}
         return describe_package(changed, facts, self._known.index)
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        self._places.downloads.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._places.downloads) as name:
+            yield Path(name)
+
+    def _write_out(self, writer: PackWriter, entries: Sequence[Entry], prefix: Path) -> None:
+        """Write what is stored to ``prefix``, as a mount there has it."""
+        root = store_manifest(self._repository, entries, self._known, writer)
+        copy = Snapshot("env", root.digest, root.files, root.logical, _now())
+        pull(self._repository, save_snapshot(self._repository.objects, copy), prefix)
 
     def _attributes(self) -> dict[str, str]:
         found = {"composer": self._composer(), "platform": self._lock.platform}

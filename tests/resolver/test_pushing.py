@@ -11,11 +11,17 @@ from pathlib import Path
 import pytest
 
 from envstore.errors import EnvstoreError, NotFoundError
+from envstore.resolver import compiler
 from envstore.resolver.lock import Lock
 from envstore.resolver.postlink import ScriptError
 from envstore.resolver.pushing import AbiError
+from envstore.resolver.request import Request
+from envstore.resolver.resolving import resolve
+from envstore.resolver.target import make_target
 from tests.channel.conda import Channel
+from tests.channel.pypi import Index
 from tests.resolver.locks import conda_lock, listed_lock, push
+from tests.resolver.surroundings import pip
 from tests.stores import Store
 
 
@@ -63,6 +69,28 @@ def test_the_same_lock_gives_the_same_manifest_anywhere(lock: Lock, tmp_path: Pa
         with Store(tmp_path / name / "store") as store:
             done = push(store, lock, tmp_path / name / "machine")
             manifests.add(done.result.manifest)
+    assert len(manifests) == 1
+
+
+def test_an_interpreter_in_the_store_compiles_where_none_is_of_its_version(
+    wheel_index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = pip("leaf", links=(str(wheel_index.find_links),))
+    lock = resolve(Request(pypi=wheels), make_target(), cache=tmp_path / "solving")
+    bare = dataclasses.replace(lock, packages=lock.packages[:1])
+    manifests = set()
+    for name in ("here", "elsewhere"):
+        with Store(tmp_path / name / "store") as store:
+            push(store, bare, tmp_path / "machine", "bare")
+            if name == "elsewhere":
+                monkeypatch.setattr(compiler.platform, "python_version", lambda: "3.99.0")
+                monkeypatch.setattr(compiler, "base_interpreter", lambda: Path("/nothing"))
+            done = push(store, lock, tmp_path / name / "machine")
+            assert done.new_packages == 1
+            assert not any("bytecode" in warning for warning in done.result.warnings)
+            manifests.add(done.result.manifest)
+            assert store.verify().problems == []
+            assert list((tmp_path / name / "machine" / "archives").iterdir()) == []
     assert len(manifests) == 1
 
 
