@@ -54,9 +54,10 @@ def update(
     """Resolve again what REF was made from, and push that.
 
     The snapshot's lock says what was asked for. With PACKAGE only these may change for a reason
-    of their own; all others keep their versions where that is possible. Options replace what was
-    said when it was locked; an --exclude-newer that was given then still holds unless it is given
-    anew. Nothing is pushed if nothing changes.
+    of their own; all others keep their versions where that is possible. An interpreter of a
+    machine stays unless PACKAGE is python: then the one that runs envstore is taken. Options
+    replace what was said when it was locked; an --exclude-newer that was given then still holds
+    unless it is given anew. Nothing is pushed if nothing changes.
     """
     from envstore.resolver.lockfile import stored_lock
     from envstore.resolver.update import changes, resolve_again

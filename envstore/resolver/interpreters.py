@@ -48,11 +48,16 @@ def check_local(program: Path, version: str, requires: str, target: Target) -> N
             f"an interpreter of this machine does not run on {target.platform}",
             hint="name a conda channel that has one: --channel NAME",
         )
-    if not _specifiers(requires).contains(version, prereleases=True):
+    if not allows(requires, version):
         raise UnsatisfiableError(
             f"{program} is Python {version}, and python{requires} is asked for",
             hint="--python PROGRAM names another, --channel NAME takes one from conda",
         )
+
+
+def allows(requires: str, version: str) -> bool:
+    """Whether ``requires`` (PEP 440) allows ``version``. Raises ``UsageError``."""
+    return _specifiers(requires).contains(version, prereleases=True)
 
 
 def described(program: Path, directory: Path) -> LocalPython:

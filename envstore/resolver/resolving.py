@@ -16,9 +16,10 @@ from envstore.errors import AccessDeniedError, NotFoundError, UnavailableError, 
 from envstore.resolver.compiler import base_interpreter
 from envstore.resolver.conda import cutoff_time
 from envstore.resolver.conda import solve as solve_conda
-from envstore.resolver.interpreters import check_local, conda_python, described
+from envstore.resolver.interpreters import allows, check_local, conda_python, described
 from envstore.resolver.lock import (
     CondaPackage,
+    LocalPython,
     Lock,
     Package,
     PypiPackage,
@@ -65,8 +66,8 @@ def resolve(
     A request with conda specs gets its interpreter from conda. Any other gets it as
     ``python_from`` says: ``conda``, from a channel; ``local``, the program ``python`` or the one
     behind this process; ``auto``, the program if one is given, else a channel if the request names
-    channels and one of them can be reached, else this machine. Without channels nobody is asked
-    for conda packages.
+    channels and one of them can be reached, else the local one in ``keep`` if the request allows
+    it, else this machine. Without channels nobody is asked for conda packages.
 
     ``keep`` are packages of an earlier lock that stay as they are if that is possible. ``known``
     are the distributions in conda packages by their SHA-256, ``names`` is a file that says so by
@@ -108,6 +109,9 @@ def resolve(
     if conda is not None:
         facts = python_of(locked(conda))
         return locked([*conda, *wheels(facts.version if facts else "", conda)])
+    kept = _kept_python(request, around) if python is None and python_from == "auto" else None
+    if kept is not None:
+        return locked([kept, *wheels(kept.version, ())])
     # Describing an interpreter may take as long as uv does, and the version is known before.
     program = python or base_interpreter()
     with ThreadPoolExecutor(1) as pool:
@@ -131,6 +135,14 @@ def _tools(packages: Sequence[Package]) -> dict[str, str]:
         if any(isinstance(package, kind) for package in packages):
             tools[name] = importlib.metadata.version(name)
     return tools
+
+
+def _kept_python(request: Request, around: Surroundings) -> LocalPython | None:
+    """Return the local interpreter of an earlier lock, which need not be on this machine."""
+    for package in around.keep:
+        if isinstance(package, LocalPython) and allows(request.python, package.version):
+            return package
+    return None
 
 
 def _conda_part(

@@ -54,9 +54,10 @@ def resolve_again(
     """Return the complete lock that the request of ``lock`` gives now.
 
     With ``names`` only these packages may change for a reason of their own: all others keep their
-    versions as far as that is possible. ``wishes`` change the request. Raises ``UsageError`` for a
-    lock without a request, ``NotFoundError`` for a package it does not have, and what resolvers,
-    downloads and builds raise.
+    versions as far as that is possible. An interpreter of a machine changes only if it is among
+    them, for another machine's is no newer one. ``wishes`` change the request. Raises
+    ``UsageError`` for a lock without a request, ``NotFoundError`` for a package it does not have,
+    and what resolvers, downloads and builds raise.
     """
     request = lock.request
     if not request.conda.specs and not request.pypi.requirements:
@@ -65,14 +66,18 @@ def resolve_again(
             hint="it came from another tool: update it there, and push it again",
         )
     chosen = _chosen(lock, names)
-    keep = [item for item in lock.packages if (_kind(item), _name(item)) not in chosen]
+    keep = [
+        item
+        for item in lock.packages
+        if (names or isinstance(item, LocalPython)) and (_kind(item), _name(item)) not in chosen
+    ]
     return make_lock(
         wishes.change(request),
         wishes,
         cache,
         warnings,
         target=wishes.target_again(lock),
-        keep=keep if names else (),
+        keep=keep,
         progress=progress,
     )
 

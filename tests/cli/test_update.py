@@ -97,6 +97,20 @@ def test_nothing_newer_fits_what_stays(outdated: Cli, index: Index) -> None:
     assert said == "nothing newer of leaf fits what old is made from and what stays\n"
 
 
+def test_an_interpreter_stays_unless_it_is_named(outdated: Cli, index: Index) -> None:
+    write(outdated, index, "tool-pkg")
+    outdated.ok("pull", "analysis", "copy")
+    (module,) = (outdated.root / "copy").glob("lib*/python3*/this.py")
+    module.write_text("# another interpreter than that of this machine\n")
+    program = outdated.root / "copy/bin/python"
+    outdated.ok("push", "odd", "requirements.txt", "--python", str(program))
+    shutil.rmtree(outdated.root / "copy")
+    assert outdated.ok("update", "odd") == "odd is up to date\n"
+    found = outdated.json("update", "odd", "python")
+    assert [change["kind"] for change in found["changes"]] == ["python"]
+    assert outdated.ok("update", "odd", "python").startswith("nothing newer of python")
+
+
 def test_conda_packages_are_updated(cli: Cli, conda_channel: Channel) -> None:
     path = cli.root / "environment.yml"
 
