@@ -185,6 +185,7 @@ def _push_tree(
 
     # The path is looked at first: a typing error must not make a store.
     source = open_source(path, kind)
+    warnings = () if kind else _doubts(path)
     try:
         repository, created = settings.open_for_push()
         with repository, settings.stat_cache() as stat_cache:
@@ -203,11 +204,22 @@ def _push_tree(
                 )
     finally:
         source.close()
-    _print_warnings(settings, done.warnings)
+    _print_warnings(settings, (*warnings, *done.warnings))
     if settings.json:
-        output.result(_fields(done))
+        output.result(_fields(done, warnings))
     else:
         _print(settings, done)
+
+
+def _doubts(path: Path) -> tuple[str, ...]:
+    """Return what to say of a file that is stored as it is and may be meant for packages."""
+    from envstore.resolver.specs.detect import lists_names
+
+    if not os.path.isfile(path) or os.path.getsize(path) > _LARGEST_SPECIFICATION:
+        return ()
+    if not lists_names(path):
+        return ()
+    return (f"{path} is stored as a file: if these are names of packages, push --pip {path}",)
 
 
 def store_lock(

@@ -105,7 +105,15 @@ def test_requirements_with_a_local_interpreter(
 def test_what_is_no_specification_is_pushed_as_a_tree(cli: Cli) -> None:
     cli.ok("init")
     (cli.root / "data.txt").write_text("To be, or not to be, that is the question:\n")
-    assert cli.json("push", "data", "data.txt")["kind"] == "dir"
+    done = cli.json("push", "data", "data.txt")
+    assert (done["kind"], done["warnings"]) == ("dir", [])
+    (cli.root / "names.txt").write_text("# who knows\nleaf\ntool-pkg\n")
+    done = cli.json("push", "names", "names.txt")
+    assert done["kind"] == "dir"
+    assert done["warnings"] == [
+        "names.txt is stored as a file: if these are names of packages, push --pip names.txt"
+    ]
+    assert cli.json("push", "names", "names.txt", "--kind", "dir")["warnings"] == []
     (cli.root / "requirements.txt").write_text("leaf\n")
     assert cli.json("push", "spec", "requirements.txt", "--kind", "dir")["kind"] == "dir"
 

@@ -75,6 +75,18 @@ def detect_format(path: Path) -> str:
     return format_of(text, path.name)
 
 
+def lists_names(path: Path) -> bool:
+    """Whether a file without a format may be meant for requirements: a list of bare names.
+
+    Raises as ``detect_format``.
+    """
+    try:
+        lines = [parse_line(line) for _, line in logical_lines(text_of(path, read_bytes(path)))]
+    except (UsageError, LineError):
+        return False
+    return bool(lines) and all(_NAME.match(line.requirement) for line in lines)
+
+
 def specification_in(directory: Path) -> Path | None:
     """Return the specification that speaks for a directory: a lock before what it locks."""
     for name in _CANDIDATES:
