@@ -349,10 +349,12 @@ def _check_fit(package: PypiPackage, filename: str, builder: Builder) -> None:
     if best_wheel([File("", filename, "")], tags) is None:
         raise EnvstoreError(f"{filename} was built, which does not fit {builder.tag}")
     if not filename.endswith("-any.whl") and not builder.target.runs_here:
+        major, minor = builder.target.glibc
         raise EnvstoreError(
-            f"{package.name} has no wheel for {builder.target.platform}, and what is compiled here"
-            " may not run there",
-            hint="lock on such a machine, or find a version with wheels",
+            f"{package.name} {_version_of(filename)} has no wheel for {builder.target.platform} "
+            f"with glibc {major}.{minor}, and what is compiled here may not run there",
+            hint="lock on such a machine, or write --only-binary :all: into the requirements, "
+            "for versions with wheels",
         )
 
 
