@@ -39,5 +39,8 @@ def chosen_python(asked: str, requires: SpecifierSet | None, where: str) -> tupl
 def checked_python(version: str) -> str:
     """Return a version of Python 3, or nothing for nothing; raises ``UsageError``."""
     if version and not _VERSION.fullmatch(version):
-        raise UsageError(f"{version!r} is no version of Python 3", hint="such as 3.12 or 3.12.4")
+        raise UsageError(
+            f"{version!r} is no version of Python 3",
+            hint="such as 3.12 or 3.12.4; a program is named by its path",
+        )
     return version

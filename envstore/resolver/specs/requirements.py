@@ -145,7 +145,10 @@ class Reader:
     def _include(self, value: str, path: Path, constraint: bool) -> None:
         if "://" in value and not value.startswith("file://"):
             raise LineError(f"{value} is not on this machine", "download it first")
-        self.file(_included(value, path), constraint=constraint)
+        included = _included(value, path)
+        if not included.exists():
+            raise LineError(f"there is no {included}")
+        self.file(included, constraint=constraint)
 
 
 def _included(value: str, path: Path) -> Path:

@@ -173,6 +173,7 @@ def test_a_chain_of_files_has_an_end(tmp_path: Path) -> None:
         ("./nowhere", "there is no /.*/nowhere"),
         ("./nowhere-1.0-py3-none-any.whl", "there is no"),
         ("-f nowhere", "there is no"),
+        ("-r nowhere.txt", "there is no /.*/nowhere.txt"),
         ("https://git.example/archive/main.zip", "does not say what it is.*NAME @ URL"),
         ("--hash=sha256:" + DIGEST, "belongs behind a requirement"),
         ("https://user:hunter2@files.example/six-1.17.0.tar.gz", "user name or password"),
