@@ -134,6 +134,9 @@ def lock(
     data = export_lock(new, form)
     for warning in warnings:
         output.note(settings, f"warning: {warning}")
+    if where == _STDOUT and settings.json and form != "envstore":
+        output.result({"format": form, "text": data.decode()})
+        return
     if where == _STDOUT:
         _to_stdout(data)
         return

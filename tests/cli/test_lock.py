@@ -191,7 +191,9 @@ def test_other_formats_come_from_a_lock(
         ("pixi", "version: 7"),
         ("explicit", "@EXPLICIT\n"),
     ):
-        assert part in cli.ok("lock", "envstore.lock", "--format", form)
+        text = cli.ok("lock", "envstore.lock", "--format", form)
+        assert part in text
+        assert cli.json("lock", "envstore.lock", "--format", form) == {"format": form, "text": text}
     assert (
         cli.ok("lock", "envstore.lock", "--format", "envstore", "-o", "-")
         == (work / "envstore.lock").read_text()
