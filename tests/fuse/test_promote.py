@@ -152,6 +152,7 @@ def test_what_is_not_wholly_cached_is_tried_again_a_few_times(site: Site) -> Non
         with trio.fail_after(PATIENCE):
             while promoter._waiting:
                 await trio.sleep(0.01)
+        await trio.sleep(0.3)  # for the last try, which has begun
         site.read("other")
         await trio.sleep(0.3)
         assert not site.there("other")
