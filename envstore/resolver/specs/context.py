@@ -40,5 +40,6 @@ class Context:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             what = "the project itself, is" if len(names) == 1 else "the projects themselves, are"
             self.warn(
-                f"{path}: {shown}, {what} not part of the environment: build a package and add that"
+                f"{path}: {shown}, {what} not part of the environment: name the directory in a "
+                "requirements file to have it built and added"
             )
