@@ -254,7 +254,7 @@ def _source(
 
 def _require_hashes(packages: Sequence[PypiPackage], asked: Mapping[str, Asked]) -> None:
     bare = [
-        f"{package.name}=={package.version}"
+        f"{package.name}=={package.version}" if package.version else package.name
         for package in packages
         if not asked.get(package.name, Asked()).hashes
     ]

@@ -179,6 +179,13 @@ def test_hashes_that_are_asked_for_are_kept_to(wheel_index: Index, cache: Path) 
         run(asked("tool-pkg ==1.0", f"sha256:{tool.sha256}"), cache)
 
 
+def test_a_directory_has_no_hash(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "mine"\nversion = "1.0"\n')
+    line = f"mine @ {tmp_path.as_uri()}"
+    with pytest.raises(UsageError, match=r"there is none for mine \("):
+        run(PypiRequest((line,), no_index=True, require_hashes=True), cache)
+
+
 def test_requirements_that_name_a_file(wheel_index: Index, cache: Path) -> None:
     wheel = wheel_index.file("leaf", "1.0")
     found = run(pip(f"leaf @ {wheel.as_uri()}", links=links(wheel_index)), cache)
