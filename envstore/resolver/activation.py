@@ -123,14 +123,17 @@ def _sourced(
     shell = shutil.which("bash", path=path) or shutil.which("sh", path=path)
     if shell is None:
         raise EnvstoreError("there is no sh on PATH for the environment's activation scripts")
-    done = subprocess.run(
-        [shell, "-c", _SOURCE, "activation", *scripts],
-        env={name: value for name, value in environment.items() if name != "BASH_ENV"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        check=False,
-    )
-    begun, whole, left = done.stdout.partition(b"\0\0")
+    # Not a pipe, whose end would come only with that of what a script starts and leaves running.
+    with open(os.memfd_create("activation"), "w+b") as told:
+        done = subprocess.run(
+            [shell, "-c", _SOURCE, "activation", *scripts],
+            env={name: value for name, value in environment.items() if name != "BASH_ENV"},
+            stdin=subprocess.DEVNULL,
+            stdout=told,
+            check=False,
+        )
+        told.seek(0)
+        begun, whole, left = told.read().partition(b"\0\0")
     if done.returncode or not whole:
         last = os.fsdecode(begun.rstrip(b"\0").rpartition(b"\0")[2])
         raise EnvstoreError(

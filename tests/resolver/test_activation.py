@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_scripts_see_what_was_set_before_and_change_it(tmp_path: Path) -> None:
     assert not {"OLDPWD", "STARTUP"} & set(found)
     with pytest.raises(EnvstoreError, match="no sh on PATH"):
         surroundings(prefix, PATH=str(tmp_path))
+
+
+@pytest.mark.timeout(60)
+def test_what_a_script_leaves_running_is_not_waited_for(tmp_path: Path) -> None:
+    prefix = prefix_of(tmp_path / "env", "bin/python", "etc/conda/activate.d/agent.sh")
+    script = prefix / "etc/conda/activate.d/agent.sh"
+    script.write_text("sleep 3600 &\nexport AGENT=$!\n")
+    agent = int(surroundings(prefix, PATH=os.defpath)["AGENT"])
+    os.kill(agent, signal.SIGKILL)
 
 
 def test_a_link_that_is_no_directory_of_scripts(tmp_path: Path) -> None:
