@@ -185,7 +185,7 @@ def _push_tree(
 
     # The path is looked at first: a typing error must not make a store.
     source = open_source(path, kind)
-    warnings = () if kind else _doubts(path)
+    warnings = () if kind else _doubts(path, source.kind)
     try:
         repository, created = settings.open_for_push()
         with repository, settings.stat_cache() as stat_cache:
@@ -211,13 +211,16 @@ def _push_tree(
         _print(settings, done)
 
 
-def _doubts(path: Path) -> tuple[str, ...]:
-    """Return what to say of a file that is stored as it is and may be meant for packages."""
-    from envstore.resolver.specs.detect import lists_names
+def _doubts(path: Path, kind: str) -> tuple[str, ...]:
+    """Return what to say of what is stored as it is and may be meant for packages."""
+    from envstore.resolver.specs.detect import lists_names, specification_in
 
-    if not os.path.isfile(path) or os.path.getsize(path) > _LARGEST_SPECIFICATION:
-        return ()
-    if not lists_names(path):
+    if os.path.isdir(path):
+        inside = specification_in(path) if kind == "dir" else None
+        if inside is None:
+            return ()
+        return (f"{path} is stored as a tree: for the environment it describes, push {inside}",)
+    if os.path.getsize(path) > _LARGEST_SPECIFICATION or not lists_names(path):
         return ()
     return (f"{path} is stored as a file: if these are names of packages, push --pip {path}",)
 

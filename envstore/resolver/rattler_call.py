@@ -24,6 +24,10 @@ _SETTLE = 0.02
 """Seconds a loop lives on after its call. Threads of rattler's (0.28) still let go of Python
 objects when the call has returned; without this a process that ends at once may crash."""
 
+PATIENCE = 600.0
+"""Seconds that a call may take. Rattler (0.28) itself waits for ever for a channel that accepts
+connections and never answers; what is read from a slow one is far from taking so long."""
+
 _SECRETS = re.compile(r"(?<=://)[^/\s@]+@|(?<=/t/)[^/\s]+(?=/)")
 _STATUS = re.compile(r"\((\d{3}) [^)]*\) for url \(([^)]*)\)")
 _URL = re.compile(r"(?:url \(|channel '|`)([^)'`]*)")
@@ -61,12 +65,13 @@ def call(start: Callable[[], Awaitable[_T]]) -> _T:
 
     May be called from several threads at once, but not from a thread that already runs an
     asyncio loop. ``start`` is called inside the loop. What rattler raises becomes one of the
-    ``EnvstoreError`` family.
+    ``EnvstoreError`` family; ``UnavailableError`` after ``PATIENCE``.
     """
 
     async def settle() -> _T:
         try:
-            return await start()
+            async with asyncio.timeout(PATIENCE):
+                return await start()
         finally:
             await asyncio.sleep(_SETTLE)
 
@@ -74,6 +79,11 @@ def call(start: Callable[[], Awaitable[_T]]) -> _T:
         return asyncio.run(settle())
     except EnvstoreError:
         raise
+    except TimeoutError as error:
+        raise UnavailableError(
+            f"no answer within {PATIENCE:.0f} s: a channel accepts connections and says nothing",
+            hint="try again, or name a mirror of it",
+        ) from error
     except Exception as error:
         raise translated(error) from error
 

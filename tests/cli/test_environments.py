@@ -114,6 +114,11 @@ def test_what_is_no_specification_is_pushed_as_a_tree(cli: Cli) -> None:
         "names.txt is stored as a file: if these are names of packages, push --pip names.txt"
     ]
     assert cli.json("push", "names", "names.txt", "--kind", "dir")["warnings"] == []
+    (cli.root / "project").mkdir()
+    (cli.root / "project" / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    said = cli.json("push", "project", "project")
+    assert said["kind"] == "dir"
+    assert any("push project/pyproject.toml" in warning for warning in said["warnings"])
     (cli.root / "requirements.txt").write_text("leaf\n")
     assert cli.json("push", "spec", "requirements.txt", "--kind", "dir")["kind"] == "dir"
 

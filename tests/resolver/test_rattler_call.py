@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from rattler import Channel as RattlerChannel
 from rattler import Gateway, MatchSpec
 
 from envstore.errors import EnvstoreError, NotFoundError, UnavailableError, UsageError
+from envstore.resolver import rattler_call
 from envstore.resolver.conda import records_of
 from envstore.resolver.conflicts import UnsatisfiableError
 from envstore.resolver.lock import CondaPackage
@@ -99,3 +101,13 @@ def test_every_error_is_one_line(tmp_path: Path) -> None:
 )
 def test_secrets_are_taken_out_of_urls(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
+
+
+def test_a_channel_that_never_answers_is_not_waited_for_for_ever(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rattler_call, "PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/channel"
+        with pytest.raises(UnavailableError, match="says nothing"):
+            names(url, cache)
