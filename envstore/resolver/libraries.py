@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from envstore.errors import EnvstoreError
+from envstore.resolver.abi.check import check
 from envstore.resolver.abi.facts import ElfFacts, from_json
+from envstore.resolver.abi.findings import ERROR, Finding
 from envstore.resolver.abi.host import AbiTarget
 from envstore.resolver.abi.search import Tree
 from envstore.resolver.compose import Composition, compose
@@ -14,6 +17,19 @@ from envstore.resolver.lock import CondaPackage, Lock, PypiPackage, python_of
 from envstore.store.packages import StoredPackage, load_packages
 from envstore.store.repository import Repository
 from envstore.store.source import Kind
+
+
+class AbiError(EnvstoreError):
+    """Libraries of an environment do not fit together; ``findings`` are all that is wrong."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        first = findings[0]
+        more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
+        super().__init__(
+            f"{first.line}{more}",
+            hint=f"{first.hint or 'change what it is made of'}; or push with --allow-abi-errors",
+        )
+        self.findings = tuple(findings)
 
 
 def tree_of(lock: Lock, packages: Sequence[StoredPackage], composed: Composition) -> Tree:
@@ -61,3 +77,14 @@ def stored_tree(repository: Repository, lock: Lock) -> Tree | None:
             composed = compose([package.entries for package in packages], names)
             return tree_of(lock, packages, composed)
     return None
+
+
+def check_libraries(
+    lock: Lock, packages: Sequence[StoredPackage], composed: Composition
+) -> list[Finding]:
+    """Return what is to be known of the libraries; raises ``AbiError`` for what cannot work."""
+    findings = check(tree_of(lock, packages, composed), target_of(lock), versions_of(lock))
+    errors = [finding for finding in findings if finding.level == ERROR]
+    if errors:
+        raise AbiError(errors)
+    return findings

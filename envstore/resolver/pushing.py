@@ -18,13 +18,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from envstore.errors import CorruptError, EnvstoreError
+from envstore.errors import CorruptError
 from envstore.resolver import ingest, postlink
-from envstore.resolver.abi.check import check
-from envstore.resolver.abi.findings import ERROR, Finding
 from envstore.resolver.compiler import Compiler
 from envstore.resolver.compose import Composition, compose
-from envstore.resolver.libraries import target_of, tree_of, versions_of
+from envstore.resolver.libraries import check_libraries
 from envstore.resolver.lock import CondaPackage, LocalPython, Lock, Package
 from envstore.resolver.lockfile import encode_lock
 from envstore.resolver.packages.generated import generate
@@ -57,19 +55,6 @@ COMPOSER = "1"
 """Changes whenever the same lock would become another manifest."""
 
 _MOST_NAMED = 5
-
-
-class AbiError(EnvstoreError):
-    """Libraries of an environment do not fit together; ``findings`` are all that is wrong."""
-
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        first = findings[0]
-        more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
-        super().__init__(
-            f"{first.line}{more}",
-            hint=f"{first.hint or 'change what it is made of'}; or push with --allow-abi-errors",
-        )
-        self.findings = tuple(findings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,13 +282,8 @@ class _LockPush:
         return composed
 
     def _check_abi(self, composed: Composition, packages: Sequence[StoredPackage]) -> None:
-        """Raise ``AbiError`` if libraries lack what they need of each other."""
         self._progress("check", 0, 0)
-        tree = tree_of(self._lock, packages, composed)
-        findings = check(tree, target_of(self._lock), versions_of(self._lock))
-        errors = [finding for finding in findings if finding.level == ERROR]
-        if errors:
-            raise AbiError(errors)
+        findings = check_libraries(self._lock, packages, composed)
         if findings:
             self._warnings.append(
                 f"{len(findings)} things about libraries to know of: envstore check {self._ref}"

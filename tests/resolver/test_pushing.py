@@ -12,9 +12,9 @@ import pytest
 
 from envstore.errors import EnvstoreError, NotFoundError
 from envstore.resolver import compiler
+from envstore.resolver.libraries import AbiError
 from envstore.resolver.lock import Lock
 from envstore.resolver.postlink import ScriptError
-from envstore.resolver.pushing import AbiError
 from envstore.resolver.request import Request
 from envstore.resolver.resolving import resolve
 from envstore.resolver.target import make_target

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from envstore.resolver.libraries import AbiError
 from envstore.resolver.lock import Lock, PypiPackage
-from envstore.resolver.pushing import AbiError
 from tests.channel.conda import Channel
 from tests.channel.wheelmaking import make_wheel
 from tests.resolver.abi.builds import TO_LIB, Build
