@@ -8,8 +8,6 @@ what a batch stored stays when a later one fails, so that an interrupted push go
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from envstore.resolver.compiler import Compiler, base_interpreter
 from envstore.resolver.lock import CondaPackage, LocalPython, Package, PythonFacts
 from envstore.resolver.packages.source import PackagesSource
 from envstore.resolver.packages.unpacked import Unpacked
+from envstore.resolver.scratch import scratch_directory
 from envstore.resolver.workers import worker_processes
 from envstore.store.filing import Progress, entries_of, scan, store_files
 from envstore.store.known import KnownChunks
@@ -36,7 +35,6 @@ from envstore.store.source import Kind
 RECIPE = "1"
 """Changes whenever the same archive would become another tree or other facts."""
 
-_SCRATCH = "unpacked-"
 _BATCH = 1 << 30
 _WORTH_PROCESSES = 24 << 20
 
@@ -96,12 +94,8 @@ def ingest(
     """
     python = compiler.python
     stored: dict[str, StoredPackage] = {}
-    intake.downloads.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _clear_scratch(intake.downloads)
     for batch in _batches(packages):
-        prefix = f"{_SCRATCH}{os.getpid()}-"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=intake.downloads) as scratch:
-            root = Path(scratch)
+        with scratch_directory(intake.downloads) as root:
             archives = _fetch_to_keep(intake, [package for _, package in batch], root)
             unpacked = _unpack_all(intake, batch, archives, root / "packages", python)
             program = _program(intake, compiler, batch, unpacked, root)
@@ -297,11 +291,3 @@ def _store(
     }
     save_packages(intake.repository.objects, list(stored.items()))
     return stored
-
-
-def _clear_scratch(downloads: Path) -> None:
-    """Remove what killed pushes left unpacked; their archives stay, for the next one to use."""
-    for path in downloads.glob(f"{_SCRATCH}*-*"):
-        owner = path.name.removeprefix(_SCRATCH).partition("-")[0]
-        if owner.isdecimal() and not os.path.exists(f"/proc/{owner}"):
-            shutil.rmtree(path, ignore_errors=True)

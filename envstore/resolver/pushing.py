@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from envstore.resolver.lockfile import encode_lock
 from envstore.resolver.packages.generated import generate
 from envstore.resolver.packages.identity import is_of
 from envstore.resolver.packages.memory import MemorySource
+from envstore.resolver.scratch import scratch_directory
 from envstore.resolver.target import own_platform
 from envstore.store.describing import store_manifest
 from envstore.store.digest import digest
@@ -250,7 +250,7 @@ class _LockPush:
         if not isinstance(own, LocalPython) or python is None or not found:
             yield
             return
-        with self._scratch() as scratch:
+        with scratch_directory(self._places.downloads) as scratch:
             entries = sorted(found[0].entries, key=lambda entry: sort_key(entry.path))
             self._write_out(writer, entries, scratch / "python")
             self._compiler.program = scratch / "python" / "bin" / f"python{python.minor}"
@@ -353,7 +353,7 @@ class _LockPush:
                 hint="push from such a machine, or with --no-scripts",
             )
         self._progress("scripts", 0, 0)
-        with self._scratch() as scratch:
+        with scratch_directory(self._places.downloads) as scratch:
             prefix = scratch / "env"
             self._write_out(writer, entries, prefix)
             before = DirectorySource(prefix, kind="env", normalise=True).scan()
@@ -364,12 +364,6 @@ class _LockPush:
         removed = [os.fsdecode(path) for path in source.removed]
         facts = {"messages": [*messages, *source.warnings], "removed": removed}
         return describe_package(changed, facts, self._known.index)
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        self._places.downloads.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._places.downloads) as name:
-            yield Path(name)
 
     def _write_out(self, writer: PackWriter, entries: Sequence[Entry], prefix: Path) -> None:
         """Write what is stored to ``prefix``, as a mount there has it."""
