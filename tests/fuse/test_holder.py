@@ -170,7 +170,7 @@ def test_holder_and_server_killed_at_once(live: Live) -> None:
     with pytest.raises(OSError, match="not connected") as caught:
         os.listdir(live.place)
     assert caught.value.errno == errno.ENOTCONN
-    assert live.overview().state == "dead"
+    until(lambda: live.overview().state == "dead")
     with pytest.raises(UsageError, match="has died"):
         live.mount()
     unmount(live.place)
@@ -648,7 +648,7 @@ def test_the_fast_path_with_nobody_left(live: Live) -> None:
     for name in ("server_pid", "holder_pid", "standby_pid"):
         kill(status[name])
     until(lambda: not live.processes())
-    assert live.overview().state == "dead"
+    until(lambda: live.overview().state == "dead")
     done = subprocess.run(["cat", live.place / "file 1"], timeout=PATIENCE, check=False,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
     assert done.returncode
