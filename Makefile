@@ -20,7 +20,7 @@ demo: setup ## Push a real environment, mount it, run in it (STORE=file or STORE
 	$(BIN)/python examples/demo.py --store $(STORE) $(ARGS)
 
 test: lint ## Check style and types, then run the tests (ARGS="-k push" chooses some)
-	$(BIN)/pytest $(ARGS)
+	scripts/test.sh $(ARGS)
 
 lint: setup ## Check formatting, style and types
 	$(BIN)/ruff format --check .
