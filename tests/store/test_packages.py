@@ -75,13 +75,22 @@ def test_what_is_decoded_is_what_was_encoded(sizes: list[int], facts: dict[str, 
     assert describe_package(again.entries, facts, index).entries == package.entries
 
 
-@given(st.data())
-def test_damage_is_noticed(data: st.DataObject) -> None:
-    sealed = bytearray(encode_package(_package([10, 20, 0], {"name": "x"})))
-    at = data.draw(st.integers(0, len(sealed) - 1))
-    sealed[at] ^= data.draw(st.integers(1, 255))
-    with pytest.raises(EnvstoreError):
-        decode_package(bytes(sealed), "it")
+def test_damage_is_noticed_or_harmless() -> None:
+    package = _package([10, 20, 0], {"name": "x"})
+    sealed = encode_package(package)
+    harmless = 0
+    for at in range(len(sealed)):
+        for bit in range(8):
+            damaged = bytearray(sealed)
+            damaged[at] ^= 1 << bit
+            try:
+                assert decode_package(bytes(damaged), "it") == package
+            except EnvstoreError:
+                continue
+            harmless += 1
+    # The zstd format has a few bits that no decoder looks at (RFC 8878, 3.1.1.1.1.3); what comes
+    # out is compared with its digest all the same.
+    assert harmless < 16
 
 
 @pytest.mark.parametrize("wrong", ["beyond its frame", "in no frame", "as many places"])

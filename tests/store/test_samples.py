@@ -66,14 +66,21 @@ def test_hooks_lead_to_their_segments(owned: list[tuple[bytes, int]]) -> None:
             assert found in owners[chunk[:8]] if is_hook(chunk) else found is None
 
 
-@given(st.data())
-def test_a_damaged_sample_is_refused(data: st.DataObject) -> None:
-    name, stored = build_sample([(digest(b"segment"), [])]).encode()
-    at = data.draw(st.integers(0, len(stored) - 1))
-    damaged = bytearray(stored)
-    damaged[at] ^= data.draw(st.integers(1, 255))
-    with pytest.raises((CorruptError, UnsupportedFormatError)):
-        open_sample(bytes(damaged), name)
+def test_a_damaged_sample_is_refused_or_the_same() -> None:
+    sample = build_sample([(digest(b"segment"), [])])
+    name, stored = sample.encode()
+    harmless = 0
+    for at in range(len(stored)):
+        for bit in range(8):
+            damaged = bytearray(stored)
+            damaged[at] ^= 1 << bit
+            try:
+                assert open_sample(bytes(damaged), name) == sample
+            except (CorruptError, UnsupportedFormatError):
+                continue
+            harmless += 1
+    # The zstd format has bits that no decoder looks at (RFC 8878, 3.1.1.1.1.3).
+    assert harmless < 8
 
 
 def test_many_segments_are_folded_and_found_again(
