@@ -1,0 +1,160 @@
+"""The way to the node server, which serves and mounts what the driver is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from envstore.errors import NotFoundError, UnavailableError
+from envstore.fuse.sockets import ask_lasting
+
+OWNER = "csi"
+"""Whose leases those of the driver are; others' are left alone."""
+
+_BRIEF = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Keys to an S3 store. Never shown: neither in ``repr`` nor in logs."""
+
+    access_key_id: str = field(repr=False)
+    secret_access_key: str = field(repr=False)
+    session_token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A lease to take: ``lease`` is 16 hex digits of the caller's choice, the same for retries.
+
+    ``ref`` is a REF, or ``@`` and a digest; ``of`` then is the REF whose snapshot or ancestor it
+    must be, empty for any. ``store`` is a URL.
+    """
+
+    lease: str
+    store: str
+    ref: str
+    target: str
+    prefix: str
+    of: str = ""
+    profile: str = ""
+    fast_path: str = "auto"
+    credentials: Credentials | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A snapshot that is being served under a lease, and what it takes to show it.
+
+    ``snapshot`` and ``manifest`` are hex digests; ``entries`` counts files, directories and
+    links, ``bytes`` is the size of all files as they are read.
+    """
+
+    lease: str
+    snapshot: str
+    manifest: str
+    entries: int
+    bytes: int
+    control: str
+    parts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One mount below a directory that the node server may mount in; ``alive`` if served."""
+
+    target: str
+    alive: bool
+    fast: bool
+
+
+class NodeServer:
+    """Questions to the node server at a socket. Safe for many threads; holds no connection.
+
+    Every method raises ``UnavailableError`` when nobody answers, and within ``within`` seconds.
+    """
+
+    def __init__(self, socket: str) -> None:
+        self.socket = socket
+
+    def take(self, wanted: Wanted, within: float) -> Served:
+        """Have a snapshot served. Repeated with the same lease it returns the same.
+
+        One to four requests to the store for a snapshot that this node does not serve yet, none
+        otherwise but those of resolving ``ref``. Raises ``NotFoundError``, ``AccessDeniedError``,
+        ``UsageError`` (the prefix is too long), ``CorruptError``.
+        """
+        question: dict[str, Any] = {
+            "id": wanted.lease,
+            "store": wanted.store,
+            "ref": wanted.ref,
+            "of": wanted.of,
+            "target": wanted.target,
+            "prefix": wanted.prefix,
+            "profile": wanted.profile,
+            "fast_path": wanted.fast_path,
+            "namespace": 0,
+            "owner": OWNER,
+        }
+        if wanted.credentials is not None:
+            keys = wanted.credentials
+            question["credentials"] = {
+                "access_key_id": keys.access_key_id,
+                "secret_access_key": keys.secret_access_key,
+                "session_token": keys.session_token,
+            }
+        found = self._ask(self.socket, within, "mount", **question)
+        return Served(
+            lease=found["id"],
+            snapshot=found["snapshot"],
+            manifest=found["manifest"],
+            entries=found["entries"],
+            bytes=found["bytes"],
+            control=found["control"],
+            parts={name: found[name] for name in ("root", "subtree", "fast")},
+        )
+
+    def give_back(self, lease: str, *, in_use: bool = False) -> None:
+        """End a lease, if it is there; ``in_use``: somebody may still be reading."""
+        self._ask(self.socket, _BRIEF, "unmounted", id=lease, lazy=in_use)
+
+    def status(self) -> dict[str, Any]:
+        """Return what the node server says of itself and of every mount; see ``Node.describe``."""
+        found: dict[str, Any] = self._ask(self.socket, _BRIEF, "status")
+        return found
+
+    def show(
+        self, served: Served, target: str, name: str, within: float, *, required: bool = False
+    ) -> bool:
+        """Mount what is served on ``target``; returns whether it is on the kernel's fast path.
+
+        Read-only, nosuid, nodev. The target directory is made if it is missing. When this
+        raises (``UsageError``, ``AccessDeniedError``, ...) nothing is mounted and nothing made.
+        """
+        found = self._ask(
+            served.control, within, "show", id=served.lease, target=target,
+            source=f"envstore:{name}", required=required, **served.parts,
+        )  # fmt: skip
+        return bool(found["fast"])
+
+    def hide(self, target: str, within: float = _BRIEF) -> None:
+        """Take every mount of ours off ``target`` and remove the directory; fine if none is."""
+        self._ask(self._control(), within, "hide", target=target)
+
+    def look(self) -> list[Shown]:
+        """Return the mounts of ours at targets, from the kernel's tables alone."""
+        found = self._ask(self._control(), _BRIEF, "look")
+        return [Shown(one["target"], one["alive"], one["fast"]) for one in found["mounts"]]
+
+    def _control(self) -> str:
+        return str(self._ask(self.socket, _BRIEF, "state")["control"])
+
+    def _ask(self, socket: str, within: float, what: str, **question: object) -> Any:
+        try:
+            return ask_lasting(socket, within, ask=what, **question)
+        except NotFoundError as error:
+            if "nobody answers" not in error.message:
+                raise
+            raise UnavailableError(
+                f"the node server does not answer: {error.message}", hint="it is started again"
+            ) from None
