@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from envstore.errors import NotFoundError, UnavailableError
-from envstore.fuse.sockets import ask_lasting
+from envstore.errors import UnavailableError
+from envstore.fuse.sockets import SilentError, ask_lasting
 
 OWNER = "csi"
 """Whose leases those of the driver are; others' are left alone."""
@@ -152,9 +152,7 @@ class NodeServer:
     def _ask(self, socket: str, within: float, what: str, **question: object) -> Any:
         try:
             return ask_lasting(socket, within, ask=what, **question)
-        except NotFoundError as error:
-            if "nobody answers" not in error.message:
-                raise
+        except SilentError as error:
             raise UnavailableError(
                 f"the node server does not answer: {error.message}", hint="it is started again"
             ) from None

@@ -21,7 +21,7 @@ _CODES: tuple[tuple[type[errors.EnvstoreError], grpc.StatusCode], ...] = (
 )
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """A call ends with ``code`` and ``message``: nothing was done, nothing is left behind."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
@@ -30,7 +30,7 @@ class Refusal(Exception):
         self.message = message
 
     @classmethod
-    def of(cls, error: errors.EnvstoreError) -> Refusal:
+    def of(cls, error: errors.EnvstoreError) -> RefusedError:
         """Return what an error means in the words of the CSI specification's error scheme."""
         for kind, code in _CODES:
             if isinstance(error, kind):
@@ -38,6 +38,6 @@ class Refusal(Exception):
         return cls(grpc.StatusCode.INTERNAL, str(error))
 
 
-def invalid(message: str) -> Refusal:
+def invalid(message: str) -> RefusedError:
     """Return the refusal of a malformed request."""
-    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, message)
+    return RefusedError(grpc.StatusCode.INVALID_ARGUMENT, message)

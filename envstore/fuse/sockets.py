@@ -75,14 +75,18 @@ def listen(path: str | os.PathLike[str]) -> socket.socket:
     return listener
 
 
-class CutOffError(NotFoundError):
+class SilentError(NotFoundError):
+    """Nobody answers at a socket."""
+
+
+class CutOffError(SilentError):
     """Whoever was asked has ended before the answer; another may be there by now."""
 
 
 def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: object) -> Any:
     """Send one question to the socket at ``path`` and return the answer.
 
-    ``timeout`` is in seconds. Raises ``NotFoundError`` when nobody answers there, ``CutOffError``,
+    ``timeout`` is in seconds. Raises ``SilentError`` when nobody answers there, ``CutOffError``,
     and whatever error the answer is, see ``errors.EnvstoreError``.
     """
     data = bytearray()
@@ -103,7 +107,7 @@ def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: 
         raise CutOffError(f"nobody answers at {path}: it was cut off") from error
     except OSError as error:
         reason = error.strerror or "it takes too long"
-        raise NotFoundError(f"nobody answers at {path}: {reason}") from error
+        raise SilentError(f"nobody answers at {path}: {reason}") from error
     if "error" in answer:
         raise raised(answer["error"])
     return answer
