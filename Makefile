@@ -37,13 +37,12 @@ bench: bench-setup ## Measure envstore beside its peers (ARGS=... goes to the be
 bench-setup: setup ## Install the peers and the plotting that only `make bench` needs
 	@scripts/setup-bench.sh
 
-# The csi extra is not locked: nothing in the tests or the demo uses it yet.
 lock: setup ## Pin every dependency again by version and hash (ARGS=--upgrade for newer ones)
-	$(COMPILE) --extra fuse --extra resolver --group dev pyproject.toml --output-file requirements.lock
+	$(COMPILE) --extra fuse --extra resolver --extra csi --group dev pyproject.toml --output-file requirements.lock
 	$(COMPILE) --group build --output-file requirements-build.lock
 	$(COMPILE) --group bench --constraint requirements.lock --output-file requirements-bench.lock
 	@! grep -nE '://|^-' requirements*.lock || { echo "error: a lock file names an index" >&2; exit 1; }
 
 clean: ## Remove .venv and everything that was built or cached here
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis envstore/csi/proto/*_pb2*
 	find . -name __pycache__ -prune -exec rm -rf {} +

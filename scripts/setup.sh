@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 
 # Whatever changes what .venv should hold changes this key. The folder is part of it because the
 # programs in .venv/bin name it.
-key=$( (pwd -P && cat pyproject.toml requirements.lock requirements-build.lock scripts/setup.sh) | sha256sum | cut -c1-32)
+key=$( (pwd -P && cat pyproject.toml requirements.lock requirements-build.lock scripts/setup.sh \
+    hatch_build.py envstore/csi/proto/*.proto) | sha256sum | cut -c1-32)
 stamp=.venv/.setup-$key
 
 made_for() { cat .venv/.made-for 2>/dev/null || true; }
@@ -62,8 +63,9 @@ if [ -e "$stamp" ] && [ -z "${PYTHON:-}" ] && .venv/bin/python -I -c '' 2>/dev/n
     command -v fusermount3 >/dev/null; then
     exit 0
 fi
-# fuse3 mounts; the tests have erofs-utils check our images; the rest compiles pyfuse3 (gcc by itself only recommends the C library's headers).
-scripts/system-packages.sh fuse3 erofs-utils ca-certificates gcc libc6-dev libfuse3-dev pkg-config
+# fuse3 mounts; the tests have erofs-utils check our images, and runc start containers of busybox
+# that use volumes as a kubelet's containers do; the rest compiles pyfuse3 (gcc by itself only recommends the C library's headers).
+scripts/system-packages.sh fuse3 erofs-utils runc busybox-static ca-certificates gcc libc6-dev libfuse3-dev pkg-config
 make_venv
 rm -f .venv/.setup-* .venv/.bench-*
 install_locked
