@@ -1,0 +1,142 @@
+"""Who may use which store and which refs: deny by default.
+
+A rule grants what fits all of its conditions, and one that fits is enough:
+
+``namespaces``      globs on the pod's namespace
+``namespaceLabels`` labels that the pod's namespace has, each with one of the values given
+``serviceAccounts`` globs on the name of the pod's service account
+``stores``          names of stores, or ``*``
+``refs``            globs on ``namespace/name:tag``; each of the three is matched by itself, and
+                    a tag that is left out may be any; ``*`` alone is every ref
+``modes``           ``ro``
+
+In globs ``*`` is any number of characters and ``?`` is one. A volume pinned to a digest is judged
+by its ref, which the digest has to belong to; without a tag that is ``latest``.
+
+What the kubelet does not say cannot be held against a rule: without pod information no rule that
+has one of the first three conditions grants anything. Labels come from the API server and are
+believed for some seconds; where it cannot tell, the answer is not "no" but ``UNAVAILABLE``, so
+that the kubelet tries again and nobody loses a mount because of an API server.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import grpc
+
+from envstore.csi.config import EVERYTHING, DriverConfig, NamedStore, Rule
+from envstore.csi.refusal import NAME, RefusedError, invalid
+from envstore.csi.request import Pod, VolumeRequest
+from envstore.errors import NotFoundError, UnavailableError
+
+READ_ONLY = "ro"
+
+_log = logging.getLogger(__name__)
+
+
+class NamespaceLabels(Protocol):
+    """Where labels of namespaces are known, see ``envstore.csi.namespaces``."""
+
+    def labels(self, namespace: str, within: float) -> Mapping[str, str]:
+        """Return a namespace's labels. Raises ``UnavailableError``, ``NotFoundError``."""
+
+
+class Policy:
+    """Decides by the configuration as it is at that moment. Safe for many threads."""
+
+    def __init__(
+        self, config: Callable[[], DriverConfig], namespaces: NamespaceLabels | None = None
+    ) -> None:
+        """Without ``namespaces`` (there is no API server) no rule with labels can be judged."""
+        self._config = config
+        self._namespaces = namespaces
+
+    def check(self, request: VolumeRequest, within: float, *, mode: str = READ_ONLY) -> NamedStore:
+        """Return the store that ``request`` is granted.
+
+        One question to the API server, of at most ``within`` seconds, and only where labels
+        decide. Raises ``RefusedError``: ``PERMISSION_DENIED``, ``UNAVAILABLE`` (it cannot be
+        told), ``INVALID_ARGUMENT`` (no store is named and there is no default).
+        """
+        config = self._config()
+        name = request.store or config.default
+        if not name:
+            raise invalid("the volume attribute store is missing, and there is no default store")
+        store = config.stores.get(name)
+        if store is None:
+            # The pod learns no more of it than of a store that it may not use.
+            _log.warning("a volume names the store %s, which is not configured", name)
+            raise _denied(name, request)
+        fitting = [rule for rule in config.rules if _fits(rule, name, request, mode)]
+        if any(rule.labels is None for rule in fitting):
+            return store
+        if fitting and request.pod is not None:
+            labels = self._labels(request.pod.namespace, within)
+            if any(_labelled(rule, labels) for rule in fitting):
+                return store
+        raise _denied(name, request)
+
+    def _labels(self, namespace: str, within: float) -> Mapping[str, str]:
+        if self._namespaces is None:
+            raise RefusedError(
+                grpc.StatusCode.UNAVAILABLE,
+                f"a rule for namespace {namespace} needs labels, and there is no API server here",
+            )
+        try:
+            return self._namespaces.labels(namespace, within)
+        except NotFoundError:
+            return {}
+        except UnavailableError as error:
+            raise RefusedError.of(error) from None
+
+
+def _fits(rule: Rule, store: str, request: VolumeRequest, mode: str) -> bool:
+    """Return whether all conditions hold that can be judged without the API server."""
+    pod = request.pod
+    return (
+        (rule.stores is None or store in rule.stores or EVERYTHING in rule.stores)
+        and (rule.refs is None or any(_ref_fits(glob, request.ref) for glob in rule.refs))
+        and (rule.modes is None or mode in rule.modes)
+        and (pod is not None or rule.labels is None)
+        and _one_fits(rule.namespaces, pod.namespace if pod else "")
+        and _one_fits(rule.service_accounts, pod.service_account if pod else "")
+    )
+
+
+def _one_fits(globs: tuple[str, ...] | None, name: str) -> bool:
+    return globs is None or (bool(name) and any(fnmatchcase(name, glob) for glob in globs))
+
+
+def _ref_fits(glob: str, ref: str) -> bool:
+    if glob == EVERYTHING:
+        return True
+    return all(map(fnmatchcase, _parts(ref), _parts(glob)))
+
+
+def _parts(ref: str) -> tuple[str, str, str]:
+    namespace, _, rest = ref.partition("/")
+    name, _, tag = rest.partition(":")
+    return namespace, name, tag or EVERYTHING
+
+
+def _labelled(rule: Rule, labels: Mapping[str, str]) -> bool:
+    return all(labels.get(key) in values for key, values in rule.labels or ())
+
+
+def _denied(store: str, request: VolumeRequest) -> RefusedError:
+    return RefusedError(
+        grpc.StatusCode.PERMISSION_DENIED,
+        f"{_who(request.pod)} may not use {request.ref} of store {store}: no rule allows it"
+        f" (an administrator allows it under policy in the configuration of {NAME})",
+    )
+
+
+def _who(pod: Pod | None) -> str:
+    if pod is None:
+        return "a volume without pod information"
+    account = f" (service account {pod.service_account})" if pod.service_account else ""
+    return f"namespace {pod.namespace}{account}"
