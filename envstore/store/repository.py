@@ -28,6 +28,7 @@ from envstore.store.manifest import (
 )
 from envstore.store.objects import open_objects
 from envstore.store.objects.base import ObjectStore
+from envstore.store.objects.credentials import KeyRing
 from envstore.store.packs import Pack
 from envstore.store.snapshots import Snapshot, parse_snapshot, snapshot_key
 
@@ -45,13 +46,15 @@ class Repository:
         self.fetcher = FrameFetcher(objects, cache)
 
     @classmethod
-    def open(cls, url: str, cache: BlobCache | None = None) -> Repository:
-        """Open the store at ``url``. One request.
+    def open(
+        cls, url: str, cache: BlobCache | None = None, keys: KeyRing | None = None
+    ) -> Repository:
+        """Open the store at ``url``, with ``keys`` if there are any. One request.
 
         Raises ``UsageError`` (malformed URL), ``NotFoundError`` (not a store),
         ``UnsupportedFormatError``, ``UnavailableError``, ``AccessDeniedError``.
         """
-        objects = open_objects(url)
+        objects = open_objects(url, keys=keys)
         try:
             return cls(objects, load_config(objects), cache)
         except BaseException:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from envstore.store.objects import open_objects
 from envstore.store.objects.base import ObjectInfo, ObjectStore, Traffic
+from envstore.store.objects.credentials import KeyRing
 
 
 class DeferredObjects:
@@ -16,9 +17,10 @@ class DeferredObjects:
     everything: neither connections nor client libraries are there before they are of use.
     """
 
-    def __init__(self, url: str) -> None:
-        """Remember ``url``; nothing is looked at yet."""
+    def __init__(self, url: str, keys: KeyRing | None = None) -> None:
+        """Remember ``url`` and whose ``keys`` it takes; nothing is looked at yet."""
         self.url = url
+        self._keys = keys
         self.traffic = Traffic()
         self._lock = threading.Lock()
         self._opened: ObjectStore | None = None
@@ -26,7 +28,7 @@ class DeferredObjects:
     def _store(self) -> ObjectStore:
         with self._lock:
             if self._opened is None:
-                self._opened = open_objects(self.url)
+                self._opened = open_objects(self.url, keys=self._keys)
                 self._opened.traffic = self.traffic
             return self._opened
 

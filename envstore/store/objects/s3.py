@@ -15,9 +15,17 @@ from typing import Any, TypeVar
 
 from botocore import exceptions as aws
 
-from envstore.errors import ConflictError, CorruptError, NotFoundError, UnavailableError, UsageError
+from envstore.errors import (
+    AccessDeniedError,
+    ConflictError,
+    CorruptError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
 from envstore.store.objects import s3_errors
 from envstore.store.objects.base import ObjectInfo, Traffic
+from envstore.store.objects.credentials import KeyRing
 from envstore.store.objects.keys import check_key, check_prefix
 from envstore.store.objects.s3_client import is_amazon, make_client, shown
 from envstore.store.objects.url import S3Location
@@ -42,7 +50,8 @@ class S3Objects:
     """An ``ObjectStore`` under a prefix of an S3 bucket.
 
     Credentials, region, profile and endpoint come from the location, else from botocore's usual
-    chain (environment, ~/.aws, instance roles). An endpoint that is not Amazon's is spoken to
+    chain (environment, ~/.aws, instance roles); if there are ``keys``, credentials come from
+    nowhere else. An endpoint that is not Amazon's is spoken to
     with path-style addresses (unless the location says otherwise), and instead of the checksum
     trailers that many servers do not know a body has a Content-MD5.
 
@@ -61,15 +70,18 @@ class S3Objects:
     Safe for many threads. Not to be shared with a forked child: its connections are not.
     """
 
-    def __init__(self, location: S3Location, *, timeout: float | None = None) -> None:
+    def __init__(
+        self, location: S3Location, *, timeout: float | None = None, keys: KeyRing | None = None
+    ) -> None:
         self.url = location.url
         self.traffic = Traffic()
         self._location = location
         self._prefix = f"{location.prefix}/" if location.prefix else ""
         self._timeout = _timeout_from_environment() if timeout is None else timeout
+        self._keys = keys
         self._closed = threading.Event()
         self._bucket_seen = False
-        self._client = make_client(location, self._timeout * _SILENCE_SHARE)
+        self._client = make_client(location, self._timeout * _SILENCE_SHARE, keys)
         self._endpoint = shown(self._client.meta.endpoint_url)
         self._amazon = is_amazon(self._endpoint)
         self._client.meta.events.register("before-send.s3", self._count)
@@ -312,6 +324,8 @@ class S3Objects:
         self, error: Exception, action: str, *, proves_bucket: bool = True
     ) -> s3_errors.Failure:
         failure = s3_errors.classify(error, self._location, self._endpoint, action)
+        if self._keys is not None and isinstance(failure.error, AccessDeniedError):
+            failure.error.hint = "those are the credentials that were given for this store"
         if proves_bucket and isinstance(failure.error, NotFoundError):
             self._require_bucket(error)
         return failure

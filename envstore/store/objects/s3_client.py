@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import boto3.session
+import botocore.session
+from botocore import exceptions as aws
 from botocore.config import Config
+from botocore.credentials import (
+    CredentialProvider,
+    CredentialResolver,
+    ReadOnlyCredentials,
+)
+from botocore.credentials import Credentials as BotoCredentials
 
+from envstore.errors import UsageError
 from envstore.store.objects import s3_errors
+from envstore.store.objects.credentials import KeyRing
 from envstore.store.objects.url import S3Location
 
 if TYPE_CHECKING:
@@ -22,14 +32,45 @@ _EXPECT_FROM = 1 << 20
 _AWS_DOMAINS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 
 
-def make_client(location: S3Location, silence: float) -> S3Client:
+class _Ring(BotoCredentials):
+    """Whatever is on a key ring when a request is signed."""
+
+    def __init__(self, keys: KeyRing) -> None:
+        super().__init__("", "", method="given")
+        self._keys = keys
+
+    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+        found = self._keys.credentials
+        if found is None:
+            raise aws.NoCredentialsError
+        return ReadOnlyCredentials(
+            found.access_key_id, found.secret_access_key, found.session_token or None
+        )
+
+
+class _Provider(CredentialProvider):
+    """The only place where a client with a key ring looks for credentials."""
+
+    METHOD = "given"
+
+    def __init__(self, keys: KeyRing) -> None:
+        super().__init__()
+        self._keys = keys
+
+    def load(self) -> BotoCredentials:
+        return _Ring(self._keys)
+
+
+def make_client(location: S3Location, silence: float, keys: KeyRing | None = None) -> S3Client:
     """Return a client for ``location`` that waits ``silence`` seconds for a connection or a word.
+
+    With ``keys`` it signs with what is on that ring at the time, and with nothing else.
 
     Raises ``AccessDeniedError`` without credentials, ``UsageError`` for a configuration that
     cannot be used.
     """
     try:
-        session = boto3.session.Session(profile_name=location.profile)
+        session = _session(location, keys)
         if session.get_credentials() is None:
             raise s3_errors.no_credentials(location)
         # botocore looks for an endpoint in ~/.aws too, and tells only once there is a client.
@@ -46,6 +87,16 @@ def make_client(location: S3Location, silence: float) -> S3Client:
         raise s3_errors.classify(
             error, location, location.endpoint or "S3", "connect"
         ).error from error
+
+
+def _session(location: S3Location, keys: KeyRing | None) -> boto3.session.Session:
+    if keys is None:
+        return boto3.session.Session(profile_name=location.profile)
+    if location.profile is not None:
+        raise UsageError("the store URL names a profile, and other credentials were given")
+    session = botocore.session.Session()
+    session.register_component("credential_provider", CredentialResolver([_Provider(keys)]))
+    return boto3.session.Session(botocore_session=session)
 
 
 def _create(
