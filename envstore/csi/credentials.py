@@ -8,17 +8,18 @@ one of its own, mounted as the directory ``DIR/<store>``. Nothing of it is ever 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from envstore.csi.config import NamedStore
-from envstore.csi.nodeserver import Credentials
 from envstore.csi.refusal import RefusedError, invalid
 from envstore.csi.request import quoted
-from envstore.errors import UnavailableError
+from envstore.errors import UnavailableError, UsageError
+from envstore.store.objects.credentials import Credentials
 
-NEEDED = ("access_key_id", "secret_access_key")
-OPTIONAL = ("session_token",)
+KEYS = ("session_token", "access_key_id", "secret_access_key")
+"""In the order in which files are read: whoever finds the last has not missed the first."""
 
 _LONGEST = 1 << 14
 _TIMES = 3
@@ -46,31 +47,37 @@ def find_credentials(
 
 def _from_volume(store: str, secrets: Mapping[str, str]) -> Credentials:
     if not secrets:
-        raise invalid(f"store {store} wants keys of each volume: name a nodePublishSecretRef")
+        raise invalid(
+            f"store {store} wants keys of each volume: name a Secret in nodePublishSecretRef"
+        )
     for key in secrets:
-        if key not in (*NEEDED, *OPTIONAL):
-            known = ", ".join((*NEEDED, *OPTIONAL))
+        if key not in KEYS:
+            known = ", ".join(KEYS)
             raise invalid(f"the volume's Secret holds {quoted(key)}, but known are {known}")
-    return _checked(secrets, lambda key, what: invalid(f"{key} in the volume's Secret {what}"))
+    try:
+        return _parsed(secrets)
+    except UsageError as error:
+        raise invalid(f"the volume's Secret: {error}") from None
 
 
 def _from_files(store: str, directory: Path | None) -> Credentials:
-    def lacking(key: str, what: str) -> RefusedError:
-        return _unavailable(f"{key} of store {store} {what}")
-
     if directory is None:
-        raise _unavailable(f"the driver has no credentials for store {store}")
-    for _ in range(_TIMES - 1):
+        raise _lacking(store, "it was started without a directory of them")
+    problem = ""
+    # If it is being replaced, the directory that is read may go before the last file is.
+    for _ in range(_TIMES):
         try:
-            return _checked(_files(directory / store), lacking)
-        except RefusedError:
-            # Replaced meanwhile: the directory that was being read is gone.
-            continue
-    return _checked(_files(directory / store), lacking)
+            return _parsed(_files(directory / store))
+        except UsageError as error:
+            problem = error.message
+        except OSError as error:
+            problem = f"cannot read {error.filename}: {error.strerror}"
+    raise _lacking(store, problem)
 
 
-def _unavailable(what: str) -> RefusedError:
+def _lacking(store: str, problem: str) -> RefusedError:
     hint = "an administrator adds them to the driver's Secret"
+    what = f"the driver's own credentials for store {store}: {problem}"
     return RefusedError.of(UnavailableError(what, hint=hint))
 
 
@@ -78,36 +85,24 @@ def _files(directory: Path) -> Mapping[str, str]:
     """Return what is in one state of a mounted Secret: what is not there is left out."""
     # Kubernetes replaces all keys at once, by another directory that the link ..data leads to.
     for place in (directory / "..data", directory):
-        try:
+        with suppress(FileNotFoundError):
             opened = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            # In this order a directory that is removed meanwhile lacks what is needed.
-            found = {key: _read(opened, key) for key in (*OPTIONAL, *NEEDED)}
-        finally:
-            os.close(opened)
-        return {key: value for key, value in found.items() if value is not None}
+            try:
+                found = {key: _read(opened, key) for key in KEYS}
+            finally:
+                os.close(opened)
+            return {key: value for key, value in found.items() if value}
     return {}
 
 
-def _read(directory: int, key: str) -> str | None:
+def _read(directory: int, key: str) -> str:
     try:
         file = os.open(key, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
-        with open(file, "rb") as opened:
-            return opened.read(_LONGEST + 1).decode("latin-1")
-    except OSError:
-        return None
+    except FileNotFoundError:
+        return ""
+    with open(file, "rb") as opened:
+        return opened.read(_LONGEST + 1).decode("latin-1")
 
 
-def _checked(found: Mapping[str, str], wrong: Callable[[str, str], RefusedError]) -> Credentials:
-    """Return what was found: one word each, as HTTP headers can hold it."""
-    values: dict[str, str] = {}
-    for key in (*NEEDED, *OPTIONAL):
-        value = found.get(key, "").strip()
-        if not value and key in NEEDED:
-            raise wrong(key, "is missing")
-        if len(value) > _LONGEST or not all("!" <= one <= "~" for one in value):
-            raise wrong(key, "is too long or not one word of ASCII")
-        values[key] = value
-    return Credentials(**values)
+def _parsed(found: Mapping[str, str]) -> Credentials:
+    return Credentials.parse({key: value.strip() for key, value in found.items()})

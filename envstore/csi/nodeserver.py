@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from envstore.errors import UnavailableError
 from envstore.fuse.sockets import SilentError, ask_lasting
+from envstore.store.objects.credentials import Credentials
 
 OWNER = "csi"
 """Whose leases those of the driver are; others' are left alone."""
 
 _BRIEF = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """Keys to an S3 store. Never shown: neither in ``repr`` nor in logs."""
-
-    access_key_id: str = field(repr=False)
-    secret_access_key: str = field(repr=False)
-    session_token: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +89,7 @@ class NodeServer:
             "owner": OWNER,
         }
         if wanted.credentials is not None:
-            keys = wanted.credentials
-            question["credentials"] = {
-                "access_key_id": keys.access_key_id,
-                "secret_access_key": keys.secret_access_key,
-                "session_token": keys.session_token,
-            }
+            question["credentials"] = wanted.credentials.encode()
         found = self._ask(self.socket, within, "mount", **question)
         return Served(
             lease=found["id"],
