@@ -222,6 +222,8 @@ class Node:
                         **counted,
                     }
                 )
+        cache, totals = self._volumes.cache, self._volumes.report()
+        del totals["latency"]  # long, and there for whoever asks for metrics
         return {
             "state": self._state(),
             "root": self._root,
@@ -229,6 +231,8 @@ class Node:
             "version": envstore.__version__,
             "mounts": mounts,
             "snapshots": len({one.slot for one in self._leases.values()}),
+            "cache": {"bytes": cache.filled(), "capacity": cache.capacity},
+            "totals": totals,
         }
 
     async def _check_leases(self) -> None:

@@ -34,7 +34,7 @@ def render(report: Mapping[str, Any]) -> str:
     ``report`` is what ``Metrics.report`` returns, with ``restarts`` and, in ``mounts``, for each
     mount the report of its own reads with its ``mountpoint``, ``ref`` and ``digest``.
     """
-    page = _Page()
+    page = Page()
     page.family(
         *("requests_total", "counter", "Requests of the kernel."),
         [({"kind": kind}, count) for kind, count in sorted(report["requests"].items())],
@@ -100,8 +100,8 @@ def _at(report: Mapping[str, Any], path: str) -> float:
     return float(value)
 
 
-class _Page:
-    """Families of samples, each with its help and type."""
+class Page:
+    """Families of samples, each with its help and type. All names begin with ``envstore_``."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -109,6 +109,7 @@ class _Page:
     def family(
         self, name: str, kind: str, text: str, samples: Iterable[tuple[_Labels, float]]
     ) -> None:
+        """Add a counter or gauge."""
         self._head(name, kind, text)
         for labels, value in samples:
             self._sample(name, labels, value)
@@ -116,6 +117,7 @@ class _Page:
     def histogram(
         self, name: str, text: str, samples: Iterable[tuple[_Labels, Mapping[str, Any]]]
     ) -> None:
+        """Add histograms as ``Metrics.report`` has them: ``buckets``, ``count``, ``seconds``."""
         self._head(name, "histogram", text)
         for labels, found in samples:
             for bucket, count in enumerate(accumulate(found["buckets"])):
@@ -126,6 +128,7 @@ class _Page:
             self._sample(f"{name}_count", labels, found["count"])
 
     def text(self) -> str:
+        """Return the page."""
         return "\n".join((*self._lines, ""))
 
     def _head(self, name: str, kind: str, text: str) -> None:

@@ -205,6 +205,19 @@ class BlobCache:
             pinned = sum(item.size for item in files if item.pinned)
             return CacheUsage(self._total(lock), blobs, self.capacity, len(files), pinned)
 
+    def filled(self) -> int:
+        """Return the bytes accounted for as they were last written down. Waits for nobody."""
+        with self.errors():
+            try:
+                fd = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return 0
+            try:
+                data = os.pread(fd, U64.size, 0)
+            finally:
+                os.close(fd)
+            return int(U64.unpack(data)[0]) if len(data) == U64.size else 0
+
     def clear(self) -> int:
         """Remove all that is not pinned; returns the bytes freed. Running mounts fetch again."""
         with self.errors(), self._locked() as lock:

@@ -131,7 +131,10 @@ def test_stores_share_nothing(site: Site) -> None:
         second = site.show("one", "second", store=other.url)
         assert os.stat(first / "file").st_ino != os.stat(second / "file").st_ino
         assert (first / "big").read_bytes() == (second / "big").read_bytes() == BIG
-        assert site.told()["snapshots"] == 2
+        told = site.told()
+        assert told["snapshots"] == 2
+        assert told["totals"]["fetched"]["bytes"] >= 2 * len(BIG)
+        assert told["cache"]["capacity"] > told["cache"]["bytes"] >= 2 * len(BIG)
         unmount(first)
         unmount(second)
 

@@ -74,6 +74,11 @@ def test_put_and_read(cache: BlobCache) -> None:
     assert cache.read(name, 9_990) == data[9_990:]
     assert cache.read(name, 10_000, 0) == b""
     assert cache.usage() == type(cache.usage())(12_288, 1, cache.capacity)
+    assert cache.filled() == 12_288
+
+
+def test_a_cache_that_is_not_there_yet_is_empty(tmp_path: Path) -> None:
+    assert BlobCache(tmp_path / "none").filled() == 0
 
 
 def test_a_view_may_be_put(cache: BlobCache) -> None:
