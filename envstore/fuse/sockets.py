@@ -24,22 +24,32 @@ def claim(path: str | os.PathLike[str]) -> socket.socket:
     Raises ``UsageError``, ``AccessDeniedError``.
     """
     try:
-        try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise UsageError(f"{path} is in the way: it is not a socket")
-            with (
-                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client,
-                short_address(path) as address,
-            ):
-                client.setblocking(False)
-                client.connect(address)
+        if somebody_listens(path):
             raise UsageError(f"somebody listens at {path} already")
-        except (FileNotFoundError, ConnectionRefusedError):
-            return listen(path)
-    except BlockingIOError:
-        raise UsageError(f"somebody listens at {path} already") from None
+        return listen(path)
     except OSError as error:
         raise AccessDeniedError(f"cannot listen at {path}: {error.strerror}") from error
+
+
+def somebody_listens(path: str | os.PathLike[str]) -> bool:
+    """Whether the socket at ``path`` has a listener, however busy.
+
+    Raises ``UsageError`` if there is something else than a socket, and ``OSError``.
+    """
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"{path} is in the way: it is not a socket")
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client,
+            short_address(path) as address,
+        ):
+            client.setblocking(False)
+            client.connect(address)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    except BlockingIOError:
+        pass  # others wait for it to accept them
+    return True
 
 
 @contextlib.contextmanager
