@@ -34,8 +34,11 @@ settings.load_profile("envstore")
 
 @pytest.fixture(scope="session", autouse=True)
 def _ordinary_signals() -> None:
-    # Under nohup this is ignored, and so it would be in every process that a test starts.
+    # Under nohup, and behind a shell's &, some are ignored, and so they would be in every process
+    # that a test starts.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

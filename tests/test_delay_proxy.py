@@ -112,10 +112,10 @@ def test_a_server_that_hangs_up_ends_the_clients_connection(proxied: int) -> Non
 
 
 def test_a_server_that_is_not_there_ends_the_clients_connection() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with (
-        proxy(f"127.0.0.1:{port}", DELAY_MS) as listening,
-        socket.create_connection(("127.0.0.1", listening), timeout=60) as client,
-    ):
-        assert client.recv(1) == b""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # nobody's else, and refusing as long as it is not listening
+        with (
+            proxy(f"127.0.0.1:{bound.getsockname()[1]}", DELAY_MS) as listening,
+            socket.create_connection(("127.0.0.1", listening), timeout=60) as client,
+        ):
+            assert client.recv(1) == b""

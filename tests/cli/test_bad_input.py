@@ -331,21 +331,22 @@ def test_a_prefix_that_is_no_store(s3: Cli, s3_server: S3Server) -> None:
 
 
 def test_an_endpoint_where_nobody_listens(s3: Cli, tree: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        port = reserved.getsockname()[1]
-    away = {
-        "ENVSTORE_URL": f"s3://bucket/x?endpoint=http://127.0.0.1:{port}",
-        "ENVSTORE_S3_TIMEOUT": "2",
-    }
     (s3.root / "mnt").mkdir()
-    for command in (
-        ["ls"],
-        ["init"],
-        ["push", "tree", tree],
-        ["mount", "tree", s3.root / "mnt"],
-        ["run", "tree", "--", "true"],
-    ):
-        s3.fails(1, *command, env=away, says=["cannot reach", str(port), "check the endpoint"])
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # nobody's else, and refusing as long as it is not listening
+        port = bound.getsockname()[1]
+        away = {
+            "ENVSTORE_URL": f"s3://bucket/x?endpoint=http://127.0.0.1:{port}",
+            "ENVSTORE_S3_TIMEOUT": "2",
+        }
+        for command in (
+            ["ls"],
+            ["init"],
+            ["push", "tree", tree],
+            ["mount", "tree", s3.root / "mnt"],
+            ["run", "tree", "--", "true"],
+        ):
+            s3.fails(1, *command, env=away, says=["cannot reach", str(port), "check the endpoint"])
 
 
 @pytest.mark.parametrize("flag", [[], ["--foreground"]])

@@ -295,21 +295,23 @@ def _get(connection: http.client.HTTPConnection, path: str, method: str = "GET")
         try:
             connection.request(method, path)
             answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
         except (ConnectionRefusedError, FileNotFoundError):
             continue  # not yet
-        try:
-            return answer.status, answer.headers, answer.read()
         finally:
-            connection.close()
+            connection.close()  # after a failure too, or it would take no other request
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_the_page_is_served(kind: str, tmp_path: Path) -> None:
     if kind == "tcp":
-        with socket.create_server(("127.0.0.1", 0)) as probe:
+        # An address of this process alone: nobody else takes the port before it is served.
+        pid = os.getpid()
+        host = f"127.{1 + (pid >> 16) % 254}.{pid >> 8 & 255}.{pid & 255}"
+        with socket.create_server((host, 0)) as probe:
             port = probe.getsockname()[1]
-        address = f"127.0.0.1:{port}"
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        address = f"{host}:{port}"
+        connection = http.client.HTTPConnection(host, port, timeout=30)
     else:
         address = str(tmp_path / "metrics.sock")
         connection = _Unix(address)
