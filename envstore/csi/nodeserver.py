@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from envstore.errors import UnavailableError
+from envstore.errors import EnvstoreError, UnavailableError
 from envstore.fuse.sockets import SilentError, ask_lasting
 from envstore.store.objects.credentials import Credentials
 
@@ -68,6 +68,7 @@ class NodeServer:
 
     def __init__(self, socket: str) -> None:
         self.socket = socket
+        self._control = ""
 
     def take(self, wanted: Wanted, within: float) -> Served:
         """Have a snapshot served. Repeated with the same lease it returns the same.
@@ -91,6 +92,7 @@ class NodeServer:
         if wanted.credentials is not None:
             question["credentials"] = wanted.credentials.encode()
         found = self._ask(self.socket, within, "mount", **question)
+        self._control = found["control"]
         return Served(
             lease=found["id"],
             snapshot=found["snapshot"],
@@ -105,9 +107,22 @@ class NodeServer:
         """End a lease, if it is there; ``in_use``: somebody may still be reading."""
         self._ask(self.socket, _BRIEF, "unmounted", id=lease, lazy=in_use)
 
+    def answers(self, within: float) -> bool:
+        """Whether somebody answers; nothing is asked of any store."""
+        try:
+            self._ask(self.socket, within, "state")
+        except EnvstoreError:
+            return False
+        return True
+
     def status(self) -> dict[str, Any]:
         """Return what the node server says of itself and of every mount; see ``Node.describe``."""
         found: dict[str, Any] = self._ask(self.socket, _BRIEF, "status")
+        return found
+
+    def holder(self) -> dict[str, Any]:
+        """Return what the holder of the node server says of both; see ``Holder``."""
+        found: dict[str, Any] = self._ask_holder(_BRIEF, "status")
         return found
 
     def show(
@@ -126,15 +141,29 @@ class NodeServer:
 
     def hide(self, target: str, within: float = _BRIEF) -> None:
         """Take every mount of ours off ``target`` and remove the directory; fine if none is."""
-        self._ask(self._control(), within, "hide", target=target)
+        self._ask_holder(within, "hide", target=target)
 
-    def look(self) -> list[Shown]:
+    def look(self, within: float = _BRIEF) -> list[Shown]:
         """Return the mounts of ours at targets, from the kernel's tables alone."""
-        found = self._ask(self._control(), _BRIEF, "look")
+        found = self._ask_holder(within, "look")
         return [Shown(one["target"], one["alive"], one["fast"]) for one in found["mounts"]]
 
-    def _control(self) -> str:
-        return str(self._ask(self.socket, _BRIEF, "state")["control"])
+    def check(self, within: float = _BRIEF) -> None:
+        """Return if mounts are being served, and can be made."""
+        found = self._ask(self.socket, within, "state")
+        if found["state"] != "serving":
+            raise UnavailableError("the node server is ending", hint="it is started again")
+        self._control = found["control"]
+
+    def _ask_holder(self, within: float, what: str, **question: object) -> Any:
+        """Ask the holder, which answers also while no server does."""
+        if self._control:
+            try:
+                return ask_lasting(self._control, within, ask=what, **question)
+            except SilentError:
+                pass  # another node server may be there, with another holder
+        self.check(within)
+        return self._ask(self._control, within, what, **question)
 
     def _ask(self, socket: str, within: float, what: str, **question: object) -> Any:
         try:

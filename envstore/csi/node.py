@@ -1,0 +1,253 @@
+"""The CSI Node service: what the kubelet asks for on this node.
+
+Every call may come again, at any time and from several callers at once (specification,
+"Timeouts"): what is done already is not done twice, and what failed left nothing. Volumes are not
+staged: the node server shares between targets whatever can be shared.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from secrets import token_hex
+from typing import Protocol
+
+import grpc
+
+from envstore.csi.access import Access, check_access, check_id, check_path
+from envstore.csi.calls import Context, seconds_left
+from envstore.csi.proto import csi_pb2, csi_pb2_grpc
+from envstore.csi.publishing import Grants, Left, Publisher
+from envstore.csi.records import Publication
+from envstore.csi.refusal import RefusedError, invalid
+from envstore.csi.request import Pod, VolumeRequest, parse_request
+from envstore.csi.stats import Health, usage
+from envstore.errors import EnvstoreError
+
+SLOW_AFTER = 5.0
+"""Seconds after which the pod is told that it waits for a volume, and for what."""
+
+_CAPABILITIES = ("GET_VOLUME_STATS", "VOLUME_CONDITION", "SINGLE_NODE_MULTI_WRITER")
+# They tell of who asked, not of the volume.
+_UNTOLD = frozenset(
+    {grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Teller(Protocol):
+    """Tells whoever looks at a pod what happens to its volumes. Returns at once, never fails."""
+
+    def refused(self, pod: Pod, message: str) -> None:
+        """Tell that a volume is not mounted, and why."""
+
+    def slow(self, pod: Pod, message: str) -> None:
+        """Tell that a volume takes long to be mounted."""
+
+
+class NodeService(csi_pb2_grpc.NodeServicer):
+    """Answers for the node ``node_id``. What it refuses is a ``RefusedError``."""
+
+    def __init__(
+        self,
+        node_id: str,
+        publisher: Publisher,
+        grants: Grants,
+        teller: Teller,
+        *,
+        slow_after: float = SLOW_AFTER,
+    ) -> None:
+        self._node_id = node_id
+        self._publisher = publisher
+        self._records = publisher.records
+        self._grants = grants
+        self._teller = teller
+        self._slow_after = slow_after
+        self._health = Health(publisher.server)
+
+    # --- publish --------------------------------------------------------------------------------
+
+    def NodePublishVolume(  # noqa: N802
+        self, request: csi_pb2.NodePublishVolumeRequest, context: Context
+    ) -> csi_pb2.NodePublishVolumeResponse:
+        """Mount a snapshot on the target path, read-only, nosuid, nodev and exec.
+
+        Comes again for as long as the pod lives (``requiresRepublish``): then it is judged anew
+        whether the pod may have the volume, and a mount that is gone is made again.
+        """
+        volume = check_id(request.volume_id)
+        target = check_path(request.target_path, "target_path")
+        if not request.HasField("volume_capability"):
+            raise invalid("volume_capability is missing")
+        wanted = parse_request(request.volume_context)
+        access = check_access(
+            request.volume_capability, readonly=request.readonly, ephemeral=wanted.ephemeral
+        )
+        record = Publication(
+            volume=volume,
+            target=target,
+            lease=token_hex(8),
+            access=access.mode,
+            readonly=access.readonly,
+            request=wanted,
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            digest=wanted.digest,
+        )
+        with self._told(wanted.pod), self._publisher.targets.take(target):
+            self._publish(record, access, request, partial(seconds_left, context))
+        return csi_pb2.NodePublishVolumeResponse()
+
+    def _publish(
+        self,
+        record: Publication,
+        access: Access,
+        request: csi_pb2.NodePublishVolumeRequest,
+        left: Left,
+    ) -> None:
+        publisher = self._publisher
+        known = self._records.find(record.target)
+        if known is not None and not known.complete:
+            publisher.withdraw(known)
+            known = None
+        if known is not None:
+            _check_same(known, record)
+        try:
+            grant = self._grants.grant(record.request, request.secrets, left)
+        except RefusedError as refused:
+            if known is not None and refused.code is grpc.StatusCode.PERMISSION_DENIED:
+                _log.warning("unmounting %s: %s", known.target, refused.message)
+                publisher.withdraw(known)
+            raise
+        if known is None:
+            self._check_single(record, access)
+            with self._watched(record):
+                publisher.publish(record, grant, left)
+        elif not publisher.is_alive(known.target):
+            with self._watched(known):
+                publisher.restore(known, grant, left)
+        elif publisher.keys_are_new(known, grant):
+            publisher.refresh(known, grant, left)
+
+    def _check_single(self, record: Publication, access: Access) -> None:
+        """Refuse what the table of NodePublishVolume refuses to a volume for one target."""
+        if access.shared:
+            return
+        for other in self._records.of(record.volume):
+            if other.target != record.target:
+                raise RefusedError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"the volume is published at {other.target}, and its access mode"
+                    f" {access.mode} allows for one target only (use accessModes: [ReadOnlyMany])",
+                )
+
+    @contextmanager
+    def _told(self, pod: Pod | None) -> Iterator[None]:
+        """Turn what goes wrong into a refusal, and tell the pod of it."""
+        try:
+            yield
+        except (RefusedError, EnvstoreError) as error:
+            refused = error if isinstance(error, RefusedError) else RefusedError.of(error)
+            if pod is not None and refused.code not in _UNTOLD:
+                self._teller.refused(pod, refused.message)
+            raise refused from None
+
+    @contextmanager
+    def _watched(self, record: Publication) -> Iterator[None]:
+        """Tell the pod if what is done meanwhile takes long."""
+        pod = record.request.pod
+        if pod is None:
+            yield
+            return
+        timer = threading.Timer(self._slow_after, self._say_slow, (pod, record))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _say_slow(self, pod: Pod, record: Publication) -> None:
+        request = record.request
+        what = f"{request.ref} is not mounted yet after {self._slow_after:g} s"
+        fetched = self._publisher.fetched(record)
+        self._teller.slow(pod, f"{what}: {fetched / 1e6:.1f} MB were fetched so far")
+
+    # --- unpublish ------------------------------------------------------------------------------
+
+    def NodeUnpublishVolume(  # noqa: N802
+        self, request: csi_pb2.NodeUnpublishVolumeRequest, context: Context
+    ) -> csi_pb2.NodeUnpublishVolumeResponse:
+        """Remove the mount, dead or alive, and the target path; fine if nothing is there.
+
+        The id is used for nothing but to notice mistakes, so any will do: what could never be
+        published under it must not keep a pod from ending.
+        """
+        if not request.volume_id:
+            raise invalid("volume_id is missing")
+        target = check_path(request.target_path, "target_path")
+        with self._publisher.targets.take(target):
+            known = self._records.find(target)
+            if known is None:
+                self._publisher.clear(target)
+            elif known.volume != request.volume_id:
+                raise RefusedError(
+                    grpc.StatusCode.NOT_FOUND, f"another volume is published at {target}"
+                )
+            else:
+                self._publisher.withdraw(known)
+        return csi_pb2.NodeUnpublishVolumeResponse()
+
+    # --- questions ------------------------------------------------------------------------------
+
+    def NodeGetVolumeStats(  # noqa: N802
+        self, request: csi_pb2.NodeGetVolumeStatsRequest, context: Context
+    ) -> csi_pb2.NodeGetVolumeStatsResponse:
+        """Return the size of a volume and its condition, at once; the mount is not touched."""
+        if not request.volume_id:
+            raise invalid("volume_id is missing")
+        path = check_path(request.volume_path, "volume_path")
+        record = self._records.find(path)
+        if record is None or not record.complete or record.volume != request.volume_id:
+            raise RefusedError(grpc.StatusCode.NOT_FOUND, f"the volume is not published at {path}")
+        return csi_pb2.NodeGetVolumeStatsResponse(
+            usage=usage(record), volume_condition=self._health.condition(record)
+        )
+
+    def NodeGetCapabilities(  # noqa: N802
+        self, request: csi_pb2.NodeGetCapabilitiesRequest, context: Context
+    ) -> csi_pb2.NodeGetCapabilitiesResponse:
+        """Return what is offered beyond publishing: statistics, and access modes as they are."""
+        found = csi_pb2.NodeServiceCapability
+        return csi_pb2.NodeGetCapabilitiesResponse(
+            capabilities=[found(rpc=found.RPC(type=name)) for name in _CAPABILITIES]
+        )
+
+    def NodeGetInfo(  # noqa: N802
+        self, request: csi_pb2.NodeGetInfoRequest, context: Context
+    ) -> csi_pb2.NodeGetInfoResponse:
+        """Return the node's name. Every node can have every volume, and any number of them."""
+        return csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
+
+
+def _check_same(known: Publication, asked: Publication) -> None:
+    """Refuse to publish anything else at a target (specification, ``ALREADY_EXISTS``)."""
+    names = [
+        name
+        for name in ("volume", "access", "readonly")
+        if getattr(known, name) != getattr(asked, name)
+    ]
+    names += [
+        name
+        for name in VolumeRequest.__slots__
+        if getattr(known.request, name) != getattr(asked.request, name)
+    ]
+    if names:
+        raise RefusedError(
+            grpc.StatusCode.ALREADY_EXISTS,
+            f"{known.target} is published already, with another {' and another '.join(names)}",
+        )
