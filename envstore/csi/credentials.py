@@ -21,7 +21,7 @@ from envstore.store.objects.credentials import Credentials
 KEYS = ("session_token", "access_key_id", "secret_access_key")
 """In the order in which files are read: whoever finds the last has not missed the first."""
 
-_LONGEST = 1 << 14
+_LONGEST = 1 << 16
 _TIMES = 3
 
 
@@ -48,7 +48,8 @@ def find_credentials(
 def _from_volume(store: str, secrets: Mapping[str, str]) -> Credentials:
     if not secrets:
         raise invalid(
-            f"store {store} wants keys of each volume: name a Secret in nodePublishSecretRef"
+            f"store {store} wants keys of each volume: name a Secret in nodePublishSecretRef, in a"
+            " StorageClass also as csi.storage.k8s.io/provisioner-secret-name"
         )
     for key in secrets:
         if key not in KEYS:
@@ -98,10 +99,14 @@ def _files(directory: Path) -> Mapping[str, str]:
 def _read(directory: int, key: str) -> str:
     try:
         file = os.open(key, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+        try:
+            return os.read(file, _LONGEST).decode("latin-1")
+        finally:
+            os.close(file)
     except FileNotFoundError:
         return ""
-    with open(file, "rb") as opened:
-        return opened.read(_LONGEST + 1).decode("latin-1")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, key) from error
 
 
 def _parsed(found: Mapping[str, str]) -> Credentials:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -30,7 +31,7 @@ import grpc
 
 from envstore.csi.config import EVERYTHING, DriverConfig, NamedStore, Rule
 from envstore.csi.refusal import NAME, RefusedError, invalid
-from envstore.csi.request import Pod, VolumeRequest
+from envstore.csi.request import VolumeRequest
 from envstore.errors import NotFoundError, UnavailableError
 
 READ_ONLY = "ro"
@@ -45,6 +46,21 @@ class NamespaceLabels(Protocol):
         """Return a namespace's labels. Raises ``UnavailableError``, ``NotFoundError``."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """Who asks: empty is not known. ``any_account`` stands for whoever may come later."""
+
+    namespace: str = ""
+    account: str = ""
+    any_account: bool = False
+
+    def __str__(self) -> str:
+        if not self.namespace:
+            return "a volume without pod information"
+        account = f" (service account {self.account})" if self.account else ""
+        return f"namespace {self.namespace}{account}"
+
+
 class Policy:
     """Decides by the configuration as it is at that moment. Safe for many threads."""
 
@@ -56,13 +72,28 @@ class Policy:
         self._namespaces = namespaces
 
     def check(self, request: VolumeRequest, within: float, *, mode: str = READ_ONLY) -> NamedStore:
-        """Return the store that ``request`` is granted.
+        """Return the store that ``request`` of a pod is granted.
 
         One question to the API server, of at most ``within`` seconds, and only where labels
         decide. Raises ``RefusedError``: ``PERMISSION_DENIED``, ``UNAVAILABLE`` (it cannot be
         told), ``INVALID_ARGUMENT`` (no store is named and there is no default).
         """
-        config = self._config()
+        pod = request.pod
+        asking = _Asking(pod.namespace, pod.service_account) if pod else _Asking()
+        return self._check(request, asking, mode, within)
+
+    def check_claim(self, request: VolumeRequest, namespace: str, within: float) -> NamedStore:
+        """Return the store that a claim in ``namespace`` is granted to make a volume of.
+
+        Which service accounts its pods will have is seen when they come. An empty ``namespace``
+        is not known, and all is left to be seen then. Raises as ``check`` does.
+        """
+        if not namespace:
+            return self._store(self._config(), request, _Asking())
+        asking = _Asking(namespace, any_account=True)
+        return self._check(request, asking, READ_ONLY, within)
+
+    def _store(self, config: DriverConfig, request: VolumeRequest, asking: _Asking) -> NamedStore:
         name = request.store or config.default
         if not name:
             raise invalid("the volume attribute store is missing, and there is no default store")
@@ -70,15 +101,22 @@ class Policy:
         if store is None:
             # The pod learns no more of it than of a store that it may not use.
             _log.warning("a volume names the store %s, which is not configured", name)
-            raise _denied(name, request)
-        fitting = [rule for rule in config.rules if _fits(rule, name, request, mode)]
+            raise _denied(name, request, asking)
+        return store
+
+    def _check(
+        self, request: VolumeRequest, asking: _Asking, mode: str, within: float
+    ) -> NamedStore:
+        config = self._config()
+        store = self._store(config, request, asking)
+        fitting = [r for r in config.rules if _fits(r, store.name, request.ref, asking, mode)]
         if any(rule.labels is None for rule in fitting):
             return store
-        if fitting and request.pod is not None:
-            labels = self._labels(request.pod.namespace, within)
+        if fitting:
+            labels = self._labels(asking.namespace, within)
             if any(_labelled(rule, labels) for rule in fitting):
                 return store
-        raise _denied(name, request)
+        raise _denied(store.name, request, asking)
 
     def _labels(self, namespace: str, within: float) -> Mapping[str, str]:
         if self._namespaces is None:
@@ -94,16 +132,15 @@ class Policy:
             raise RefusedError.of(error) from None
 
 
-def _fits(rule: Rule, store: str, request: VolumeRequest, mode: str) -> bool:
+def _fits(rule: Rule, store: str, ref: str, asking: _Asking, mode: str) -> bool:
     """Return whether all conditions hold that can be judged without the API server."""
-    pod = request.pod
     return (
         (rule.stores is None or store in rule.stores or EVERYTHING in rule.stores)
-        and (rule.refs is None or any(_ref_fits(glob, request.ref) for glob in rule.refs))
+        and (rule.refs is None or any(_ref_fits(glob, ref) for glob in rule.refs))
         and (rule.modes is None or mode in rule.modes)
-        and (pod is not None or rule.labels is None)
-        and _one_fits(rule.namespaces, pod.namespace if pod else "")
-        and _one_fits(rule.service_accounts, pod.service_account if pod else "")
+        and (rule.labels is None or bool(asking.namespace))
+        and _one_fits(rule.namespaces, asking.namespace)
+        and (asking.any_account or _one_fits(rule.service_accounts, asking.account))
     )
 
 
@@ -112,9 +149,7 @@ def _one_fits(globs: tuple[str, ...] | None, name: str) -> bool:
 
 
 def _ref_fits(glob: str, ref: str) -> bool:
-    if glob == EVERYTHING:
-        return True
-    return all(map(fnmatchcase, _parts(ref), _parts(glob)))
+    return glob == EVERYTHING or all(map(fnmatchcase, _parts(ref), _parts(glob)))
 
 
 def _parts(ref: str) -> tuple[str, str, str]:
@@ -127,16 +162,9 @@ def _labelled(rule: Rule, labels: Mapping[str, str]) -> bool:
     return all(labels.get(key) in values for key, values in rule.labels or ())
 
 
-def _denied(store: str, request: VolumeRequest) -> RefusedError:
+def _denied(store: str, request: VolumeRequest, asking: _Asking) -> RefusedError:
     return RefusedError(
         grpc.StatusCode.PERMISSION_DENIED,
-        f"{_who(request.pod)} may not use {request.ref} of store {store}: no rule allows it"
+        f"{asking} may not use {request.ref} of store {store}: no rule allows it"
         f" (an administrator allows it under policy in the configuration of {NAME})",
     )
-
-
-def _who(pod: Pod | None) -> str:
-    if pod is None:
-        return "a volume without pod information"
-    account = f" (service account {pod.service_account})" if pod.service_account else ""
-    return f"namespace {pod.namespace}{account}"
