@@ -80,26 +80,6 @@ class Cluster:
         chosen = next((one for one in contexts if one["name"] == context), current)
         return cls(ApiClient(configuration), chosen["context"].get("namespace") or "default")
 
-    @classmethod
-    def around(cls) -> Cluster:
-        """Return the cluster that this process runs in, as its pod's service account.
-
-        The account's token is read again before it expires. Raises ``NotFoundError`` outside.
-        """
-        from kubernetes import config
-        from kubernetes.client import ApiClient, Configuration
-
-        configuration = Configuration()
-        configuration.connection_pool_maxsize = CONNECTIONS
-        try:
-            config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-        except config.ConfigException as error:
-            raise NotFoundError(
-                f"this is no pod of a cluster: {_line(error)}",
-                hint="it takes the token of a service account",
-            ) from None
-        return cls(ApiClient(configuration), "")
-
     def get(self, *path: str, within: float = _WITHIN, **query: str) -> dict[str, Any]:
         """Return what is at ``path``, whose parts are quoted, within so many seconds."""
         return self._ask("GET", path, query, within=within)
