@@ -120,7 +120,8 @@ class Records:
             self._directory.chmod(0o700)
             for path in sorted(self._directory.iterdir()):
                 if path.suffix == ".tmp":
-                    path.unlink()
+                    with contextlib.suppress(OSError):
+                        path.unlink()
                 elif path.suffix == ".json":
                     self._load(path)
             damaged = sorted(
@@ -186,7 +187,7 @@ class Records:
             record = Publication.decode(_read(path))
             if self._path(record.target) != path:
                 raise ValueError("it is of another target")
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             _log.error("setting aside the damaged record %s: %s", path, error)
             path.replace(path.with_suffix(".damaged"))
         else:
