@@ -22,6 +22,7 @@ _LOG_LIMIT = 1 << 20
 _EXTRAS = {
     **dict.fromkeys(("packaging", "rattler", "uv", "yaml"), ("resolver", "reading and resolving")),
     **dict.fromkeys(("pyfuse3", "trio"), ("fuse", "mounting")),
+    **dict.fromkeys(("google", "grpc", "kubernetes"), ("csi", "working with Kubernetes")),
 }
 """What needs more than the core, by the top-level module that is missing then."""
 

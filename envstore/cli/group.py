@@ -21,6 +21,7 @@ _COMMANDS = {
     "stats": "stats",
     "remount": "mounts",
     "node": "node",
+    "csi": "csi",
     "run": "run",
     "activate": "activate",
     "profile": "profile",

@@ -22,6 +22,8 @@ from envstore.errors import EnvstoreError
 
 _log = logging.getLogger("envstore.csi")
 
+Observe = Callable[[str, str, float], None]
+
 _LONGEST_MESSAGE = 1000
 _LONGEST_LINE = 8000
 # Asked every few seconds by those who watch a plugin, and of no interest while all is well.
@@ -63,11 +65,13 @@ class Guard(grpc.ServerInterceptor):
     nobody waits for, do not reach the handler. What a handler raises becomes a status code and
     one line: ``RefusedError`` and ``EnvstoreError`` as they say, all else ``INTERNAL`` without
     details, which only the log has. Secrets of a request are in neither. ``brief`` runs what must
-    be answered however busy the others are: the Identity service.
+    be answered however busy the others are: the Identity service. ``observe`` hears of every call
+    that has ended: its method, status code and how many seconds it took.
     """
 
-    def __init__(self, brief: ThreadPoolExecutor) -> None:
+    def __init__(self, brief: ThreadPoolExecutor, observe: Observe) -> None:
         self._brief = brief
+        self._observe = observe
         self._lock = threading.Lock()
         self.under_way = 0
         """Calls that handlers are working on."""
@@ -87,7 +91,7 @@ class Guard(grpc.ServerInterceptor):
 
         def guarded(data: bytes, context: grpc.ServicerContext) -> Any:
             with self._counted():
-                return _Call(name, context).answer(data, parse, behave)
+                return _Call(name, context, self._observe).answer(data, parse, behave)
 
         service = name.rpartition("/")[0].rpartition(".")[2]
         if service == "Identity":
@@ -108,9 +112,10 @@ class Guard(grpc.ServerInterceptor):
 
 
 class _Call:
-    def __init__(self, name: str, context: grpc.ServicerContext) -> None:
+    def __init__(self, name: str, context: grpc.ServicerContext, observe: Observe) -> None:
         self._name = name.rpartition("/")[2]
         self._context = context
+        self._observe = observe
         self._started = time.monotonic()
         self._request: dict[str, Any] = {}
         self._secrets: list[str] = []
@@ -160,10 +165,11 @@ class _Call:
         self._context.abort(refused.code, message)
 
     def _say(self, level: int, code: grpc.StatusCode, message: str = "") -> None:
+        took = time.monotonic() - self._started
+        self._observe(self._name, code.name, took)
         if not _log.isEnabledFor(level):
             return
-        took = (time.monotonic() - self._started) * 1000
-        line = f"{self._name} {code.name} {took:.0f} ms {json.dumps(self._request)}"
+        line = f"{self._name} {code.name} {took * 1000:.0f} ms {json.dumps(self._request)}"
         line = self._hide(line)
         if len(line) > _LONGEST_LINE:
             line = line[:_LONGEST_LINE] + "..."

@@ -58,6 +58,5 @@ def serve_registration(directory: str, endpoint: str, refused: Callable[[], None
     return Server(
         check_path(os.path.join(directory, f"{NAME}-reg.sock")),
         [lambda server: registration_pb2_grpc.add_RegistrationServicer_to_server(service, server)],
-        guard=False,
         workers=2,
     )

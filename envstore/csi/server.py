@@ -15,7 +15,7 @@ from types import FrameType
 
 import grpc
 
-from envstore.csi.calls import Guard
+from envstore.csi.calls import Guard, Observe
 from envstore.errors import AccessDeniedError, UsageError
 from envstore.fuse.sockets import short_address, somebody_listens
 
@@ -63,21 +63,26 @@ def check_path(path: str) -> str:
 class Server:
     """A gRPC server at the socket ``path``, which others may call once this is made.
 
-    ``guard`` puts ``Guard`` before every handler. The socket is for this user and group alone;
-    its directory is made if it is missing. A socket that nobody listens at is replaced, with no
-    moment in which there is none. Raises ``UsageError`` if somebody listens there already or
-    something else is there, ``AccessDeniedError``.
+    ``observe``, if given, puts ``Guard`` before every handler. The socket is for this user and
+    group alone; its directory is made if it is missing. A socket that nobody listens at is
+    replaced, with no moment in which there is none. Raises ``UsageError`` if somebody listens
+    there already or something else is there, ``AccessDeniedError``.
     """
 
     def __init__(
-        self, path: str, services: Sequence[Service], *, guard: bool = True, workers: int = WORKERS
+        self,
+        path: str,
+        services: Sequence[Service],
+        *,
+        observe: Observe | None = None,
+        workers: int = WORKERS,
     ) -> None:
         self.path = path
         self._pools = [
             ThreadPoolExecutor(workers, thread_name_prefix="csi"),
             ThreadPoolExecutor(2, thread_name_prefix="csi-identity"),
         ]
-        self._guard = Guard(self._pools[1]) if guard else None
+        self._guard = Guard(self._pools[1], observe) if observe else None
         self._server = grpc.server(
             self._pools[0],
             interceptors=[self._guard] if self._guard else [],
