@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Iterator
 
+import botocore.session
 import pytest
 from hypothesis import settings
 
@@ -39,6 +41,15 @@ def _ordinary_signals() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _descriptions_are_read_once() -> Iterator[None]:
+    # What S3 is takes longer to parse than most tests of it take.
+    with pytest.MonkeyPatch.context() as patch:
+        loader = functools.cache(botocore.session.create_loader)
+        patch.setattr(botocore.session, "create_loader", loader)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,11 +20,16 @@ THREADS = 16
 OpenStore = Callable[[str], ObjectStore]
 
 
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Server) -> str:
+    return s3_server.new_bucket()
+
+
 @pytest.fixture(params=["file", "s3"])
 def open_prefix(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[OpenStore]:
-    """A function that opens the store below a prefix, of one directory or one bucket."""
+    """A function that opens the store below a prefix that no other test has."""
     with ExitStack() as stack:
         if request.param == "file":
 
@@ -35,10 +40,11 @@ def open_prefix(
             server: S3Server = request.getfixturevalue("s3_server")
             for name, value in server.env.items():
                 monkeypatch.setenv(name, value)
-            bucket = server.new_bucket()
+            bucket: str = request.getfixturevalue("bucket")
+            own = os.urandom(8).hex()
 
             def url(prefix: str) -> str:
-                return server.url(bucket, prefix)
+                return server.url(bucket, f"{own}/{prefix}")
 
         yield lambda prefix: stack.enter_context(closing(open_objects(url(prefix), create=True)))
 
