@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import trio
 
 from envstore.errors import AccessDeniedError, CorruptError, EnvstoreError, UnavailableError
+from envstore.fuse.metrics import Metrics
 from envstore.fuse.pace import Pace
 from envstore.store.locations import FrameRef
 
@@ -79,7 +80,7 @@ class Group:
 
     Of what has landed ``None`` is left. ``heard`` is when the last bytes came, in seconds of
     ``time.monotonic``; ``pace`` limits the bandwidth while nobody waits. ``lost`` are the frames
-    that nobody waited for when the store could not be reached.
+    that nobody waited for when the store could not be reached. ``account`` is whose they are.
     """
 
     frames: Sequence[FrameRef]
@@ -87,6 +88,7 @@ class Group:
     demanded: bool = False
     started: bool = False
     pace: Pace | None = None
+    account: Metrics | None = None
     heard: float = 0.0
     lost: list[FrameRef] = field(default_factory=list)
     done: trio.Event = field(default_factory=trio.Event)

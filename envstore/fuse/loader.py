@@ -92,19 +92,23 @@ class FrameLoader:
             await trio.sleep(inf)
 
     async def load(
-        self, needed: Iterable[FrameRef], ahead: Iterable[FrameRef] = ()
+        self,
+        needed: Iterable[FrameRef],
+        ahead: Iterable[FrameRef] = (),
+        account: Metrics | None = None,
     ) -> dict[bytes, bytes | EnvstoreError]:
         """Return by digest the ``needed`` frames' raw bytes, or for each the error that befell it.
 
         ``ahead`` are frames worth having soon; those next to needed ones come with them, the
         others on their own, and nobody waits for them. Frames on their way already, for whatever
-        snapshot, are not asked for again; a failure is not remembered.
+        snapshot, are not asked for again; a failure is not remembered. What is asked for now is
+        put on ``account``.
         """
         wanted = {frame.digest: frame for frame in needed}
         deadline = trio.current_time() + self._patience
         found: dict[bytes, bytes | EnvstoreError] = {}
         elsewhere = []
-        self._take_off(wanted.values(), ahead)
+        self._take_off(wanted.values(), ahead, account)
         for flight in self._join(wanted, deadline):
             own = wanted[flight.frame.digest]
             found[own.digest] = result = await flight.wait(deadline)
@@ -112,12 +116,12 @@ class FrameLoader:
                 elsewhere.append(own)
         if elsewhere:
             # Another snapshot's locations led there; ours may know a better place.
-            found |= await self.load(elsewhere)
+            found |= await self.load(elsewhere, account=account)
         return found
 
-    def prefetch(self, ahead: Iterable[FrameRef]) -> None:
+    def prefetch(self, ahead: Iterable[FrameRef], account: Metrics | None = None) -> None:
         """Begin to fetch frames that nobody waits for."""
-        self._take_off((), ahead)
+        self._take_off((), ahead, account)
 
     async def stream(
         self,
@@ -128,6 +132,7 @@ class FrameLoader:
         window: int = STREAM_WINDOW,
         rate: float | None = None,
         certain: bool = False,
+        account: Metrics | None = None,
     ) -> None:
         """Fetch what is not cached of ``frames``, in the order given, and return when it is done.
 
@@ -149,7 +154,7 @@ class FrameLoader:
             nonlocal reached
             tries = 0
             while group := self._next_group(queue, request):
-                group.pace = pace
+                group.pace, group.account = pace, account
                 self._nursery.start_soon(self._fetch, group, self._streams)
                 await group.done.wait()
                 if not group.lost:
@@ -210,7 +215,9 @@ class FrameLoader:
                 self._nursery.start_soon(self._fetch, flight.group, self._demanded)
         return flights
 
-    def _take_off(self, needed: Iterable[FrameRef], ahead: Iterable[FrameRef]) -> None:
+    def _take_off(
+        self, needed: Iterable[FrameRef], ahead: Iterable[FrameRef], account: Metrics | None
+    ) -> None:
         """Make flights for frames that have none, and queue those that nobody waits for."""
         missing = {frame.digest: frame for frame in needed if frame.digest not in self._flights}
         extra = {
@@ -228,6 +235,7 @@ class FrameLoader:
             (*missing.values(), *extra.values()), max_request=MAX_REQUEST
         ):
             group = self._grouped(found, missing.keys())
+            group.account = account
             if missing.keys().isdisjoint(frame.digest for frame in found):
                 self._nursery.start_soon(self._fetch, group, self._ahead)
 
@@ -267,6 +275,8 @@ class FrameLoader:
             self._fetcher.stream(group.frames, deliver, urgent=group.urgent, arrived=group.arrived)
 
         group.heard = time.monotonic()
+        if group.account is not None:
+            group.account.brought_requests += 1
         async with trio.open_nursery() as nursery:
             nursery.start_soon(turn.give_back_after_silence)
             try:
@@ -284,6 +294,8 @@ class FrameLoader:
         """Land a frame that came; of one that did not, remember why."""
         flight = group.flights[position]
         if isinstance(result, bytes):
+            if group.account is not None:
+                group.account.brought_bytes += group.frames[position].stored
             self._land(group, position, result)
         elif flight is not None:
             flight.failure = result
@@ -313,7 +325,7 @@ class FrameLoader:
         ):
             flights = [self._flights[frame.digest] for frame in found]
             pause = self._pause(min(flight.tries for flight in flights))
-            retry = Group(found, list(flights), demanded=True)
+            retry = Group(found, list(flights), demanded=True, account=group.account)
             self._metrics.retries += 1
             self._nursery.start_soon(self._fetch, retry, self._demanded, pause)
         group.done.set()

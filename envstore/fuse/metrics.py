@@ -12,6 +12,7 @@ from envstore.store.fetch import FrameFetcher
 
 _NUMBERS = (
     *("bytes_read", "inline", "waited", "missed", "missed_bytes", "ahead"),
+    *("brought_bytes", "brought_requests"),
     *("prefetched", "prefetched_bytes", "prefetched_used", "prefetched_used_bytes"),
     *("damaged", "corrupt", "retries", "errors"),
 )
@@ -29,6 +30,8 @@ class Metrics:
     ``retries`` requests that were sent again, ``errors`` reads that failed. Of the frames and
     stored bytes that came before anybody waited for them, ``prefetched``, reads have used
     ``prefetched_used`` so far; what a former server prefetched counts as never used.
+    ``brought_bytes`` are the stored bytes of frames that came on account of one snapshot, read
+    or fetched ahead, in ``brought_requests`` requests.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -39,6 +42,8 @@ class Metrics:
     missed: int = 0
     missed_bytes: int = 0
     ahead: int = 0
+    brought_bytes: int = 0
+    brought_requests: int = 0
     prefetched: int = 0
     prefetched_bytes: int = 0
     prefetched_used: int = 0

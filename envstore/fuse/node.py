@@ -14,44 +14,28 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import trio
 
 import envstore
-from envstore.errors import EnvstoreError, UnavailableError, UsageError
-from envstore.fuse.content import load_content
-from envstore.fuse.fast import prepare_fast_path
+from envstore.errors import ConflictError, EnvstoreError, UnavailableError, UsageError
+from envstore.fuse.bringing import Bringer, Turns
 from envstore.fuse.keeping import LEASE, Keepsake
+from envstore.fuse.lease import KEPT, Asked, Lease
+from envstore.fuse.metrics import Metrics
 from envstore.fuse.mountinfo import find_mount, mountpoints_in
-from envstore.fuse.overlay import probe
+from envstore.fuse.records import RecordFiles
 from envstore.fuse.sockets import MAX_LINE, told
 from envstore.fuse.volumes import Volume, Volumes, subtree
+from envstore.fuse.warming import Warmer
 
 _CHECK_SECONDS = 10.0
 _ASK_WITHIN = 10.0
-_LONGEST = 4096
-_THREADS = 16
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """One mount: of what, where, in which mount name space (an inode), since when (RFC 3339).
-
-    ``prefix`` is the path that it is made for.
-    """
-
-    slot: int
-    target: str
-    name: str
-    namespace: int
-    started: str
-    prefix: str = ""
 
 
 class Node:
@@ -64,10 +48,12 @@ class Node:
         keep: Callable[[str, Keepsake], None],
         drop: Callable[[str], None],
         grace: float,
+        restarts: Callable[[], int],
     ) -> None:
         """Serve ``volumes``, whose file system is mounted on ``root``.
 
-        A mount that is seen nowhere for ``grace`` seconds is gone.
+        A mount that is seen nowhere for ``grace`` seconds is gone. ``restarts`` tells how many
+        servers have died before.
         """
         self._volumes = volumes
         self._root = root
@@ -76,19 +62,23 @@ class Node:
         self._grace = grace
         self._leases: dict[str, Lease] = {}
         self._seen: dict[str, float] = {}
-        # Apart from the threads of readers, whom no store that somebody wants to mount may delay.
-        self._threads = trio.CapacityLimiter(_THREADS)
-        self._fast: str | None = "not tried"
+        self._restarts = restarts
+        self._control = str(RecordFiles(root).control)
+        self._bringer = Bringer(volumes)
+        self._warmer = Warmer(volumes, self._bringer)
+        self._turns = Turns()
+        self._nursery: trio.Nursery
 
     def restore(self, key: str, keepsake: Keepsake) -> None:
         """Take over a lease that another server has given."""
         identity = key.removeprefix(LEASE)
-        self._leases[identity] = Lease(**keepsake.body)
+        self._leases[identity] = Lease.kept(keepsake.body)
         self._seen[identity] = time.monotonic()
 
     async def run(self, listener: trio.SocketListener) -> None:
         """Answer until cancelled."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._check_leases)
             await trio.serve_listeners(self._converse, [listener], handler_nursery=nursery)
 
@@ -102,44 +92,70 @@ class Node:
                     answer = {"error": told(error)}
                 except OSError as error:
                     answer = {"error": told(EnvstoreError(str(error)))}
+                except KeyError as error:
+                    answer = {"error": told(UsageError(f"not a question: {error} is missing"))}
                 except Exception as error:  # noqa: BLE001 - whatever was asked, others go on
-                    answer = {"error": told(UsageError(f"not a question: {error!r}"))}
+                    # Only its kind: some tell what they were about, and that may be a secret.
+                    kind = type(error).__name__
+                    answer = {"error": told(UsageError(f"not a question: {kind}"))}
                 await stream.send_all(json.dumps(answer).encode())
 
     async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
         match question["ask"]:
             case "mount":
-                return await self._mount(question)
+                return await self._mount(Asked.parse(question))
             case "unmounted":
-                self._end(str(question["id"]), lazy=bool(question.get("lazy")))
+                identity = str(question["id"])
+                async with self._turns.of(identity):
+                    self._end(identity, lazy=bool(question.get("lazy")))
                 return {}
+            case "warm":
+                asked = Asked.parse({**question, "target": "", "namespace": KEPT})
+                whole = bool(question.get("whole"))
+                return {"id": self._warmer.begin(self._nursery, asked, whole=whole)}
+            case "warming":
+                return self._warmer.report(str(question["id"]))
             case "state":
-                return {"state": self._state()}
+                return {"state": self._state(), "control": self._control}
             case "status":
                 return self.describe()
             case asked:
                 raise UsageError(f"{asked!r} is not known here")
 
-    async def _mount(self, question: dict[str, Any]) -> dict[str, Any]:
-        words = {name: str(question[name]) for name in ("store", "ref", "target")}
-        words["profile"] = str(question.get("profile", ""))
-        words["prefix"] = str(question.get("prefix") or words["target"])
-        for name, word in words.items():
-            if len(word) > _LONGEST:
-                raise UsageError(f"{name} is longer than {_LONGEST}")
-        ref, namespace = words["ref"], int(question["namespace"])
+    async def _mount(self, asked: Asked) -> dict[str, Any]:
         if find_mount(self._root) is None:
             raise UnavailableError("the node server is ending", hint="mount without it: --node off")
-        prefix = os.fsencode(words["prefix"])
-        volume = await self._load(words["store"], ref, prefix, words["profile"])
-        # Taken in the same step, so that nobody drops it in between.
+        identity = asked.identity or secrets.token_hex(8)
+        async with self._turns.of(identity):
+            lease = self._leases.get(identity)
+            if lease is None:
+                volume = await self._bringer.volume(asked, await self._bringer.prove(asked))
+                # Taken in the same step, so that nobody drops it in between.
+                self._give(identity, asked.lease, volume)
+            elif not lease.same_words(asked.lease):
+                raise ConflictError(f"the lease {identity} was given for something else")
+            else:
+                snapshot = self._volumes.described(lease.slot)[0]
+                await self._bringer.prove_again(asked, snapshot)
+                volume = await self._bringer.volume(asked, snapshot)
+            try:
+                return await self._parts(identity, asked.lease, volume)
+            except EnvstoreError:
+                if lease is None:
+                    self._end(identity)
+                raise
+
+    def _give(self, identity: str, words: Lease, volume: Volume) -> None:
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        lease = Lease(volume.slot, words["target"], ref, namespace, started, words["prefix"])
-        identity = secrets.token_hex(8)
+        lease = replace(words, slot=volume.slot, started=started)
         self._leases[identity] = lease
         self._seen[identity] = time.monotonic()
-        self._keep(LEASE + identity, Keepsake(_encoded(lease)))
+        self._keep(LEASE + identity, Keepsake(lease.encode()))
+
+    async def _parts(self, identity: str, lease: Lease, volume: Volume) -> dict[str, Any]:
+        """Return all that it takes to show what is served under a lease."""
         content = volume.content
+        totals = content.tree.totals
         found = {
             "id": identity,
             "root": self._root,
@@ -147,43 +163,19 @@ class Node:
             "snapshot": content.snapshot.hex(),
             "manifest": content.manifest.hex(),
             "store": volume.keepsake.body["store"],
+            "entries": totals.entries,
+            "bytes": totals.logical,
+            "control": self._control,
             "fast": None,
         }
-        if question.get("fast_path", "auto") != "off":
+        if lease.fast_path != "off":
             try:
-                found["fast"] = await self._prepare_fast(volume)
+                found["fast"] = await self._bringer.fast_parts(content)
             except EnvstoreError as error:
-                if question.get("fast_path") == "on":
-                    self._end(identity)
+                if lease.fast_path == "on":
                     raise
-                _log.warning("no fast path for %s: %s", ref, error)
+                _log.warning("no fast path for %s: %s", lease.name, error)
         return found
-
-    async def _load(self, url: str, ref: str, prefix: bytes, profile: str) -> Volume:
-        volumes, run = self._volumes, partial(trio.to_thread.run_sync, limiter=self._threads)
-        repository = await run(volumes.repository, url)
-        snapshot = await run(repository.resolve, ref)
-        manifest = (await run(repository.snapshot, snapshot)).manifest
-        domain = repository.config.id
-        served = volumes.volume(volumes.find(domain, manifest, prefix))
-        if served is not None:
-            return served
-        async with volumes.loading:
-            slot = volumes.find(domain, manifest, prefix)
-            served = volumes.volume(slot)
-            if served is None:
-                content = await run(load_content, repository, snapshot, ref, prefix)
-                served = await volumes.plant(slot, repository, content)
-                volumes.follow_profile(served, repository, profile)
-        return served
-
-    async def _prepare_fast(self, volume: Volume) -> dict[str, Any]:
-        cache = self._volumes.cache
-        if self._fast is not None:
-            self._fast = await trio.to_thread.run_sync(probe, cache.root)
-            if self._fast is not None:
-                raise EnvstoreError(self._fast)
-        return await trio.to_thread.run_sync(prepare_fast_path, volume.content, cache)
 
     def _end(self, identity: str, *, lazy: bool = False) -> None:
         """Take a lease back; a snapshot without any goes, unless somebody may still be using it."""
@@ -200,28 +192,22 @@ class Node:
 
     def describe(self) -> dict[str, Any]:
         """Return every mount and what was counted of its snapshot, as JSON."""
-        mounts = []
         counts: dict[int, dict[str, Any]] = {}
-        for identity, lease in self._leases.items():
-            volume = self._volumes.volume(lease.slot)
-            if volume is not None:
-                counted = counts.get(lease.slot)
-                if counted is None:
-                    # Takes milliseconds, and many mounts may be of one snapshot.
-                    counted = volume.metrics.report(volume.reader.used())
-                    counts[lease.slot] = counted
-                mounts.append(
-                    {
-                        "id": identity,
-                        "mountpoint": lease.target,
-                        "ref": lease.name,
-                        "digest": volume.content.snapshot.hex(),
-                        "manifest": volume.content.manifest.hex(),
-                        "started": lease.started,
-                        "prefix": lease.prefix,
-                        **counted,
-                    }
-                )
+        for slot in {lease.slot for lease in self._leases.values()}:
+            # Takes milliseconds, and many mounts may be of one snapshot.
+            counts[slot] = self._counted(slot)
+        mounts = [
+            {
+                "id": identity,
+                "owner": lease.owner,
+                "mountpoint": lease.target,
+                "ref": lease.name,
+                "started": lease.started,
+                "prefix": lease.prefix,
+                **counts[lease.slot],
+            }
+            for identity, lease in self._leases.items()
+        ]
         cache, totals = self._volumes.cache, self._volumes.report()
         del totals["latency"]  # long, and there for whoever asks for metrics
         return {
@@ -229,30 +215,44 @@ class Node:
             "root": self._root,
             "server_pid": os.getpid(),
             "version": envstore.__version__,
+            "control": self._control,
+            "restarts": self._restarts(),
             "mounts": mounts,
-            "snapshots": len({one.slot for one in self._leases.values()}),
+            "snapshots": len(counts),
             "cache": {"bytes": cache.filled(), "capacity": cache.capacity},
             "totals": totals,
+        }
+
+    def _counted(self, slot: int) -> dict[str, Any]:
+        """Return what a snapshot is, and what was counted of it.
+
+        ``bytes_fetched`` are the stored bytes that came in ``fetch_requests`` requests of its own.
+        """
+        volume = self._volumes.volume(slot)
+        snapshot, manifest = self._volumes.described(slot)
+        metrics = volume.metrics if volume else Metrics()
+        return {
+            "digest": snapshot.hex(),
+            "manifest": manifest.hex(),
+            "bytes_fetched": metrics.brought_bytes,
+            "fetch_requests": metrics.brought_requests,
+            **metrics.report(volume.reader.used() if volume else (0, 0)),
         }
 
     async def _check_leases(self) -> None:
         """Take leases back whose mounts have gone without a word."""
         while True:
             await trio.sleep(min(_CHECK_SECONDS, self._grace / 4))
-            spaces = {lease.namespace for lease in self._leases.values()}
+            spaces = {lease.namespace for lease in self._leases.values()} - {KEPT}
             with suppress(OSError):
                 mounted = await trio.to_thread.run_sync(mountpoints_in, spaces)
                 now = time.monotonic()
                 for identity, lease in list(self._leases.items()):
-                    if lease.target in mounted.get(lease.namespace, ()):
+                    if lease.namespace == KEPT or lease.target in mounted.get(lease.namespace, ()):
                         self._seen[identity] = now
                     elif now - self._seen[identity] > self._grace:
                         _log.info("the mount on %s has gone", lease.target)
                         self._end(identity)
-
-
-def _encoded(lease: Lease) -> dict[str, Any]:
-    return {name: getattr(lease, name) for name in Lease.__slots__}
 
 
 async def _question(stream: trio.SocketStream) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from envstore.store.source import Kind
 
 if TYPE_CHECKING:
     from envstore.fuse.loader import FrameLoader
+    from envstore.fuse.metrics import Metrics
     from envstore.fuse.reader import Reader
     from envstore.fuse.relocating import RelocatingReader
 
@@ -83,6 +84,7 @@ async def follow(
     loader: FrameLoader,
     reader: Reader | RelocatingReader,
     room: int,
+    account: Metrics | None = None,
 ) -> None:
     """Fetch what the profile names of ``tree``, ``room`` raw bytes of it at most.
 
@@ -94,7 +96,7 @@ async def follow(
     frames = await trio.to_thread.run_sync(plan, choice, tree, locations, room)
     _log.info("fetching %d frames ahead (profile %s)", len(frames), choice.name or choice.origin)
     reader.expect(_nodes(choice.ranges, tree))
-    await loader.stream(frames, certain=bool(choice.ranges))
+    await loader.stream(frames, certain=bool(choice.ranges), account=account)
 
 
 def plan(choice: Choice, tree: Tree, locations: Located, room: int) -> list[FrameRef]:

@@ -105,7 +105,7 @@ class Reader:
                 self._watch(node, offset, size)
             ahead = self._expect(node, offset, runs, missed=False)
             if ahead:
-                self._loader.prefetch(self._frames(ahead))
+                self._loader.prefetch(self._frames(ahead), self._metrics)
             return self._joined(found)
         except Exception as error:
             raise self._failed(node, error) from error
@@ -131,7 +131,7 @@ class Reader:
                 ahead += self._neighbourhood.plan(node, runs[missing[-1]].frame)
             needed = self._frames(runs[at].frame for at in missing)
             self._metrics.missed_bytes += sum(frame.stored for frame in {*needed})
-            loaded = await self._loader.load(needed, self._frames(ahead))
+            loaded = await self._loader.load(needed, self._frames(ahead), self._metrics)
             for at, frame in zip(missing, needed, strict=True):
                 found[at] = self._accept(runs[at], loaded[frame.digest])
             return self._joined(found)

@@ -7,12 +7,10 @@ read that the cache does not hold.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
 import secrets
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +24,6 @@ from envstore.fuse.fast import prepare_fast_path
 from envstore.fuse.forest import SECRET_SIZE, Forest, Plot, told_size
 from envstore.fuse.keeping import Keepsake, MountRequest
 from envstore.fuse.ledger import read_counts, write_counts
-from envstore.fuse.loader import FrameLoader
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.overlay import probe
 from envstore.fuse.prefetch import ProfileSearch, follow
@@ -34,11 +31,9 @@ from envstore.fuse.promote import Promoter
 from envstore.fuse.reader import Reader
 from envstore.fuse.recorder import Recorder
 from envstore.fuse.relocating import RelocatingReader
+from envstore.fuse.supplies import KEYS, Source, Supplies, Supply, prefix_of
 from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache, default_cache
-from envstore.store.fetch import FrameFetcher
-from envstore.store.objects.base import ObjectStore
-from envstore.store.objects.deferred import DeferredObjects
 from envstore.store.repository import Repository
 
 FAST = "fast"
@@ -53,23 +48,13 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Supply:
-    """One store, as a source of frames."""
-
-    objects: ObjectStore
-    fetcher: FrameFetcher
-    loader: FrameLoader
-    running: bool = False
-
-
-@dataclass(slots=True, eq=False)
 class Volume:
     """One snapshot being served, and what it needs again after a restart."""
 
     slot: int
     content: Content
     keepsake: Keepsake
-    supply: _Supply
+    supply: Supply
     reader: Reader | RelocatingReader
     metrics: Metrics
 
@@ -84,7 +69,7 @@ class Volumes:
         self._request = request
         self._keep = keep
         self._complaints = Complaints(_log)
-        self._supplies: dict[str, _Supply] = {}
+        self.supplies = Supplies(self.cache, self.metrics, self._complaints, request.patience, keep)
         self._volumes: dict[int, Volume] = {}
         self._nursery: trio.Nursery | None = None
         self._search: ProfileSearch | None = None
@@ -92,9 +77,7 @@ class Volumes:
         self._promoter: Promoter | None = None
         self._laid = False
         self._dormant: dict[int, Keepsake] = {}
-        self._repositories: dict[str, Repository] = {}
-        self._opening = threading.Lock()
-        self._openings: dict[str, threading.Lock] = {}
+        self._outdated: dict[int, Keepsake] = {}
         self.loading = trio.Lock()
         """For whoever adds a snapshot while others are served."""
         self._secret = b""
@@ -119,7 +102,8 @@ class Volumes:
         self._search = ProfileSearch(repository, snapshot, request.profile)
         content = load_content(repository, snapshot, request.ref, os.fsencode(request.prefix))
         parts = self._fast_parts(content)
-        self.add(0 if parts is None else 1, repository, content)
+        source = Source(repository.objects.url)
+        self.add(0 if parts is None else 1, source, repository, content)
         if parts is not None:
             parts["subtree"] = subtree(1, content).decode()
             self._keep(FAST, Keepsake(parts))
@@ -133,12 +117,18 @@ class Volumes:
         }
 
     def add(
-        self, slot: int, repository: Repository, content: Content, told: int | None = None
+        self,
+        slot: int,
+        source: Source,
+        repository: Repository,
+        content: Content,
+        told: int | None = None,
     ) -> Volume:
         """Serve a snapshot that was loaded, in a slot; ``told`` is the memory of a former time."""
         self._dormant.pop(slot, None)
         body = {
-            "store": repository.objects.url,
+            "store": source.url,
+            "given": source.given,
             "domain": repository.config.id,
             "name": content.name,
             "snapshot": content.snapshot.hex(),
@@ -149,8 +139,7 @@ class Volumes:
         if slot:
             files.append(_told_memory(content.tree) if told is None else told)
         keepsake = Keepsake(body, tuple(files))
-        if body["store"] not in self._supplies:
-            self._supplies[body["store"]] = self._supply(repository.objects, repository.fetcher)
+        self.supplies.supply(source, repository)
         volume = self._volume(slot, content, keepsake)
         self._keep(f"{SLOT}{slot}", keepsake)
         return volume
@@ -162,11 +151,16 @@ class Volumes:
             self.forest = Forest(self._secret)
         elif key == FAST:
             self._laid = True
+        elif key.startswith(KEYS):
+            self.supplies.restore(keepsake)
         elif key.startswith(SLOT):
             slot = int(key.removeprefix(SLOT))
             body = keepsake.body
             self._close(slot)
             self._dormant.pop(slot, None)
+            outdated = self._outdated.pop(slot, None)
+            for fd in outdated.files if outdated else ():
+                os.close(fd)
             if not keepsake.files:
                 self._dormant[slot] = keepsake
                 return
@@ -175,31 +169,42 @@ class Volumes:
                 content = content_from_image(keepsake.files[0], body["name"], snapshot)
             except (CorruptError, UnsupportedFormatError) as error:
                 _log.warning("building the tree anew: %s", error)
-                self._rebuild(slot, keepsake, snapshot)
+                self._outdated[slot] = keepsake
             else:
                 self._volume(slot, content, keepsake)
 
-    def _rebuild(self, slot: int, keepsake: Keepsake, snapshot: bytes) -> None:
-        """Load a snapshot again whose image another version of this code has made."""
-        body = keepsake.body
-        repository = Repository.open(body["store"], self.cache)
-        content = load_content(repository, snapshot, body["name"], _prefix(body))
-        fresh = Keepsake(body, (content.fd, *keepsake.files[1:]))
-        self._volume(slot, content, fresh)
-        self._keep(f"{SLOT}{slot}", fresh)
+    def _rebuild(self) -> None:
+        """Load snapshots again whose images another version of this code has made.
+
+        One among others that cannot be had now comes back when somebody wants it.
+        """
+        while self._outdated:
+            slot, keepsake = self._outdated.popitem()
+            body = keepsake.body
+            try:
+                content = self._reload(Source.kept(body), body)[1]
+            except EnvstoreError as error:
+                if not self._request.node:
+                    raise
+                _log.error("cannot build the tree of %s: %s", body["name"], error)
+                self._dormant[slot] = Keepsake(body)
+            else:
+                fresh = Keepsake(body, (content.fd, *keepsake.files[1:]))
+                self._volume(slot, content, fresh)
+                self._keep(f"{SLOT}{slot}", fresh)
+                os.close(keepsake.files[0])
 
     def prepare(self) -> None:
         """Do ahead what takes time: get ready to ask the stores."""
-        for supply in self._supplies.values():
-            if isinstance(supply.objects, DeferredObjects):
-                with contextlib.suppress(EnvstoreError):
-                    supply.objects.open()
+        self.supplies.prepare()
+        self._rebuild()
 
     # --- while serving --------------------------------------------------------------------------
 
     async def start(self, nursery: trio.Nursery) -> None:
         """Begin to fetch for readers, with tasks in ``nursery``."""
         self._nursery = nursery
+        self._rebuild()
         await self.run_supplies()
         if self._laid or self._request.node:
             self._promoter = Promoter(self.cache, self.metrics.requests.total)
@@ -211,9 +216,9 @@ class Volumes:
     async def _follow(self, volume: Volume, search: ProfileSearch) -> None:
         content = volume.content
         room = self.cache.capacity // 2
-        loader, reader = volume.supply.loader, volume.reader
+        loader, reader, account = volume.supply.loader, volume.reader, volume.metrics
         try:
-            await follow(search, content.tree, content.locations, loader, reader, room)
+            await follow(search, content.tree, content.locations, loader, reader, room, account)
         except Exception:  # noqa: BLE001 - the mount must go on without this
             _log.exception("nothing more is fetched ahead of %s", content.name)
 
@@ -231,7 +236,9 @@ class Volumes:
             content = self._volumes[slot].content
             self._promoter.opened(content.tree, content.locations, node)
 
-    async def plant(self, slot: int, repository: Repository, content: Content) -> Volume:
+    async def plant(
+        self, slot: int, source: Source, repository: Repository, content: Content
+    ) -> Volume:
         """Serve a snapshot that was loaded, while others are served; call with ``loading`` held.
 
         If it was here before, what the kernel still knows of it leads to it again.
@@ -240,7 +247,7 @@ class Volumes:
         if slot in self._dormant:
             # In a thread: there may be a million files to be remembered.
             told = await trio.to_thread.run_sync(self._recalled, repository, content)
-        volume = self.add(slot, repository, content, told)
+        volume = self.add(slot, source, repository, content, told)
         await self.run_supplies()
         return volume
 
@@ -262,44 +269,58 @@ class Volumes:
             for one in [slot] if slot in self._dormant else [*self._dormant]:
                 body = self._dormant[one].body
                 try:
-                    repository, content = await trio.to_thread.run_sync(self._reload, body)
+                    source = Source.kept(body)
+                    repository, content = await trio.to_thread.run_sync(self._reload, source, body)
                 except EnvstoreError as error:
                     self._complaints.say(str(error), f"cannot bring back {body['name']}")
                 else:
                     _log.info("bringing back %s", body["name"])
-                    await self.plant(one, repository, content)
+                    await self.plant(one, source, repository, content)
 
-    def _reload(self, body: dict[str, Any]) -> tuple[Repository, Content]:
-        repository = self.repository(body["store"])
+    def _reload(self, source: Source, body: dict[str, Any]) -> tuple[Repository, Content]:
+        repository = self.supplies.repository(source)
         snapshot = bytes.fromhex(body["snapshot"])
-        return repository, load_content(repository, snapshot, body["name"], _prefix(body))
+        return repository, load_content(repository, snapshot, body["name"], prefix_of(body))
 
-    def repository(self, url: str) -> Repository:
-        """Return the open store at ``url``. Blocking; may be called from any thread."""
-        with self._opening:
-            opening = self._openings.setdefault(url, threading.Lock())
-        with opening:  # a store that does not answer keeps nobody from opening another
-            found = self._repositories.get(url)
-            if found is None:
-                found = self._repositories[url] = Repository.open(url, self.cache)
-            return found
+    def served(self, source: Source, snapshot: bytes, prefix: bytes) -> Volume | None:
+        """Return a snapshot if it is served from there, for that prefix. Asks nobody."""
+        for volume in self._volumes.values():
+            body = volume.keepsake.body
+            if (
+                volume.content.snapshot == snapshot
+                and volume.content.prefix in (b"", prefix)
+                and Source.kept(body) == source
+            ):
+                return volume
+        return None
 
-    def find(self, domain: str, manifest: bytes, prefix: bytes) -> int:
+    def find(self, source: Source, domain: str, manifest: bytes, prefix: bytes) -> int:
         """Return the slot a snapshot has or had, or else a new one.
 
-        What is the same at every prefix has one slot, else each prefix has one.
+        What is the same at every prefix has one slot, else each prefix has one. ``domain`` is
+        the store's id, whatever its URL.
         """
         bodies = {slot: volume.keepsake.body for slot, volume in self._volumes.items()}
         bodies |= {slot: keepsake.body for slot, keepsake in self._dormant.items()}
         for slot, body in bodies.items():
             same = (body["domain"], body["manifest"]) == (domain, manifest.hex())
-            if same and _prefix(body) in (b"", prefix):
+            if (
+                same
+                and Source.kept(body).given == source.given
+                and prefix_of(body) in (b"", prefix)
+            ):
                 return slot
         return max(bodies, default=0) + 1
 
     def volume(self, slot: int) -> Volume | None:
         """Return the snapshot in a slot, if it is served."""
         return self._volumes.get(slot)
+
+    def described(self, slot: int) -> tuple[bytes, bytes]:
+        """Return the digests of the snapshot that a slot is or was for, and of its manifest."""
+        volume = self._volumes.get(slot)
+        body = (volume.keepsake if volume else self._dormant[slot]).body
+        return bytes.fromhex(body["snapshot"]), bytes.fromhex(body["manifest"])
 
     def retire(self, slot: int) -> None:
         """Serve a snapshot no longer, but remember where it was."""
@@ -321,10 +342,8 @@ class Volumes:
 
     async def run_supplies(self) -> None:
         """Begin to fetch from stores that were added."""
-        for supply in self._supplies.values():
-            if not supply.running and self._nursery is not None:
-                supply.running = True
-                await self._nursery.start(supply.loader.run)
+        if self._nursery is not None:
+            await self.supplies.run(self._nursery)
 
     def follow_profile(self, volume: Volume, repository: Repository, profile: str) -> None:
         """Begin to fetch ahead what a profile names."""
@@ -403,11 +422,7 @@ class Volumes:
 
     def _volume(self, slot: int, content: Content, keepsake: Keepsake) -> Volume:
         body = keepsake.body
-        supply = self._supplies.get(body["store"])
-        if supply is None:
-            objects = DeferredObjects(body["store"])
-            supply = self._supply(objects, FrameFetcher(objects, self.cache))
-            self._supplies[body["store"]] = supply
+        supply = self.supplies.supply(Source.kept(body))
         if self._request.record:
             self._recorder = Recorder(content.tree, content.locations)
         metrics = Metrics() if slot else self.metrics
@@ -431,21 +446,6 @@ class Volumes:
         volume = Volume(slot, content, keepsake, supply, shown, metrics)
         self._volumes[slot] = volume
         return volume
-
-    def _supply(self, objects: ObjectStore, fetcher: FrameFetcher) -> _Supply:
-        loader = FrameLoader(
-            fetcher,
-            self.cache,
-            self.metrics,
-            self._complaints,
-            patience=self._request.patience,
-        )
-        return _Supply(objects, fetcher, loader)
-
-
-def _prefix(body: dict[str, Any]) -> bytes:
-    """Return the prefix in a snapshot's keepsake; before there were relocations it had none."""
-    return os.fsencode(body.get("prefix", ""))
 
 
 def _told_memory(tree: Tree) -> int:

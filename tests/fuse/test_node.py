@@ -133,8 +133,8 @@ def test_stores_share_nothing(site: Site) -> None:
         assert (first / "big").read_bytes() == (second / "big").read_bytes() == BIG
         told = site.told()
         assert told["snapshots"] == 2
-        assert told["totals"]["fetched"]["bytes"] >= 2 * len(BIG)
-        assert told["cache"]["capacity"] > told["cache"]["bytes"] >= 2 * len(BIG)
+        assert told["totals"]["fetched"]["bytes"] >= len(BIG), "equal blobs are fetched once"
+        assert told["cache"]["capacity"] > told["cache"]["bytes"] >= len(BIG)
         unmount(first)
         unmount(second)
 
@@ -328,7 +328,7 @@ def test_nonsense_at_the_socket_ends_nothing(site: Site) -> None:
 
 
 def test_whoever_connects_and_says_nothing_is_told_so() -> None:
-    node = Node(Volumes(MountRequest("", "", ""), _nothing), "/", _nothing, _nothing, 60.0)
+    node = Node(Volumes(MountRequest("", "", ""), _nothing), "/", _nothing, _nothing, 60.0, int)
 
     async def converse() -> bytes:
         ours, theirs = trio.testing.memory_stream_pair()
