@@ -233,7 +233,7 @@ class _Reader:
         try:
             location = parse_url(url)
         except UsageError as error:
-            raise self._wrong(f"{where}.url", str(error)) from error
+            raise self._wrong(f"{where}.url", error.message) from error
         source = said.get("credentials", "node")
         if source not in SOURCES:
             raise self._wrong(f"{where}.credentials", f"is not one of {', '.join(SOURCES)}")
