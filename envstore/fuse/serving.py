@@ -150,7 +150,12 @@ class _Server:
             if kept.request.node:
                 request = kept.request
                 node = Node(
-                    volumes, request.mountpoint, self._keep, self._drop, request.lease_grace
+                    volumes,
+                    request.mountpoint,
+                    self._keep,
+                    self._drop,
+                    request.lease_grace,
+                    lambda: self.kept.restarts,
                 )
                 for key, keepsake in kept.keepsakes.items():
                     if key.startswith(LEASE):
