@@ -1,8 +1,8 @@
 """A push that is killed at any moment leaves the store valid, and the next one goes on from there.
 
 The pushing process kills itself at a chosen step: as it enters one of the calls that change
-something on disk (in the middle of the bytes, if it is a write), counted from the start or from
-when the ref has moved, or when it has told its progress so and so often.
+something on disk (in the middle of the bytes, if it is a write), counted from the start, from when
+it moves the ref or from when that is done, or when it has told its progress so and so often.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests import trees
 from tests.stores import Store
 
 ROOT = Path(__file__).parents[2]
-PACK_SIZE = 3 << 20
+PACK_SIZE = 1 << 20
 SEGMENT_PACKS = 3
 ROUNDS = 16
 
@@ -40,35 +40,34 @@ from tests.stores import Store
 
 root, tree, what, doom = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 packs.TARGET_SIZE, packing.SEGMENT_PACKS = int(sys.argv[5]), int(sys.argv[6])
-seen = {"step": 0, "progress": 0, "after": 0}
-has_moved = False
+seen = {"step": 0, "progress": 0, "moving": 0, "after": 0}
+stage = "step"
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def met(kind):
     seen[kind] += 1
-    if kind == "step" and has_moved:
-        return met("after")
     return kind == what and seen[kind] == doom
 
 def deadly(call):
     def wrapped(*args, **more):
-        if met("step"):
+        if met(stage):
             die()
         return call(*args, **more)
     return wrapped
 
 move_ref = push.move_ref
 def moving(*args):
-    global has_moved
+    global stage
+    stage = "moving"
     move_ref(*args)
-    has_moved = True
+    stage = "after"
 push.move_ref = moving
 
 write = os.write
 def deadly_write(fd, data):
-    if met("step"):
+    if met(stage):
         write(fd, memoryview(data)[: len(data) // 2])
         die()
     return write(fd, data)
@@ -91,7 +90,7 @@ with Store(root) as store:
         state=store.state,
         progress=progress,
     )
-print(seen["step"], seen["progress"], seen["after"])
+print(*seen.values())
 """
 
 
@@ -105,6 +104,7 @@ class _Scene:
     new: PushResult
     steps: int
     tellings: int
+    moving: int
     after: int
 
 
@@ -130,8 +130,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Scene]:
     with Store(root / "store") as store:
         old = store.push(tree)
     for i in range(8):
-        (tree / f"noise {i}").write_bytes(trees.noise(f"killed {i}", 5 << 20))
-        (tree / f"prose {i}").write_bytes(trees.prose(f"killed {i}", 2 << 20))
+        (tree / f"noise {i}").write_bytes(trees.noise(f"killed {i}", 7 << 18))
+        (tree / f"prose {i}").write_bytes(trees.prose(f"killed {i}", 1 << 19))
     (tree / "file 0").write_text("changed")
     trees.settle(tree)
     shutil.copytree(root / "store", root / "free")
@@ -142,8 +142,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Scene]:
     shutil.copytree(root / "store", root / "counted")
     code, told = _push_killed(root / "counted", tree, "nothing", 0)
     assert code == 0
-    steps, tellings, after = map(int, told.split())
-    yield _Scene(root, tree, old, new, steps, tellings, after)
+    yield _Scene(root, tree, old, new, *map(int, told.split()))
     shutil.rmtree(root)
 
 
@@ -153,16 +152,16 @@ def _small_packs(patch: pytest.MonkeyPatch) -> None:
 
 
 def _moments(scene: _Scene) -> list[tuple[str, int]]:
-    """Return seeded random moments, some of them around the moving of the ref and after it.
+    """Return seeded random moments before the ref moves, and every one from then on.
 
-    Threads upload packs, so a push is now a few steps longer, now shorter: only what comes after
-    the ref has moved is always the same.
+    Threads upload packs, so a push is now a few steps longer, now shorter: only what comes when
+    all are there is always the same.
     """
     rng = random.Random("moments")
-    steps = rng.sample(range(1, scene.steps - 12), ROUNDS - 8)
-    steps += range(scene.steps - scene.after - 3, scene.steps - scene.after)
+    steps = rng.sample(range(1, scene.steps - 20), 8)
     tellings = rng.sample(range(2, scene.tellings), 4)
     chosen = [("step", n) for n in steps] + [("progress", n) for n in tellings]
+    chosen += [("moving", n) for n in range(1, scene.moving + 1)]
     return chosen + [("after", n) for n in range(1, scene.after + 1)]
 
 
@@ -204,7 +203,7 @@ def test_a_push_killed_at_any_moment(scene: _Scene, monkeypatch: pytest.MonkeyPa
 
             again = store.push(scene.tree)
             assert again.manifest == scene.new.manifest
-            assert again.stored_bytes <= max(0, scene.new.stored_bytes - there + (2 << 20))
+            assert again.stored_bytes <= max(0, scene.new.stored_bytes - there + (1 << 20))
             if len(usable) >= 2:
                 went_on += 1
                 assert again.uploaded_bytes < scene.new.uploaded_bytes
@@ -233,6 +232,6 @@ def test_killed_again_and_again_it_still_gets_there(
     assert died > 2
     with Store(place) as store:
         sent = sum(store.path(key).stat().st_size for key in store.object_keys("packs/"))
-        assert sent < 1.5 * scene.new.stored_bytes + (4 << 20)
+        assert sent < 1.5 * scene.new.stored_bytes + (2 << 20)
         assert store.snapshot().manifest == scene.new.manifest
         assert store.verify().problems == []
