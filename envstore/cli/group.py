@@ -22,6 +22,7 @@ _COMMANDS = {
     "remount": "mounts",
     "node": "node",
     "csi": "csi",
+    "k8s": "k8s",
     "run": "run",
     "activate": "activate",
     "profile": "profile",

@@ -138,7 +138,7 @@ class Cluster:
             with answer:
                 data = answer.read(_LONGEST + 1)
         except urllib3.exceptions.HTTPError as error:
-            reason = getattr(error, "reason", None) or error
+            reason = str(getattr(error, "reason", None) or error).rpartition("): ")[2]
             raise UnavailableError(
                 f"the cluster at {configuration.host} does not answer: {_line(reason)}"
             ) from None
