@@ -93,7 +93,12 @@ class Server:
         )
         for add in services:
             add(self._server)
-        self._socket = self._listen()
+        try:
+            self._socket = self._listen()
+        except BaseException:
+            self._server.stop(None)
+            self._end_workers()
+            raise
 
     def stop(self, grace: float = GRACE) -> bool:
         """Take no more calls and wait for those under way; returns whether all of them ended.
@@ -105,12 +110,15 @@ class Server:
             if _identity(self.path) == self._socket:
                 os.unlink(self.path)
         self._server.stop(grace).wait()
-        for pool in self._pools:
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._end_workers()
         return self._guard is None or not self._guard.under_way
 
+    def _end_workers(self) -> None:
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+
     def _listen(self) -> tuple[int, int]:
-        directory, name = os.path.split(self.path)
+        directory = os.path.dirname(self.path)
         try:
             os.makedirs(directory, mode=0o755, exist_ok=True)
             with _locked(directory):
@@ -121,23 +129,17 @@ class Server:
                     )
                 # gRPC removes what it listens at when it ends, even if that is another's by then;
                 # and nobody shall find a socket that is not theirs to use, or that does not answer.
-                fresh = os.path.join(directory, f".{name}.{os.getpid()}")
-                self._bind(fresh)
+                fresh = os.path.join(directory, f".{os.getpid()}.sock")
+                with short_address(fresh) as address:
+                    self._server.add_insecure_port(f"unix:{address}")
+                os.chmod(fresh, 0o660)
                 self._server.start()
                 os.rename(fresh, self.path)
                 return _identity(self.path)
         except OSError as error:
             raise AccessDeniedError(f"cannot listen at {self.path}: {error.strerror}") from error
-
-    def _bind(self, path: str) -> None:
-        before = os.umask(0o117)
-        try:
-            with short_address(path) as address:
-                self._server.add_insecure_port(f"unix:{address}")
-        except RuntimeError as error:
-            raise AccessDeniedError(f"cannot listen at {self.path}: {error}") from error
-        finally:
-            os.umask(before)
+        except RuntimeError as error:  # of gRPC, which does not say why
+            raise AccessDeniedError(f"cannot listen at {self.path}") from error
 
 
 def _identity(path: str) -> tuple[int, int]:
