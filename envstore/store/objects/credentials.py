@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from envstore.errors import UsageError
 
-_LONGEST = {"access_key_id": 256, "secret_access_key": 1024, "session_token": 16 << 10}
+_LONGEST = {"access_key_id": 256, "secret_access_key": 1024, "session_token": 8 << 10}
+_MOST = 4
 _WORD = re.compile(r"[!-~]*")
 
 
@@ -46,11 +48,42 @@ class Credentials:
         return {name: getattr(self, name) for name in _LONGEST}
 
 
-@dataclass(slots=True, eq=False)
 class KeyRing:
-    """Where an open store finds the credentials for its next request: they may be replaced.
+    """Where an open store finds credentials for its next request. Safe for many threads.
 
-    ``None`` until there are any; then every request is refused. Safe for many threads.
+    The newest come first. Those that a request was refused with go behind the others: what is
+    revoked, or has expired, is in nobody's way as long as there are any that are good.
     """
 
-    credentials: Credentials | None = field(default=None, repr=False)
+    def __init__(self, *credentials: Credentials) -> None:
+        """Begin with these, the newest first; there may be none."""
+        self._lock = threading.Lock()
+        self._all = credentials[:_MOST]
+        self._taken = threading.local()
+
+    def add(self, credentials: Credentials) -> bool:
+        """Put credentials first; returns whether they were not there yet."""
+        with self._lock:
+            new = credentials not in self._all
+            others = [one for one in self._all if one != credentials]
+            self._all = (credentials, *others)[:_MOST]
+            return new
+
+    def take(self) -> Credentials | None:
+        """Return what this thread shall sign its next request with, if there is anything."""
+        with self._lock:
+            self._taken.credentials = self._all[0] if self._all else None
+        found: Credentials | None = self._taken.credentials
+        return found
+
+    def refused(self) -> bool:
+        """Learn that what this thread took last was of no use; returns whether others are left."""
+        taken = getattr(self._taken, "credentials", None)
+        with self._lock:
+            if self._all and self._all[0] == taken:
+                self._all = (*self._all[1:], self._all[0])
+            return bool(self._all) and self._all[0] != taken
+
+    def all(self) -> tuple[Credentials, ...]:
+        """Return everything on the ring, for another."""
+        return self._all

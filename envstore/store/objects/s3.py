@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from botocore import exceptions as aws
@@ -50,8 +51,8 @@ class S3Objects:
     """An ``ObjectStore`` under a prefix of an S3 bucket.
 
     Credentials, region, profile and endpoint come from the location, else from botocore's usual
-    chain (environment, ~/.aws, instance roles); if there are ``keys``, credentials come from
-    nowhere else. An endpoint that is not Amazon's is spoken to
+    chain (environment, ~/.aws, instance roles). If there are ``keys``, credentials come from
+    nowhere else, and a request that is refused is sent again with others on the ring. An endpoint that is not Amazon's is spoken to
     with path-style addresses (unless the location says otherwise), and instead of the checksum
     trailers that many servers do not know a body has a Content-MD5.
 
@@ -326,6 +327,7 @@ class S3Objects:
         failure = s3_errors.classify(error, self._location, self._endpoint, action)
         if self._keys is not None and isinstance(failure.error, AccessDeniedError):
             failure.error.hint = "those are the credentials that were given for this store"
+            failure = replace(failure, passing=self._keys.refused())
         if proves_bucket and isinstance(failure.error, NotFoundError):
             self._require_bucket(error)
         return failure

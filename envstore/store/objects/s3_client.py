@@ -40,7 +40,7 @@ class _Ring(BotoCredentials):
         self._keys = keys
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
-        found = self._keys.credentials
+        found = self._keys.take()
         if found is None:
             raise aws.NoCredentialsError
         return ReadOnlyCredentials(
