@@ -7,6 +7,7 @@ refuses what a newer or older cluster says, and changes from version to version.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -64,13 +65,15 @@ class Cluster:
         from kubernetes import config
         from kubernetes.client import ApiClient, Configuration
 
+        # The client looks at KUBECONFIG only when it is imported.
+        files = os.environ.get("KUBECONFIG") or "~/.kube/config"
         configuration = Configuration()
         configuration.connection_pool_maxsize = CONNECTIONS
         try:
             config.load_kube_config(  # type: ignore[no-untyped-call]
-                context=context, client_configuration=configuration, persist_config=False
+                files, context, client_configuration=configuration, persist_config=False
             )
-            contexts, current = config.list_kube_config_contexts()  # type: ignore[no-untyped-call]
+            contexts, current = config.list_kube_config_contexts(files)  # type: ignore[no-untyped-call]
         except config.ConfigException as error:
             what = f"the cluster is not known: {_line(error)}"
             hint = "name a kubeconfig in KUBECONFIG, and a context in it with --context"
