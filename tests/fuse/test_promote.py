@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -20,35 +21,37 @@ from tests.stores import Store
 from tests.trees import noise, prose
 
 MIB = 1 << 20
-PATIENCE = 20
+PATIENCE = 60
+CONTENTS = {
+    "small": prose("small", 9000),
+    "large": noise("large", 20 * MIB),
+    "other": noise("other", 3 * MIB),
+    "empty": b"",
+}
 
 
 class Site:
     """A pushed tree, its content, an empty cache and how to fill it."""
 
-    def __init__(self, base: Path) -> None:
-        tree = base / "tree"
-        tree.mkdir()
-        self.contents = {
-            "small": prose("small", 9000),
-            "large": noise("large", 40 * MIB),
-            "other": noise("other", 3 * MIB),
-            "empty": b"",
-        }
-        for name, data in self.contents.items():
-            (tree / name).write_bytes(data)
-        self.store = Store(base / "store")
-        self.store.push(tree)
+    def __init__(self, base: Path, store: Store) -> None:
+        self.contents = CONTENTS
+        self.store = store
         repository = self.store.repository
         self.content: Content = load_content(repository, repository.resolve("tree"))
         self.base = base
-        self.requests = 0
+        self.asked = 0
+        self.busy = False
         self.use(1 << 30)
 
     def use(self, capacity: int) -> None:
         self.cache = BlobCache(self.base / "cache", capacity)
         self.fetcher = FrameFetcher(self.store.repository.objects, self.cache)
         self.local = LocalFiles(self.cache)
+
+    def activity(self) -> int:
+        """Return how many requests there were: one more each time, as long as it is busy."""
+        self.asked += self.busy
+        return self.asked
 
     def node(self, name: str) -> int:
         node = self.content.tree.lookup(1, name.encode())
@@ -75,7 +78,7 @@ class Site:
         made: list[Promoter] = []
 
         async def loop() -> None:
-            promoter = Promoter(self.cache, lambda: self.requests)
+            promoter = Promoter(self.cache, self.activity)
             made.append(promoter)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(promoter.run)
@@ -95,13 +98,23 @@ class Site:
                 await trio.sleep(0.01)
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    base = tmp_path_factory.mktemp("promoted")
+    tree = base / "tree"
+    tree.mkdir()
+    for name, data in CONTENTS.items():
+        (tree / name).write_bytes(data)
+    with Store(base / "store") as made:
+        made.push(tree)
+        yield made
+
+
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setattr(promote, "_QUIET_SECONDS", 0.02)
     monkeypatch.setattr(promote, "_RETRY_SECONDS", 0.05)
-    made = Site(tmp_path)
-    yield made
-    made.store.close()
+    return Site(tmp_path, store)
 
 
 def test_what_is_cached_becomes_files(site: Site) -> None:
@@ -128,31 +141,47 @@ def test_a_busy_server_comes_first(site: Site) -> None:
     site.read("small")
 
     async def main(promoter: Promoter) -> None:
+        site.busy = True
         site.opened(promoter, "small")
-        for _ in range(40):
-            site.requests += 1
-            await trio.sleep(0.005)
+        with trio.fail_after(PATIENCE):
+            while site.asked < 10:
+                await trio.sleep(0.01)
         assert not site.there("small")
+        site.busy = False
         await site.until("small")
 
     site.run(main)
 
 
-def test_what_is_not_wholly_cached_is_tried_again_a_few_times(site: Site) -> None:
+def test_what_is_not_wholly_cached_is_tried_again_a_few_times(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.read("large", but=1)
 
     async def main(promoter: Promoter) -> None:
+        tries: list[tuple[int, bool]] = []
+        once = promoter._promote
+
+        def counted(item: Any) -> bool:
+            done = once(item)
+            tries.append((item.node, done))
+            return done
+
+        monkeypatch.setattr(promoter, "_promote", counted)
+
+        async def failed(name: str, times: int) -> None:
+            with trio.fail_after(PATIENCE):
+                while tries.count((site.node(name), False)) < times:
+                    await trio.sleep(0.01)
+
         site.opened(promoter, "large")
-        await trio.sleep(0.1)
+        await failed("large", 1)
         assert not site.there("large")
         site.read("large")
         site.opened(promoter, "large")
         await site.until("large")
         site.opened(promoter, "other")
-        with trio.fail_after(PATIENCE):
-            while promoter._waiting:
-                await trio.sleep(0.01)
-        await trio.sleep(0.3)  # for the last try, which has begun
+        await failed("other", 3)
         site.read("other")
         await trio.sleep(0.3)
         assert not site.there("other")
@@ -163,7 +192,7 @@ def test_what_is_not_wholly_cached_is_tried_again_a_few_times(site: Site) -> Non
 
 
 def test_nothing_is_evicted_for_it(site: Site) -> None:
-    site.use(50 * MIB)
+    site.use(30 * MIB)
     site.read("small")
     site.read("large")
     blobs = site.cache.usage().blobs
