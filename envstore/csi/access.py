@@ -87,7 +87,7 @@ def check_id(volume: str) -> str:
     """Return a volume's id. Raises ``RefusedError``, always ``INVALID_ARGUMENT``."""
     if not volume:
         raise invalid("volume_id is missing")
-    if ".." in volume.split("/"):
+    if not volume.isprintable() or ".." in volume.split("/"):
         raise invalid(f"volume_id {quoted(volume)} is not the id of a volume")
     return volume
 
@@ -101,4 +101,6 @@ def check_path(path: str, name: str) -> str:
         raise invalid(f"{name} is missing")
     if not path.startswith("/") or path.startswith("//") or os.path.normpath(path) != path:
         raise invalid(f"{name} {quoted(path)} is not an absolute path in its simplest form")
+    if not path.isprintable():
+        raise invalid(f"{name} {quoted(path)} holds a character that cannot be printed")
     return path

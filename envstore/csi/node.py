@@ -172,10 +172,12 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             timer.cancel()
 
     def _say_slow(self, pod: Pod, record: Publication) -> None:
-        request = record.request
-        what = f"{request.ref} is not mounted yet after {self._slow_after:g} s"
-        fetched = self._publisher.fetched(record)
-        self._teller.slow(pod, f"{what}: {fetched / 1e6:.1f} MB were fetched so far")
+        try:
+            fetched = f"{self._publisher.fetched(record) / 1e6:.1f} MB were fetched so far"
+        except EnvstoreError as error:
+            fetched = error.message
+        waited = f"{record.request.ref} is not mounted after {self._slow_after:g} s"
+        self._teller.slow(pod, f"{waited}: {fetched}")
 
     # --- unpublish ------------------------------------------------------------------------------
 

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import grpc
 
 from envstore.csi.config import NamedStore
 from envstore.csi.credentials import find_credentials
 from envstore.csi.nodeserver import OWNER, NodeServer, Served, Shown, Wanted
 from envstore.csi.policy import Policy
 from envstore.csi.records import Publication, Records
+from envstore.csi.refusal import RefusedError
 from envstore.csi.request import VolumeRequest
 from envstore.csi.turns import Turns
-from envstore.errors import EnvstoreError
+from envstore.errors import ConflictError, EnvstoreError, UnavailableError, UsageError
 from envstore.store.objects.credentials import Credentials
 
 Left = Callable[[float], float]
@@ -79,13 +83,11 @@ class Publisher:
             # The record of this mount was lost: what is read through it must stay the same.
             record = replace(record, digest=self._lost(record.target))
         self.records.save(record)
-        begun = False
         try:
             served, record = self._take_in_turn(record, grant, left)
-            begun = True
             return self._show(record, served, left, clear=there is not None)
         except BaseException:
-            self._undo(record, hide=begun)
+            self._undo(record)
             raise
 
     def restore(self, record: Publication, grant: Grant, left: Left) -> Publication:
@@ -107,7 +109,14 @@ class Publisher:
 
     def refresh(self, record: Publication, grant: Grant, left: Left) -> None:
         """See that a mounted volume is served, with the keys that it is granted now."""
-        self._take(record, grant, left)
+        try:
+            self._take(record, grant, left)
+        except ConflictError:
+            raise RefusedError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"store {grant.store.name} was changed since {record.request.ref} was mounted from"
+                " it (the pod has to be started again)",
+            ) from None
 
     def keys_are_new(self, record: Publication, grant: Grant) -> bool:
         """Whether the node server has not been given these keys for a volume, if any."""
@@ -118,7 +127,12 @@ class Publisher:
 
         Raises ``EnvstoreError``; then the record stays.
         """
-        self.server.hide(record.target)
+        try:
+            self.server.hide(record.target)
+        except (UsageError, ConflictError):
+            if record.complete:
+                raise
+            # No place for a mount, or taken by others, which is why there is none of ours.
         # Whatever is still open stays readable: the kernel and the node server know it by other
         # means than leases. The pods that used the mount have ended, or are to lose it.
         self.server.give_back(record.lease)
@@ -133,7 +147,7 @@ class Publisher:
     def fetched(self, record: Publication) -> int:
         """Return how many bytes came from the store for a volume so far, as far as is known."""
         mounts = self.server.status()["mounts"]
-        return sum(one["fetched"]["bytes"] for one in mounts if one["id"] == record.lease)
+        return sum(one["bytes_fetched"] for one in mounts if one["id"] == record.lease)
 
     def is_alive(self, target: str) -> bool:
         """Whether a mount of ours that is served lies on a target."""
@@ -173,7 +187,16 @@ class Publisher:
             fast_path=request.fast_path,
             credentials=grant.credentials,
         )
-        served = self.server.take(wanted, left(TAKE_WITHIN))
+        within, began = left(TAKE_WITHIN), time.monotonic()
+        try:
+            served = self.server.take(wanted, within)
+        except UnavailableError as error:
+            if time.monotonic() - began < within:
+                raise
+            raise RefusedError(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"{request.ref} is not there after {within:.1f} s: {error.message}",
+            ) from None
         self._given[record.lease] = grant.credentials
         record = replace(record, digest=served.snapshot, entries=served.entries, size=served.bytes)
         self.records.note(record)
@@ -202,13 +225,9 @@ class Publisher:
                 return str(lease["digest"])
         return ""
 
-    def _undo(self, record: Publication, *, hide: bool) -> None:
+    def _undo(self, record: Publication) -> None:
         try:
-            if hide:
-                self.withdraw(record)
-            else:
-                self._forget(record.lease)
-                self.records.remove(record.target)
+            self.withdraw(record)
         except EnvstoreError as error:
             _log.warning("something is left at %s, for later: %s", record.target, error)
             self.left_over()
