@@ -17,6 +17,7 @@ from envstore.errors import AccessDeniedError, UsageError
         envstore node                                serve until SIGTERM, log on the terminal
         envstore node --background
         envstore node --metrics 127.0.0.1:9464       with Prometheus metrics
+        envstore node --targets /var/lib/kubelet     make mounts there for a CSI driver
         envstore node --status                       what it serves, for which mounts
     """,
 )
@@ -35,6 +36,12 @@ from envstore.errors import AccessDeniedError, UsageError
     show_default=True,
     help="Where its file system is mounted; made if missing.",
 )
+@click.option(
+    "--targets",
+    multiple=True,
+    metavar="DIR",
+    help="Let who may use its sockets have mounts made below DIR. May be repeated.",
+)
 @click.option("--background", is_flag=True, help="Return when it answers.")
 @click.option(
     "--wait",
@@ -49,6 +56,7 @@ def node(
     settings: Settings,
     socket: str,
     directory: str,
+    targets: tuple[str, ...],
     background: bool,
     wait: bool,
     status: bool,
@@ -94,6 +102,7 @@ def node(
         node=os.path.abspath(socket),
         metrics=metrics,
         patience=patience,
+        targets=[os.path.abspath(one) for one in targets],
     )
     if background:
         record = start_background(request)

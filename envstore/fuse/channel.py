@@ -53,17 +53,20 @@ class Channel:
         Raises ``OSError`` when nobody is at the other end, it has stopped reading, or the message
         is longer than ``MAX_MESSAGE``, which the other end would not take.
         """
+        self._send(kind, files, body, 0)
+
+    def post(self, kind: str, files: tuple[int, ...] = (), **body: object) -> None:
+        """``send`` if that takes no waiting, else raise ``BlockingIOError``."""
+        self._send(kind, files, body, socket.MSG_DONTWAIT)
+
+    def _send(self, kind: str, files: tuple[int, ...], body: dict[str, object], flags: int) -> None:
         data = json.dumps({"kind": kind, **body}).encode()
         if len(data) > MAX_MESSAGE or len(files) > _MAX_FILES:
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         if files:
-            socket.send_fds(self.socket, [data], list(files))
+            socket.send_fds(self.socket, [data], list(files), flags)
         else:
-            self.socket.send(data)
-
-    def signal(self, kind: str) -> None:
-        """Send a message of nothing but its kind, if that takes no waiting. Raises ``OSError``."""
-        self.socket.send(json.dumps({"kind": kind}).encode(), socket.MSG_DONTWAIT)
+            self.socket.send(data, flags)
 
     def receive(self) -> Message | None:
         """Return the next message, waiting for it as the socket does; ``None`` at the end."""

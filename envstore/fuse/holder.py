@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import envstore
 from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
@@ -28,6 +28,8 @@ from envstore.fuse import succession
 from envstore.fuse.channel import Message
 from envstore.fuse.control import Connection, Control
 from envstore.fuse.keeping import LEASE, Keepsake, Kept
+from envstore.fuse.mirror import Mirror
+from envstore.fuse.mountinfo import find_mount
 from envstore.fuse.processes import (
     SIGNALS,
     ServerProcess,
@@ -41,6 +43,9 @@ from envstore.fuse.protocol import Flag
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.sockets import told
 
+if TYPE_CHECKING:
+    from envstore.fuse.showing import Shows
+
 BEAT = 1.0
 """Seconds between two signs of life of a server."""
 _LOAD_WITHIN = 120.0
@@ -49,6 +54,7 @@ _STANDBY_AFTER = 1.0
 _QUICK, _QUICK_DEATHS = 0.1, 3
 _MAX_DELAY = 10.0
 _END_WITHIN = 5.0
+_FLUSH_EVERY = 0.05
 _SLOW = 3  # exit status of who could lay no fast path, but showed the snapshot without
 
 _log = logging.getLogger(__name__)
@@ -76,6 +82,12 @@ class Holder:
         self._error: dict[str, Any] | None = None
         self._helpers: dict[int, tuple[int, Callable[[int], None]]] = {}
         self._control = Control(kept.files["control"], self._asked)
+        self._shows: Shows | None = None
+        if kept.request.targets:
+            from envstore.fuse.showing import Shows
+
+            self._shows = Shows(kept, self._help, self._note)
+        self._notes: Mirror | None = None
         self._checking = False
         self._upgrading: Connection | None = None
         self._unmounting = False
@@ -88,6 +100,7 @@ class Holder:
         """Start the first server of a mount that is still to be made. Raises ``OSError``."""
         try:
             self._active = self._start_server()
+            self._notes = Mirror(self._active.channel, self._kept.keepsakes)
             self._active.channel.send("load")
         except OSError:
             self._end()
@@ -128,7 +141,10 @@ class Holder:
 
     def _patience(self) -> float:
         """Return the milliseconds until the clock alone gives something to do."""
-        times = [at for at in (self._standby_at, self._restart_at) if at is not None]
+        shows = self._shows.deadline() if self._shows is not None else None
+        times = [at for at in (self._standby_at, self._restart_at, shows) if at is not None]
+        if self._notes is not None and self._notes.behind:
+            times.append(time.monotonic() + _FLUSH_EVERY)
         if self._active is not None:
             times.append(self._deadline(self._active))
         if self._standby is not None and not self._standby.ready:
@@ -137,6 +153,9 @@ class Holder:
 
     def _on_time(self) -> None:
         now = time.monotonic()
+        if self._shows is not None:
+            self._shows.on_time()
+        self._flush_notes()
         if self._restart_at is not None and now >= self._restart_at:
             self._restart_at = None
             self._take_over()
@@ -208,6 +227,7 @@ class Holder:
             return
         server.beat = time.monotonic()
         self._active = server
+        self._notes = Mirror(server.channel, self._kept.keepsakes)
         self._kept.restarts += 1
         self._go(server)
 
@@ -256,8 +276,9 @@ class Holder:
         self._forward(server, "drop", key=key)
 
     def _forward(
-        self, server: ServerProcess, kind: str, files: tuple[int, ...] = (), **body: object
+        self, server: ServerProcess | None, kind: str, files: tuple[int, ...] = (), **body: object
     ) -> None:
+        """Tell the standby what another server, or none, has said."""
         if self._standby is not None and server is not self._standby:
             try:
                 self._standby.channel.send(kind, files, **body)
@@ -268,6 +289,25 @@ class Holder:
         before = self._kept.keepsakes.pop(key, None)
         for fd in before.files if before else ():
             os.close(fd)
+
+    def _note(self, key: str, keepsake: Keepsake | None) -> None:
+        """Keep or drop something of the holder's own; servers know it for the next holder."""
+        self._forget(key)
+        if keepsake is not None:
+            self._kept.keepsakes[key] = keepsake
+            self._forward(None, "keep", key=key, body=keepsake.body)
+        else:
+            self._forward(None, "drop", key=key)
+        if self._notes is not None:
+            self._notes.changed(key)
+            self._flush_notes()
+
+    def _flush_notes(self) -> None:
+        if self._notes is not None:
+            try:
+                self._notes.flush()
+            except OSError:
+                self._notes = None  # that server has ended, and the next one knows it all
 
     def _on_serving(self, server: ServerProcess) -> None:
         server.serving = server.beat
@@ -354,6 +394,8 @@ class Holder:
             return
         kept.fuse, kept.init, kept.flags = session.fd, session.init, session.flags
         kept.target = target
+        mounted = find_mount(target)
+        kept.device = mounted.device if mounted is not None else ""
         sessions.raise_readahead(target)
         self._record = MountRecord(
             mountpoint=request.mountpoint,
@@ -466,8 +508,37 @@ class Holder:
                 connection.answer(**self._describe())
             case "upgrade":
                 self._upgrade(connection, [str(word) for word in [*question["program"]]])
+            case "show" | "hide" | "look":
+                self._asked_of_targets(connection, question)
             case asked:
                 connection.answer(error=told(UsageError(f"{asked!r} is not known here")))
+
+    def _asked_of_targets(self, connection: Connection, question: dict[str, Any]) -> None:
+        try:
+            if self._shows is None:
+                raise UsageError(
+                    "this node server makes no mounts for others",
+                    hint="start it with: envstore node --targets DIR",
+                )
+            match question["ask"]:
+                case "show":
+                    self._catch_up()
+                    self._shows.show(connection, question)
+                case "hide":
+                    self._shows.hide(connection, question)
+                case _:
+                    connection.answer(mounts=self._shows.look())
+        except EnvstoreError as error:
+            connection.answer(error=told(error))
+
+    def _catch_up(self) -> None:
+        """Hear what the server has said: that it gave a lease comes before anyone can use it."""
+        server = self._active
+        while server is not None and server is self._active and server.speaks():
+            message = server.channel.receive()
+            if message is None:
+                return
+            self._heard(server, message)
 
     def _describe(self) -> dict[str, Any]:
         if self._failing():
@@ -512,18 +583,27 @@ class Holder:
             return succession.try_program(program)
 
         def checked(status: int) -> None:
+            if status:
+                self._checking = False
+                refused = EnvstoreError(
+                    f"{program[-1]} does not start, or cannot go on with this mount",
+                    hint="see the mount's log",
+                )
+                connection.answer(error=told(refused))
+            elif self._shows is None:
+                become()
+            else:
+                # A child of this code could tell the next nothing of what it has done.
+                self._shows.when_idle(become)
+
+        def become() -> None:
             self._checking = False
-            refused = EnvstoreError(
-                f"{program[-1]} does not start, or cannot go on with this mount",
-                hint="see the mount's log",
-            )
-            if not status:
-                try:
-                    self._become(program, connection)
-                except OSError as error:
-                    refused = EnvstoreError(f"cannot execute {program[0]}: {error.strerror}")
-                self._standby_at = time.monotonic()
-            connection.answer(error=told(refused))
+            try:
+                self._become(program, connection)
+            except OSError as error:
+                refused = EnvstoreError(f"cannot execute {program[0]}: {error.strerror}")
+                connection.answer(error=told(refused))
+            self._standby_at = time.monotonic()
 
         self._help(check, checked)
 
@@ -548,7 +628,9 @@ class Holder:
                 _log.warning("the record names another holder: %s", error)
         now = time.monotonic()
         self._active = succession.server_left(state)
-        if self._active is None:
+        if self._active is not None:
+            self._notes = Mirror(self._active.channel, self._kept.keepsakes)
+        else:
             with contextlib.suppress(OSError):
                 sessions.resend(self._kept.fuse)
             self._take_over()
@@ -567,10 +649,17 @@ class Holder:
 
     # --- helpers --------------------------------------------------------------------------------
 
-    def _help(self, work: Callable[[], int], done: Callable[[int], None]) -> None:
-        """Run ``work`` in a child, and ``done`` with its exit status when it has ended."""
-        pid = fork(work)
-        self._helpers[os.pidfd_open(pid)] = (pid, done)
+    def _help(
+        self, work: Callable[[], int], done: Callable[[int], None], keep: tuple[int, ...] = ()
+    ) -> int:
+        """Run ``work`` in a child, and ``done`` with its exit status when it has ended.
+
+        The child has the descriptors ``keep``; returns its own, which is the loop's to close.
+        """
+        pid = fork(work, keep)
+        pidfd = os.pidfd_open(pid)
+        self._helpers[pidfd] = (pid, done)
+        return pidfd
 
     def _on_helper(self, pidfd: int) -> None:
         pid, done = self._helpers.pop(pidfd)

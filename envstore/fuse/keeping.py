@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,7 +34,8 @@ class MountRequest:
     this is then no mount of a REF but a node server with its control socket there.
     ``metrics`` is an address to serve Prometheus' text format on: a path or HOST:PORT.
     ``hung_after`` is how many seconds a server may give no sign of life, ``lease_grace`` how many
-    a node's mount may be seen nowhere.
+    a node's mount may be seen nowhere. ``targets`` are the directories below which a node server
+    makes mounts for others.
     """
 
     store: str
@@ -49,6 +51,11 @@ class MountRequest:
     hung_after: float = 15.0
     lease_grace: float = 60.0
     prefix: str = ""
+    targets: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Be equal to what went through JSON."""
+        object.__setattr__(self, "targets", tuple(self.targets))
 
     def placed(self) -> MountRequest:
         """Return the same request with the prefix that it stands for."""
@@ -68,7 +75,8 @@ class Kept:
     """All there is to a live mount, and its descriptors by what they are for.
 
     ``files``: ``lock`` (see ``RecordFiles``), ``counters`` (memory), ``stats`` and ``control``
-    (listening sockets). ``fuse`` is the device, -1 before the mount is made.
+    (listening sockets). ``fuse`` is the device, -1 before the mount is made; ``device`` the number
+    that what it serves has in the mount table, if known.
     """
 
     request: MountRequest
@@ -80,6 +88,7 @@ class Kept:
     flags: int = 0
     restarts: int = 0
     started: float = 0.0
+    device: str = ""
 
     def session(self) -> Session:
         """Return the live mount. ``target`` is where its device is mounted."""
@@ -113,6 +122,7 @@ class Kept:
             "flags": self.flags,
             "restarts": self.restarts,
             "started": self.started,
+            "device": self.device,
         }
 
     @classmethod
@@ -134,6 +144,7 @@ class Kept:
             body["flags"],
             body["restarts"],
             body["started"],
+            body.get("device", ""),
         )
 
     def save(self) -> dict[str, Any]:

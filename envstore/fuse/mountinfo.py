@@ -12,12 +12,17 @@ _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 @dataclass(frozen=True, slots=True)
 class MountInfo:
-    """One mount: where, the device number as ``major:minor``, the type and the source."""
+    """One mount: where, the device number as ``major:minor``, the type and the source.
+
+    ``id`` is the mount's own, ``parent`` that of the mount it is mounted in; both are used again.
+    """
 
     mountpoint: str
     device: str
     type: str
     source: str
+    id: int
+    parent: int
 
 
 def resolve(path: str | os.PathLike[str]) -> str:
@@ -63,7 +68,14 @@ def mountpoints_in(namespaces: Iterable[int]) -> dict[int, set[str]]:
 def _parse(line: bytes) -> MountInfo:
     left, _, right = line.partition(b" - ")
     fields, more = left.split(b" "), right.split(b" ")
-    return MountInfo(_text(fields[4]), _text(fields[2]), _text(more[0]), _text(more[1]))
+    return MountInfo(
+        _text(fields[4]),
+        _text(fields[2]),
+        _text(more[0]),
+        _text(more[1]),
+        int(fields[0]),
+        int(fields[1]),
+    )
 
 
 def _text(field: bytes) -> str:

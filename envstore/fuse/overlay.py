@@ -8,7 +8,6 @@ so that nothing is left behind however this ends.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from envstore.errors import AccessDeniedError, EnvstoreError, UnsupportedFormatError
 from envstore.fuse.build import build_tree
 from envstore.fuse.erofs import write_image
+from envstore.fuse.syscalls import AT_FDCWD, MOVE_EMPTY_SOURCE, MOVE_MOUNT, checked, system
 from envstore.store.digest import digest
 from envstore.store.manifest import Entry, Root, build_parts, decode_part
 from envstore.store.source import Kind
@@ -32,10 +32,8 @@ FILESYSTEM = "overlay"
 
 _CLONE_NEWNS = 0x20000
 _MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
-_AT_FDCWD = -100
-# The numbers are the same on all architectures but alpha; older C libraries lack the functions.
-_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 429, 430, 431, 432
-_CLOEXEC, _F_EMPTY_PATH = 1, 4
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+_CLOEXEC = 1
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _RDONLY, _NOSUID, _NODEV = 1, 2, 4
 
@@ -64,10 +62,8 @@ class _CallError(EnvstoreError):
         self.number = number
 
 
-def mount_fast(
-    image: Path, local: Path, objects: Path | None, target: str | os.PathLike[str], *, source: str
-) -> None:
-    """Mount the tree of ``image`` read-only on the directory ``target``.
+def make_fast(image: Path, local: Path, objects: Path | None, *, source: str) -> int:
+    """Return a mount of the tree of ``image``, read-only, that has no place yet.
 
     Bytes come from ``local`` (complete files, see ``LocalFiles``) and what is not there from
     ``objects``, the directory of a server that must be answering by now: call from another
@@ -75,21 +71,32 @@ def mount_fast(
     what tools show as the mounted device.
 
     Raises ``AccessDeniedError``, ``UnsupportedFormatError`` (the kernel lacks something),
-    ``EnvstoreError``; then nothing was mounted.
+    ``EnvstoreError``.
     """
     _require_root()
     layers = [local] if objects is None else [local, objects]
-    make = partial(_make_overlay, image, layers, source)
     try:
-        fd = _apart(make)
-        try:
-            _system(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(target), _F_EMPTY_PATH)
-        finally:
-            os.close(fd)
+        return _apart(partial(_make_overlay, image, layers, source))
+    except OSError as error:
+        raise EnvstoreError(f"cannot mount over {image}: {error.strerror}") from error
+
+
+def mount_fast(
+    image: Path, local: Path, objects: Path | None, target: str | os.PathLike[str], *, source: str
+) -> None:
+    """Mount what ``make_fast`` makes on the directory ``target``.
+
+    Raises as that does; then nothing was mounted.
+    """
+    fd = make_fast(image, local, objects, source=source)
+    try:
+        system(MOVE_MOUNT, fd, b"", AT_FDCWD, os.fsencode(target), MOVE_EMPTY_SOURCE)
     except OSError as error:
         raise EnvstoreError(
             f"cannot mount on {os.fsdecode(target)} over {image}: {error.strerror}"
         ) from error
+    finally:
+        os.close(fd)
 
 
 def probe(directory: Path) -> str | None:
@@ -179,8 +186,8 @@ def _apart(make: Callable[[], int], *, keep: bool = True) -> int:
     def work() -> None:
         try:
             # For a thread this implies a working directory of its own.
-            _checked("unshare", _CLONE_NEWNS)
-            _checked("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+            checked("unshare", _CLONE_NEWNS)
+            checked("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
             results.append(make())
         except BaseException as error:  # noqa: BLE001 - raised where the thread is waited for
             results.append(error)
@@ -202,7 +209,7 @@ def _make_overlay(image: Path, layers: list[Path], source: str) -> int:
     names = image.absolute().parent
     fd = _make_erofs(image)
     try:
-        _system(_MOVE_MOUNT, fd, b"", _AT_FDCWD, os.fsencode(names), _F_EMPTY_PATH)
+        system(MOVE_MOUNT, fd, b"", AT_FDCWD, os.fsencode(names), MOVE_EMPTY_SOURCE)
     finally:
         os.close(fd)
     with _Context(FILESYSTEM) as context:
@@ -268,7 +275,7 @@ class _Context:
         self._kind = kind
         self._opened: list[int] = []
         try:
-            self._fd = _system(_FSOPEN, kind.encode(), _CLOEXEC)
+            self._fd = system(_FSOPEN, kind.encode(), _CLOEXEC)
         except OSError as error:
             raise UnsupportedFormatError(
                 f"the kernel cannot mount {kind}: {error.strerror}"
@@ -304,14 +311,14 @@ class _Context:
     def mount(self) -> int:
         self._configure(_CREATE, None, None)
         try:
-            return _system(_FSMOUNT, self._fd, _CLOEXEC, _RDONLY | _NOSUID | _NODEV)
+            return system(_FSMOUNT, self._fd, _CLOEXEC, _RDONLY | _NOSUID | _NODEV)
         except OSError as error:
             raise _CallError(f"{self._kind}: {error.strerror}", error.errno or 0) from error
 
     def _configure(self, command: int, key: str | None, value: bytes | None) -> None:
         try:
             name = None if key is None else key.encode()
-            _system(_FSCONFIG, self._fd, command, name, value, 0)
+            system(_FSCONFIG, self._fd, command, name, value, 0)
         except OSError as error:
             said = self._messages() or error.strerror
             what = f"{self._kind}: {key}: {said}" if key else f"{self._kind}: {said}"
@@ -325,20 +332,3 @@ class _Context:
                 said.append(os.read(self._fd, 4096).decode(errors="replace").strip())
             except OSError:
                 return "; ".join(said)
-
-
-def _system(number: int, *arguments: int | bytes | None) -> int:
-    """Do a system call; raises ``OSError``."""
-    return _checked("syscall", number, *arguments)
-
-
-def _checked(name: str, *arguments: int | bytes | None) -> int:
-    library = ctypes.CDLL(None, use_errno=True)
-    function = library[name]
-    function.restype = ctypes.c_long
-    words = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
-    result = int(function(*words))
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result

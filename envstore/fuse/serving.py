@@ -202,7 +202,7 @@ class _Server:
 
     async def _send(self, kind: str) -> None:
         try:
-            self.channel.signal(kind)
+            self.channel.post(kind)
         except OSError as error:
             _log.debug("the holder does not hear: %s", error)
 
@@ -219,8 +219,17 @@ class _Server:
                     self._save()
                     _log.info("making way for the next server")
                     os._exit(0)
+                case "keep" | "drop":
+                    self._noted(message)
                 case "end":
                     return
+
+    def _noted(self, message: Message) -> None:
+        """Learn what the holder itself keeps, for one that may have to follow it."""
+        key = message.body["key"]
+        self.kept.keepsakes.pop(key, None)
+        if message.kind == "keep":
+            self.kept.keepsakes[key] = Keepsake(message.body["body"], message.files)
 
     async def _replace_holder(self) -> None:
         """Start another holder for this mount; if they keep ending, later and later."""

@@ -50,7 +50,7 @@ def test_messages_arrive_whole_in_order_with_their_files(ends: tuple[Channel, Ch
         files = tuple(opened(stack, b"%d" % number) for number in range(16))
         one.send("first", files, text="käse \udcff", number=[1, {"deep": None}])
         one.send("second")
-        one.signal("third")
+        one.post("third")
         first = other.receive()
         assert first is not None
         assert (first.kind, first.body) == (
@@ -107,7 +107,7 @@ def test_nobody_at_the_other_end(ends: tuple[Channel, Channel]) -> None:
     with pytest.raises(OSError, match="Broken pipe"):
         other.send("anybody?")
     with pytest.raises(OSError, match="Broken pipe"):
-        other.signal("anybody?")
+        other.post("anybody?")
 
 
 def test_an_end_that_does_not_read_delays_signs_of_life_not_at_all(
@@ -117,7 +117,7 @@ def test_an_end_that_does_not_read_delays_signs_of_life_not_at_all(
 
     def beat_for_ever() -> None:
         while True:
-            one.signal("beat")
+            one.post("beat")
 
     with pytest.raises(BlockingIOError):
         beat_for_ever()
