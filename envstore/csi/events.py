@@ -100,6 +100,10 @@ class PodEvents:
             self._changed.notify()
         self._thread.join(within)
 
+    def is_alive(self) -> bool:
+        """Return whether there may still be something to tell."""
+        return self._thread.is_alive()
+
     def _put(self, pod: Pod, reason: str, message: str) -> None:
         key = (pod.uid, reason)
         with self._changed:

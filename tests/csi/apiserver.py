@@ -74,6 +74,8 @@ class ApiServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # an answer in one piece: the rest of it would wait for an acknowledgement
+    disable_nagle_algorithm = True
     api: ApiServer
 
     def do_GET(self) -> None:
