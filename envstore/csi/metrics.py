@@ -103,8 +103,9 @@ class Pages:
     def status(self) -> dict[str, Any]:
         """Return what is published on this node and how it fares, as JSON.
 
-        ``bytes_fetched`` and ``bytes_read`` of a volume are those of its snapshot, which the pods
-        of a node share, while it is served; ``node_server`` has what was fetched for all.
+        Of a volume, ``bytes_fetched`` in so many ``requests`` to the store and ``bytes_read`` are
+        those of its snapshot, which the pods of a node share, while it is served. ``node_server``
+        has what was fetched for all.
         """
         sources = self._sources
         server, mounts, seen = self._asked()
@@ -211,16 +212,15 @@ def _described(
         "condition": condition,
         "bytes_fetched": mount["bytes_fetched"] if mount else 0,
         "bytes_read": mount["bytes_read"] if mount else 0,
-        "requests": sum(mount["requests"].values()) if mount else 0,
+        "requests": mount["fetch_requests"] if mount else 0,
     }
 
 
 def _of_node(page: Page, found: Mapping[str, Any], is_node: bool) -> None:
     server = found["node_server"]
-    broken = bool(found["configuration"]["problem"])
     page.family(
         *("csi_config_broken", "gauge", "1 if the configuration file cannot be used as it is."),
-        [({}, broken)],
+        [({}, bool(found["configuration"]["problem"]))],
     )
     if not is_node:
         return
@@ -256,7 +256,7 @@ def _of_volumes(page: Page, volumes: Iterable[Mapping[str, Any]]) -> None:
     for name, text, key in (
         ("csi_volume_fetched_bytes", "Fetched for a volume's snapshot.", "bytes_fetched"),
         ("csi_volume_read_bytes", "Read of a volume's snapshot.", "bytes_read"),
-        ("csi_volume_requests", "Requests of the kernel for a volume's snapshot.", "requests"),
+        ("csi_volume_fetch_requests", "Requests for a volume's snapshot.", "requests"),
     ):
         # Gauges: a snapshot that is served anew begins at nothing, in the same series.
         page.family(
