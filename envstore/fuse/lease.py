@@ -12,6 +12,7 @@ from envstore.errors import UsageError
 from envstore.fuse.access import pinned
 from envstore.fuse.supplies import Source
 from envstore.store.objects import Credentials
+from envstore.store.refs import RefName
 
 _LONGEST, _LONGEST_LEASE = 4096, 64 << 10
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -88,7 +89,10 @@ class Asked:
         fast_path = _word(question, "fast_path", "auto")
         if fast_path not in _FAST:
             raise UsageError("fast_path is auto, on or off")
+        of = _word(question, "of", "")
         pinned(ref)
+        if of:
+            RefName.parse(of)
         lease = Lease(
             slot=0,
             target=target,
@@ -98,7 +102,7 @@ class Asked:
             prefix=_word(question, "prefix", "") or target,
             owner=owner,
             store=store,
-            of=_word(question, "of", ""),
+            of=of,
             profile=_word(question, "profile", ""),
             fast_path=fast_path,
             given=credentials is not None,

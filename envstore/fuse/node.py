@@ -202,6 +202,7 @@ class Node:
                 "owner": lease.owner,
                 "mountpoint": lease.target,
                 "ref": lease.name,
+                "url": lease.store,
                 "started": lease.started,
                 "prefix": lease.prefix,
                 **counts[lease.slot],
