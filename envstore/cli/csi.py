@@ -13,9 +13,7 @@ from envstore.cli.holding import metrics_option
 from envstore.errors import UsageError
 
 if TYPE_CHECKING:
-    from envstore.csi.driver import NodeOptions
-
-_LONGEST_NODE_ID = 256
+    from envstore.csi.options import NodeOptions
 
 
 @click.group(
@@ -127,8 +125,7 @@ def serve(
             format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO
         )
     settings.export_cache()
-    from envstore.csi.driver import DriverOptions, run
-    from envstore.csi.server import endpoint_path
+    from envstore.csi.options import DriverOptions, endpoint_path
 
     options = DriverOptions(
         path=endpoint_path(endpoint),
@@ -151,6 +148,8 @@ def serve(
                 "--register, --node-socket and --start-node are for a node",
                 hint="give --node-id and --state-dir",
             )
+    from envstore.csi.driver import run
+
     raise SystemExit(run(options))
 
 
@@ -164,20 +163,17 @@ def _node(
     """Return what concerns the node, ``None`` if it is not offered."""
     import os
 
-    from envstore.csi.driver import NodeOptions
-    from envstore.csi.starting import own_socket
+    from envstore.csi.options import NodeOptions, check_node_id, own_socket
 
     if node_id is None and state is None:
         return None
     if node_id is None or state is None:
         raise UsageError("--node-id and --state-dir go together")
-    if not node_id.isprintable() or not 0 < len(node_id.encode()) <= _LONGEST_NODE_ID:
-        raise UsageError(f"a node's name has 1 to {_LONGEST_NODE_ID} bytes, without line breaks")
     if socket and start:
         raise UsageError("--start-node starts one in the state directory, not at --node-socket")
     state = state.absolute()
     return NodeOptions(
-        id=node_id,
+        id=check_node_id(node_id),
         state=state,
         socket=os.path.abspath(socket) if socket else own_socket(state),
         start=start if start is not None else not socket,

@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from envstore.csi.metrics import Calls, Pages, Sources
 from envstore.csi.namespaces import Namespaces
 from envstore.csi.node import NodeService
 from envstore.csi.nodeserver import NodeServer
+from envstore.csi.options import DriverOptions, NodeOptions
 from envstore.csi.pages import PageServer
 from envstore.csi.policy import Policy
 from envstore.csi.probing import driver_answers
@@ -37,41 +37,6 @@ _log = logging.getLogger("envstore.csi")
 
 _PROBE_WITHIN = 2.0
 _KEEPER_GRACE = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class NodeOptions:
-    """The Node service: this node's name, and where it records what is published.
-
-    ``socket`` is the node server's; ``start``: one is started whenever none is there, to make
-    mounts below ``targets``.
-    """
-
-    id: str
-    state: Path
-    socket: str
-    start: bool
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DriverOptions:
-    """What a driver is started with.
-
-    ``path`` is the socket to serve at. Without ``config`` everybody may use the store at ``url``.
-    ``credentials`` holds a directory of keys for each store. ``register`` is the kubelet's
-    plugins_registry, ``kubelet_endpoint`` what it sees ``path`` as.
-    """
-
-    path: str
-    url: str
-    node: NodeOptions | None
-    controller: bool
-    config: Path | None = None
-    credentials: Path | None = None
-    register: str | None = None
-    kubelet_endpoint: str | None = None
-    metrics: str = ""
 
 
 def run(options: DriverOptions) -> int:
@@ -111,6 +76,7 @@ def _start(options: DriverOptions, stack: ExitStack) -> None:
         services.append(partial(csi_pb2_grpc.add_NodeServicer_to_server, node.service))
     if options.controller:
         controller = ControllerService(policy, options.credentials)
+        stack.callback(controller.close)
         services.append(partial(csi_pb2_grpc.add_ControllerServicer_to_server, controller))
     ready = node.ready if node is not None else _always
     identity = IdentityService(ready, controller=options.controller)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import grpc
 
+from envstore.csi.options import check_path
 from envstore.csi.proto import registration_pb2, registration_pb2_grpc
 from envstore.csi.refusal import NAME
-from envstore.csi.server import Server, check_path
+from envstore.csi.server import Server
 
 _log = logging.getLogger("envstore.csi")
 

@@ -27,37 +27,12 @@ WORKERS = 64
 GRACE = 8.0
 """Seconds that calls under way have to end once the server is told to stop."""
 
-# What fits into the address of a socket (unix(7)): nobody could call at a longer path.
-_LONGEST_PATH = 107
 # Far more than the limits of all fields of any request make together.
 _LARGEST_MESSAGE = 256 << 10
 _LOCK_PATIENCE = 10.0
 
 Service = Callable[[grpc.Server], None]
 """Adds a service to a server, as the generated ``add_..._to_server`` do."""
-
-
-def endpoint_path(endpoint: str) -> str:
-    """Return the path of an endpoint ``unix:///path/csi.sock``; ``UsageError`` if it is none."""
-    path = endpoint.removeprefix("unix:")
-    path = path.removeprefix("//") if path.startswith("///") else path
-    if path == endpoint or not path.startswith("/") or path.endswith("/") or "\0" in path:
-        raise UsageError(
-            f"{endpoint!r} is no endpoint of a CSI driver",
-            hint="it is the path of a socket: unix:///path/csi.sock",
-        )
-    return check_path(path)
-
-
-def check_path(path: str) -> str:
-    """Return ``path`` if it fits into a socket's address; ``UsageError`` if not."""
-    size = len(os.fsencode(path))
-    if size > _LONGEST_PATH:
-        raise UsageError(
-            f"the path of a socket can have {_LONGEST_PATH} bytes, and this one has {size}: {path}",
-            hint="use a shorter directory",
-        )
-    return path
 
 
 class Server:

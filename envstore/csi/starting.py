@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from envstore.csi.options import own_socket
 from envstore.errors import EnvstoreError, UsageError
 from envstore.fuse.background import start_background
 from envstore.fuse.keeping import MountRequest
@@ -17,11 +18,6 @@ from envstore.fuse.sockets import somebody_listens
 _log = logging.getLogger("envstore.csi")
 
 _EVERY = 2.0
-
-
-def own_socket(state: Path) -> str:
-    """Return where a node server listens that the driver with this state directory starts."""
-    return str(state / "node.sock")
 
 
 class Starter:

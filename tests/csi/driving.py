@@ -16,10 +16,9 @@ import grpc
 import pytest
 
 from envstore.csi.proto import csi_pb2, csi_pb2_grpc
-from envstore.csi.refusal import NAME
 from envstore.fuse.keeping import MountRequest
 from envstore.fuse.mountinfo import list_mounts
-from envstore.fuse.sockets import ask
+from envstore.fuse.sockets import ask, somebody_listens
 from tests.fuse.lives import PATIENCE, Live, until
 
 NODE_ID = "node-1"
@@ -90,12 +89,12 @@ class Site(Live):
         """Start the driver and return when it can be called."""
         self.driver = self.spawn(self.arguments(*more), env)
 
-        def serves() -> bool:
+        def began() -> bool:
             assert self.driver is not None
-            assert self.driver.poll() is None, self.log()
-            return self.socket.exists()
+            assert self.driver.poll() is None, self.driver_log()
+            return serves(self.socket)
 
-        until(serves, "that the driver serves")
+        until(began, "that the driver serves")
         self._channel = grpc.insecure_channel(f"unix:{self.socket}")
 
     def spawn(
@@ -268,6 +267,9 @@ def refused(call: Callable[[], object], code: str, *words: str) -> str:
     return details
 
 
-def fake_registration(directory: Path) -> Path:
-    """Return where the driver waits for a kubelet below ``directory``."""
-    return directory / f"{NAME}-reg.sock"
+def serves(socket: Path) -> bool:
+    """Whether a driver can be called: one that was killed leaves its socket there."""
+    try:
+        return somebody_listens(socket)
+    except FileNotFoundError:
+        return False  # not even its directory
