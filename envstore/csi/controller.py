@@ -27,6 +27,7 @@ from envstore.csi.access import check_access, check_id
 from envstore.csi.calls import seconds_left
 from envstore.csi.config import NamedStore
 from envstore.csi.credentials import find_credentials
+from envstore.csi.limits import MAP
 from envstore.csi.policy import Policy
 from envstore.csi.proto import csi_pb2, csi_pb2_grpc
 from envstore.csi.refusal import RefusedError, invalid
@@ -44,6 +45,8 @@ _POLICY_WITHIN = 10.0
 _RESOLVE_WITHIN = 60.0
 _RESOLVERS = 8
 _MOST = 10_000
+_OF_PODS = 1024
+"""Bytes of a volume's context that are left to what the kubelet adds when it is published."""
 _ID = re.compile(r"(envstore-[0-9a-f]{32})-[0-9a-f]{32}")
 
 _log = logging.getLogger(__name__)
@@ -90,13 +93,13 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         parameters = wanted.attributes()
         identity = _identity(request.name, parameters)
         with self._names.take(request.name, seconds_left(context, _RESOLVE_WITHIN)):
+            namespace = _claim_namespace(request.parameters)
+            left = seconds_left(context, _POLICY_WITHIN)
+            store = self._policy.check_claim(wanted, namespace, left)
             made = self._recall(identity)
             if made is not None:
                 _check_same(made, parameters, required, limit)
                 return csi_pb2.CreateVolumeResponse(volume=made.volume)
-            namespace = _claim_namespace(request.parameters)
-            left = seconds_left(context, _POLICY_WITHIN)
-            store = self._policy.check_claim(wanted, namespace, left)
             keys = find_credentials(store, self._credentials, request.secrets)
             found = self._resolve(context, store, keys, wanted)
             size = max(required, found.size)
@@ -105,11 +108,9 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
                     grpc.StatusCode.OUT_OF_RANGE,
                     f"{wanted.ref} has {found.size} bytes, and the limit is {limit}",
                 )
-            volume = csi_pb2.Volume(
-                capacity_bytes=size,
-                volume_id=identity,
-                volume_context=replace(wanted, store=store.name, digest=found.digest).attributes(),
-            )
+            kept = replace(wanted, store=store.name, digest=found.digest).attributes()
+            _check_context(kept)
+            volume = csi_pb2.Volume(capacity_bytes=size, volume_id=identity, volume_context=kept)
             self._remember(identity, _Made(parameters, volume))
         _log.info("volume %s is %s@%s", volume.volume_id, wanted.ref, found.digest)
         return csi_pb2.CreateVolumeResponse(volume=volume)
@@ -227,6 +228,12 @@ def _check_same(made: _Made, parameters: Mapping[str, str], required: int, limit
     raise RefusedError(
         grpc.StatusCode.ALREADY_EXISTS, f"the volume of this name was made with other {what}"
     )
+
+
+def _check_context(context: Mapping[str, str]) -> None:
+    size = sum(len(f"{key}{value}".encode()) for key, value in context.items())
+    if size > MAP - _OF_PODS:
+        raise invalid(f"the attributes have {size} bytes, at most {MAP - _OF_PODS} can be kept")
 
 
 def _claim_namespace(parameters: Mapping[str, str]) -> str:
