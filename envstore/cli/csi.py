@@ -1,4 +1,4 @@
-"""``csi serve``: the Container Storage Interface driver, for volumes in pod specs."""
+"""``csi``: the Container Storage Interface driver, for volumes in pod specs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from envstore.cli.base import Group
 from envstore.cli.context import Settings
+from envstore.cli.csi_config import check_config
 from envstore.cli.holding import metrics_option
 from envstore.errors import UsageError
 
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
     cls=Group,
     examples="""
         envstore csi serve --help                    how the driver is started
+        envstore csi check-config stores.yaml        what its configuration means
     """,
 )
 def csi() -> None:
     """Serve snapshots as volumes in pod specs (Container Storage Interface)."""
+
+
+csi.add_command(check_config)
 
 
 @csi.command(

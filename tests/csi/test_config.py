@@ -20,6 +20,7 @@ from envstore.csi.config import (
     single_store,
 )
 from envstore.errors import UsageError
+from tests.commands import Cli
 
 GOOD = """
     stores:
@@ -305,3 +306,43 @@ def test_a_broken_change_leaves_the_last_good_one(
 def test_a_file_that_is_broken_from_the_start_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read"):
         ConfigFile(tmp_path / "config.yaml")
+
+
+# --- envstore csi check-config ------------------------------------------------------------------
+
+
+def test_people_are_told_what_a_file_means(tmp_path: Path) -> None:
+    cli, path = Cli(tmp_path / "cli"), write(tmp_path / "config.yaml", GOOD)
+    lines = cli.ok("csi", "check-config", path).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "STORE URL CREDENTIALS",
+        "main (default) s3://envs/prod?endpoint=https://s3.example&path_style=1"
+        " the driver's, in the directory main of --credentials",
+        "models s3://models of the Secret that each volume names",
+        "local file:///srv/store the node server's own",
+        "rule 1 lets pods in namespaces team-* as service accounts trainer read every ref of main"
+        " or local",
+        "rule 2 lets pods in namespaces with tier = gold or silver and example.org/ok = yes read"
+        " every ref of every store",
+        "all else is denied",
+    ]
+
+
+def test_programs_are_told_what_a_file_means(tmp_path: Path) -> None:
+    cli, path = Cli(tmp_path / "cli"), write(tmp_path / "config.yaml", GOOD)
+    found = cli.json("csi", "check-config", path)
+    assert found["default"] == "main"
+    assert found["stores"][1] == {
+        "name": "models",
+        "url": "s3://models",
+        "credentials": "volume",
+    }
+    written = yaml.safe_load(dedent(GOOD))["policy"]
+    written[1]["namespaceLabels"]["example.org/ok"] = ["yes"]
+    assert found["policy"] == written
+
+
+def test_a_file_that_no_driver_would_take(tmp_path: Path) -> None:
+    cli = Cli(tmp_path / "cli")
+    path = write(tmp_path / "config.yaml", "stores: {main: {url: s3://envs}}\npolicy: [{}]")
+    cli.fails(2, "csi", "check-config", path, says=[f"{path}: policy[0]: has no condition"])
