@@ -35,22 +35,21 @@ from tests.trees import noise
 MIB = 1 << 20
 
 
-class Site:
-    """Files of noise in a bucket, each in a pack of its own, mounted through a proxy."""
+class Bucket:
+    """Files of noise in a bucket, each in a pack of its own, for all tests."""
 
-    def __init__(self, base: Path, server: S3Server, proxy: TcpProxy) -> None:
-        self.base, self.proxy = base, proxy
+    def __init__(self, base: Path, server: S3Server) -> None:
+        self.server, self.name = server, server.new_bucket()
         self.files = {f"file-{n}": noise(f"faults {n}", 3 * MIB) for n in range(3)}
-        bucket = server.new_bucket()
-        objects = open_objects(server.url(bucket), create=True)
+        # Many that hang together are more than the kernel has in the air at once.
+        self.crowd = {f"crowd-{n}": noise(f"crowd {n}", MIB // 2) for n in range(100)}
+        self.packs: dict[str, bytes] = {}
+        objects = open_objects(server.url(self.name), create=True)
         config, _ = init_store(objects)
         repository = Repository(objects, config, None)
         stat_cache = StatCache(base / "stat.sqlite")
         (base / "tree").mkdir()
-        self.packs: dict[str, bytes] = {}
         seen: set[str] = set()
-        # Many that hang together are more than the kernel has in the air at once.
-        self.crowd = {f"crowd-{n}": noise(f"crowd {n}", MIB // 2) for n in range(100)}
         for names in (self.crowd, *({name: data} for name, data in self.files.items())):
             for name, data in names.items():
                 (base / "tree" / name).write_bytes(data)
@@ -63,13 +62,22 @@ class Site:
             seen |= packs.keys()
         stat_cache.close()
         repository.close()
-        self.url = S3Server(proxy.endpoint, *(server.access_key, server.secret_key, 0)).url(bucket)
+
+
+class Site:
+    """The bucket behind a proxy, and a place to mount it with an empty cache."""
+
+    def __init__(self, base: Path, bucket: Bucket, proxy: TcpProxy) -> None:
+        self.base, self.proxy = base, proxy
+        self.files, self.crowd, self.packs = bucket.files, bucket.crowd, bucket.packs
+        keys = (bucket.server.access_key, bucket.server.secret_key)
+        self.url = S3Server(proxy.endpoint, *keys, 0).url(bucket.name)
         self.place = base / "place"
         self.place.mkdir()
         self.cache = base / "cache"
         self.record: MountRecord
 
-    def mount(self, patience: float = 60.0) -> None:
+    def mount(self, patience: float = 200.0) -> None:
         request = MountRequest(self.url, "tree", str(self.place), profile="none", patience=patience)
         self.record = start_background(request)
 
@@ -103,15 +111,21 @@ class Site:
             yield [pool.submit(self.read, name) for name in names]
 
 
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Bucket]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.env.items():
+            patch.setenv(name, value)
+        yield Bucket(tmp_path_factory.mktemp("faults"), s3_server)
+
+
 @pytest.fixture
-def site(tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    for name, value in s3_server.env.items():
-        monkeypatch.setenv(name, value)
+def site(tmp_path: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     monkeypatch.setenv("ENVSTORE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("ENVSTORE_S3_TIMEOUT", "4")
-    with tcp_proxy(s3_server.endpoint) as proxy:
-        made = Site(tmp_path, s3_server, proxy)
+    with tcp_proxy(bucket.server.endpoint) as proxy:
+        made = Site(tmp_path, bucket, proxy)
         try:
             yield made
         finally:
