@@ -36,7 +36,7 @@ def redacted(message: Message) -> dict[str, Any]:
 def secrets(message: Message) -> list[str]:
     """Return every secret in a message, as it is and escaped, the longest first, to be hidden."""
     plain = {text for text in _secrets(message) if len(text) >= _TELLING}
-    escaped = {form for text in plain for form in (json.dumps(text)[1:-1], ascii(text)[1:-1])}
+    escaped = {form(text)[1:-1] for text in plain for form in (json.dumps, repr, ascii)}
     return sorted(plain | escaped, key=len, reverse=True)
 
 
