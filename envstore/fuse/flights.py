@@ -61,16 +61,19 @@ class Flight:
             await self._done.wait()
         return self._result
 
-    def may_land(self, now: float) -> bool:
-        """Return whether another try can bring a frame, and somebody waits that long."""
+    def may_land(self, now: float, *, renewed: bool) -> bool:
+        """Return whether another try can bring a frame, and somebody waits that long.
+
+        ``renewed`` says that others bring new credentials when the store takes these no longer.
+        """
         if not self.urgent or now >= self.deadline:
             return False
         if isinstance(self.failure, UnavailableError):
             return True
         if isinstance(self.failure, CorruptError):  # by something on the way, perhaps
             return self.tries < _CORRUPT_TRIES
-        if isinstance(self.failure, AccessDeniedError):  # credentials get renewed
-            return self.tries < _REFUSED_TRIES
+        if isinstance(self.failure, AccessDeniedError):  # credentials renew themselves, perhaps
+            return renewed or self.tries < _REFUSED_TRIES
         return False
 
 

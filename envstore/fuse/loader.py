@@ -57,9 +57,12 @@ class FrameLoader:
         complaints: Complaints,
         *,
         patience: float = PATIENCE,
+        renewed: bool = False,
     ) -> None:
         """Keep trying for ``patience`` seconds what somebody waits for.
 
+        ``renewed`` says that the credentials are replaced from outside: a store that refuses them
+        then is one that is away.
         ``metrics`` are the totals of the server, among which ``fetcher`` is counted from now on.
         """
         metrics.include(fetcher)
@@ -68,6 +71,7 @@ class FrameLoader:
         self._metrics = metrics
         self._complaints = complaints
         self._patience = patience
+        self._renewed = renewed
         self._flights: dict[bytes, Flight] = {}
         self._unused: dict[bytes, int] = {}
         self._nursery: trio.Nursery
@@ -309,7 +313,7 @@ class FrameLoader:
         for position, flight in enumerate(group.flights):
             if flight is None:
                 continue
-            if flight.may_land(now):
+            if flight.may_land(now, renewed=self._renewed):
                 again.append(flight)
                 continue
             failure = flight.failure or _failed(group)

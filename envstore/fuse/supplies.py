@@ -100,7 +100,12 @@ class Supplies:
             else:
                 objects, fetcher = repository.objects, repository.fetcher
             loader = FrameLoader(
-                fetcher, self._cache, self._metrics, self._complaints, patience=self._patience
+                fetcher,
+                self._cache,
+                self._metrics,
+                self._complaints,
+                patience=self._patience,
+                renewed=source.given,
             )
             found = self._supplies[source] = Supply(objects, fetcher, loader)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,6 +21,7 @@ from tests.fuse.lives import PATIENCE, ROOT, gone, kill, lived, until
 from tests.fuse.test_node import BIG, Site
 from tests.s3keys import Keys, running_keys
 from tests.trees import noise
+from tests.webserver import running_web
 
 pytestmark = pytest.mark.skipif(not ROOT, reason="a node server takes root")
 
@@ -126,19 +128,35 @@ def test_the_environments_credentials_are_another_matter(
 
 
 def test_what_runs_goes_on_with_credentials_that_replace_revoked_ones(site: Guarded) -> None:
-    site.add("one", {"a": noise("a", 1 << 20), "b": noise("b", 1 << 20)})
+    site.add("one", {name: noise(name, 1 << 20) for name in "ab"})
     old = site.grant("tenant")
     lease = "0123456789abcdef"
     found = site.take("one", old, id=lease)
     place = site.inside(found)
     assert (place / "a").read_bytes() == noise("a", 1 << 20)
     site.keys.revoke(old, site.bucket)
-    with pytest.raises(OSError, match="Errno 5"):
-        (place / "b").read_bytes()
-    new = site.grant("tenant")
-    assert site.take("one", new, id=lease) == found
-    assert (place / "b").read_bytes() == noise("b", 1 << 20)
+    with subprocess.Popen(["cat", place / "b"], stdout=subprocess.PIPE) as reader:
+        until(lambda: "refused the credentials" in site.log())
+        assert reader.poll() is None, "whoever reads meanwhile waits, as for a store that is away"
+        new = site.grant("tenant")
+        assert site.take("one", new, id=lease) == found
+        out, _ = reader.communicate(timeout=PATIENCE)
+    assert out == noise("b", 1 << 20)
     assert site.told()["restarts"] == 0
+
+
+def test_nobody_waits_for_credentials_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: Keys
+) -> None:
+    with lived(tmp_path, monkeypatch, Guarded) as site:
+        site.guard(keys)
+        site.mount(patience=1.0)
+        site.add("one", {"a": noise("a", 10_000)})
+        given = site.grant("tenant")
+        place = site.inside(site.take("one", given))
+        keys.revoke(given, site.bucket)
+        with pytest.raises(OSError, match="Errno 5"):
+            (place / "a").read_bytes()
 
 
 def test_one_tenants_revoked_credentials_do_not_end_anothers_reading(site: Guarded) -> None:
@@ -251,6 +269,22 @@ def test_a_store_whose_credentials_were_given_has_no_others(
             objects.get("x")
 
 
+def test_a_session_token_is_sent() -> None:
+    with running_web() as web:
+        url = f"s3://bucket?endpoint={web.url('').rstrip('/')}"
+        web.files["/bucket/x"] = b"data"
+        ring = KeyRing(Credentials("key", "secret", "token"))
+        with closing(open_objects(url, keys=ring)) as objects:
+            assert objects.get("x") == b"data"
+            ring.add(Credentials("second", "secret"))
+            assert objects.get("x") == b"data"
+        first, second = (seen.headers for seen in web.seen)
+        assert "Credential=key/" in first["Authorization"]
+        assert first["X-Amz-Security-Token"] == "token"
+        assert "Credential=second/" in second["Authorization"]
+        assert second["X-Amz-Security-Token"] is None
+
+
 def test_a_key_ring() -> None:
     one, two = Credentials("one", "1"), Credentials("two", "2")
     ring = KeyRing()
@@ -266,7 +300,11 @@ def test_a_key_ring() -> None:
     assert ring.all() == (one, two)
     assert ring.refused(), "somebody has put others first meanwhile"
     assert ring.take() == one
-    for number in range(9):
+    for number in range(99):
         ring.add(Credentials(f"key {number}", "x"))
-    assert len(ring.all()) < 9
+    assert [one.access_key_id for one in ring.all()] == [f"key {n}" for n in range(98, 82, -1)]
+    ring.add(Credentials("key", "x", "x" * 40_000))
+    ring.add(Credentials("other", "x", "x" * 40_000))
+    assert ring.take() == Credentials("other", "x", "x" * 40_000)
+    assert sum(one.length for one in ring.all()) < 50_000
     assert not re.search("one|secret|x", repr(ring.all()) + repr(one))

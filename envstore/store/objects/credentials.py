@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from envstore.errors import UsageError
 
 _LONGEST = {"access_key_id": 256, "secret_access_key": 1024, "session_token": 8 << 10}
-_MOST = 4
+_MOST, _MOST_TEXT = 16, 48 << 10
 _WORD = re.compile(r"[!-~]*")
 
 
@@ -43,6 +43,11 @@ class Credentials:
                 raise UsageError(f"the credentials given have no {name}")
         return cls(**words)
 
+    @property
+    def length(self) -> int:
+        """How many characters they have together."""
+        return len(self.access_key_id) + len(self.secret_access_key) + len(self.session_token)
+
     def encode(self) -> dict[str, str]:
         """Return them as JSON, for ``parse``."""
         return {name: getattr(self, name) for name in _LONGEST}
@@ -58,15 +63,23 @@ class KeyRing:
     def __init__(self, *credentials: Credentials) -> None:
         """Begin with these, the newest first; there may be none."""
         self._lock = threading.Lock()
-        self._all = credentials[:_MOST]
+        self._all = credentials
         self._taken = threading.local()
 
     def add(self, credentials: Credentials) -> bool:
-        """Put credentials first; returns whether they were not there yet."""
+        """Put credentials first; returns whether they were not there yet.
+
+        Of the others at most 15 stay, those that came last.
+        """
         with self._lock:
             new = credentials not in self._all
             others = [one for one in self._all if one != credentials]
-            self._all = (credentials, *others)[:_MOST]
+            found, left = [credentials], _MOST_TEXT - credentials.length
+            for one in others[: _MOST - 1]:
+                left -= one.length
+                if left >= 0:
+                    found.append(one)
+            self._all = tuple(found)
             return new
 
     def take(self) -> Credentials | None:

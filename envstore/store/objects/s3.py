@@ -52,9 +52,11 @@ class S3Objects:
 
     Credentials, region, profile and endpoint come from the location, else from botocore's usual
     chain (environment, ~/.aws, instance roles). If there are ``keys``, credentials come from
-    nowhere else, and a request that is refused is sent again with others on the ring. An endpoint that is not Amazon's is spoken to
-    with path-style addresses (unless the location says otherwise), and instead of the checksum
-    trailers that many servers do not know a body has a Content-MD5.
+    nowhere else, and a request that is refused is sent again with others on the ring.
+
+    An endpoint that is not Amazon's is spoken to with path-style addresses (unless the location
+    says otherwise), and instead of the checksum trailers that many servers do not know a body has
+    a Content-MD5.
 
     ``traffic`` counts every request sent; of an answer that breaks off, no bytes.
 
