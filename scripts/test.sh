@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# Runs the tests. With arguments they go to pytest; without, all tests run in two halves at once,
-# as most of them wait for processes more than they compute. Whatever fails in either fails.
+# Runs the tests. With arguments they go to pytest; without, all tests run in three parts at once,
+# as most of them wait for processes more than they compute. Whatever fails in any of them fails.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 [ $# -eq 0 ] || exec .venv/bin/pytest "$@"
 
-half() {
+part() {
     local name=$1
     shift
     .venv/bin/pytest -o cache_dir="$PWD/.pytest_cache/$name" "$@"
 }
 
-said=$(mktemp)
-trap 'kill %1 2>/dev/null; rm -f "$said"' EXIT
-half rest tests --ignore=tests/cli --ignore=tests/fuse >"$said" 2>&1 &
-half mounts tests/cli tests/fuse
-first=$?
-wait %1
-second=$?
-cat "$said"
-exit $((first ? first : second))
+said=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$said"' EXIT
+part commands tests/cli >"$said/1" 2>&1 &
+commands=$!
+part mounts tests/fuse tests/csi >"$said/2" 2>&1 &
+mounts=$!
+part rest tests --ignore=tests/cli --ignore=tests/fuse --ignore=tests/csi
+failed=$?
+wait $commands || failed=$?
+cat "$said/1"
+wait $mounts || failed=$?
+cat "$said/2"
+exit $failed

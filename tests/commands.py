@@ -88,6 +88,7 @@ class Cli:
             "LC_ALL": "C.UTF-8",
             "TMPDIR": str(root),
             "ENVSTORE_URL": str(self.store),
+            "ENVSTORE_NODE_SOCKET": str(root / "node.sock"),
             **{k: v for k, v in os.environ.items() if k.startswith("AWS_")},
         }
         if ordinary:

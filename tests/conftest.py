@@ -59,6 +59,8 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         for name in list(os.environ):
             if name.startswith(("ENVSTORE_", "AWS_")):
                 patch.delenv(name)
+        # A node server of this machine would serve their mounts.
+        patch.setenv("ENVSTORE_NODE_SOCKET", str(home / "node.sock"))
         patch.setenv("XDG_DATA_HOME", str(home / "data"))
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setenv("AWS_CONFIG_FILE", str(home / "aws-config"))
