@@ -122,7 +122,7 @@ class ConfigFile:
         """What is wrong with the file as it is now, in one line; empty if it is what holds."""
 
     def __call__(self) -> DriverConfig:
-        """Return what holds now. Costs two system calls where nothing has changed."""
+        """Return what holds now. Costs one system call where nothing has changed."""
         with self._lock:
             seen = _stamp(self._path)
             if seen != self._seen:
@@ -141,16 +141,13 @@ class ConfigFile:
             _log.info("the configuration is now what %s says", self._path)
 
 
-def _stamp(path: Path) -> tuple[object, ...]:
-    """Return what tells one state of a file from another, through links that are swapped."""
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what tells one state of a file from another, behind whatever links lead to it."""
     try:
         found = os.stat(path)
     except OSError as error:
-        return (error.errno,)
-    return (
-        os.path.realpath(path), found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns,
-        found.st_size,
-    )  # fmt: skip
+        return (error.errno or 0,)
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def _yaml(data: bytes, path: str) -> Any:

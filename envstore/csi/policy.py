@@ -13,10 +13,13 @@ A rule grants what fits all of its conditions, and one that fits is enough:
 In globs ``*`` is any number of characters and ``?`` is one. A volume pinned to a digest is judged
 by its ref, which the digest has to belong to; without a tag that is ``latest``.
 
-What the kubelet does not say cannot be held against a rule: without pod information no rule that
-has one of the first three conditions grants anything. Labels come from the API server and are
-believed for some seconds; where it cannot tell, the answer is not "no" but ``UNAVAILABLE``, so
-that the kubelet tries again and nobody loses a mount because of an API server.
+Without pod information no rule that has one of the first three conditions grants anything. What
+the kubelet says is believed, so the CSIDriver object has to say ``podInfoOnMount: true``: without
+it a pod could claim to be another.
+
+Labels come from the API server and are believed for some seconds. Whoever may label a namespace
+grants it whatever rules grant to that label. Where the API server cannot tell, the answer is not
+"no" but ``UNAVAILABLE``, so that the kubelet tries again and nobody loses a mount because of it.
 """
 
 from __future__ import annotations
