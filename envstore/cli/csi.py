@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     """,
 )
 def csi() -> None:
-    """Serve snapshots as volumes in pod specs (Container Storage Interface)."""
+    """Serve snapshots as volumes of pods.
+
+    This is what runs on the nodes of a cluster: a driver for Kubernetes, of the Container Storage
+    Interface.
+    """
 
 
 csi.add_command(check_config)
@@ -113,11 +117,12 @@ def serve(
     kubelet_endpoint: str | None,
     metrics: str,
 ) -> None:
-    """Serve as CSI driver csi.envstore.dev until SIGTERM.
+    """Serve as a CSI driver until SIGTERM.
 
-    With --node-id and --state-dir it publishes volumes on this node, as an unprivileged front of
-    a node server (`envstore node --targets DIR`), which does the mounting and outlives it. With
-    --controller it makes volumes of StorageClasses; both may be one process.
+    It is called csi.envstore.dev. With --node-id and --state-dir it publishes volumes on this
+    node, as an unprivileged front of a node server (`envstore node --targets DIR`), which does the
+    mounting and outlives it. With --controller it makes volumes of StorageClasses; both may be one
+    process.
 
     Exit status: 0 after SIGTERM or SIGINT, 1 if it cannot serve or the kubelet refuses it, 2 wrong
     usage.

@@ -32,9 +32,9 @@ _SOURCES = {
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.pass_obj
 def check_config(settings: Settings, file: Path) -> None:
-    """Check FILE, the configuration of a driver, and say what it means.
+    """Check the configuration of a driver.
 
-    Nothing is asked: neither a store nor a cluster. Exit status: 0 if a driver would take it,
+    It says what FILE means. Nothing is asked: neither a store nor a cluster. Exit status: 0 if a driver would take it,
     2 with the place in the file if not.
     """
     from envstore.csi.config import read_config

@@ -42,7 +42,8 @@ def test_all_the_promised_commands_are_there() -> None:
     assert {words[0] for words in _all_commands() if words} == {
         "init", "push", "pull", "hydrate", "mount", "umount", "mounts", "stats", "remount", "node",
         "run", "profile", "repack", "ls", "show", "log", "tag", "diff", "rm", "du", "verify",
-        "cache", "doctor", "completion", "lock", "update", "explain", "activate", "check",
+        "cache", "doctor", "completion", "lock", "update", "explain", "activate", "check", "csi",
+        "k8s",
     }  # fmt: skip
 
 
