@@ -34,8 +34,8 @@ _SOURCES = {
 def check_config(settings: Settings, file: Path) -> None:
     """Check the configuration of a driver.
 
-    It says what FILE means. Nothing is asked: neither a store nor a cluster. Exit status: 0 if a driver would take it,
-    2 with the place in the file if not.
+    It says what FILE means. Nothing is asked: neither a store nor a cluster. Exit status: 0 if a
+    driver would take it, 2 with the place in the file if not.
     """
     from envstore.csi.config import read_config
 
