@@ -1,7 +1,7 @@
 """The command: ``python -m benchmarks [push|store|mount|read|targets ...]``.
 
-``cold-start``, ``environments``, ``survive`` and ``warm`` are commands of their own, with their
-own options.
+``cold-start``, ``environments``, ``survive``, ``volumes`` and ``warm`` are commands of their own,
+with their own options.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks import (
     store,
     survive,
     targets,
+    volumes,
     warm,
 )
 from benchmarks.context import Context
@@ -42,6 +43,7 @@ APART = {
     "cold-start": cold_start.main,
     "environments": environments.main,
     "survive": survive.main,
+    "volumes": volumes.main,
     "warm": warm.main,
 }
 _WIDTH = 120
