@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -190,6 +191,17 @@ def one_line(done: Done, says: Sequence[str] = ()) -> str:
     for words in says:
         assert words in done.err, (words, done)
     return done.err
+
+
+@contextmanager
+def name_space_copied() -> Iterator[None]:
+    """Have a process keep a copy of all mounts, as the start of a container makes one."""
+    copy = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; read end"]
+    with subprocess.Popen(copy, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield
+        process.communicate()
 
 
 def can_be_ordinary() -> bool:

@@ -11,6 +11,7 @@ from envstore.fuse.records import MountRecord, RecordFiles, list_records
 from envstore.fuse.sockets import ask, give_back
 
 _WITHIN = 5.0
+_END_WITHIN = 30.0
 
 
 def check_mountpoint(path: str | os.PathLike[str]) -> str:
@@ -50,12 +51,15 @@ def check_mountpoint(path: str | os.PathLike[str]) -> str:
     return mountpoint
 
 
-def unmount(path: str | os.PathLike[str], *, lazy: bool = False) -> None:
+def unmount(path: str | os.PathLike[str], *, lazy: bool = False, wait: bool = True) -> bool:
     """Unmount what is mounted on ``path`` and return when its server has ended.
 
     With ``lazy`` a mount in use is taken out of the name space at once, and its server goes on
-    until the last user is gone. A mount whose server has died is cleared away. A node server
-    is in use as long as mounts are served from it.
+    until the last user is gone. So it does where a container or the like has copied this name
+    space meanwhile and keeps the mount; that is not waited for without end. A mount whose server
+    has died is cleared away. A node server is in use as long as mounts are served from it.
+
+    Returns whether nobody here uses it any more. Without ``wait`` its server may be about to end.
 
     Raises ``NotFoundError`` (nothing mounted there), ``UsageError`` (not ours),
     ``BusyError``, ``EnvstoreError``.
@@ -90,10 +94,11 @@ def unmount(path: str | os.PathLike[str], *, lazy: bool = False) -> None:
     if record is not None and record.node:
         give_back(record.node, record.lease, lazy=detached)
     elif detached:
-        return
-    files.wait()
-    # Who was killed could not do it.
-    files.clear()
+        return False
+    if wait and files.wait(_END_WITHIN):
+        # Who was killed could not do it.
+        files.clear()
+    return not detached
 
 
 def clear_dead(path: str | os.PathLike[str]) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError
 from envstore.store.digest import digest
 
 _FLOCK = struct.Struct("hhqqi4x")
+_POLL = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +126,27 @@ class RecordFiles:
         finally:
             os.close(fd)
 
-    def wait(self) -> None:
-        """Return when no server of this mount point lives any more."""
-        with contextlib.suppress(FileNotFoundError):
+    def wait(self, within: float | None = None) -> bool:
+        """Wait until no server of this mount point lives any more; return whether that is so.
+
+        ``within`` is how many seconds at most, without end by default.
+        """
+        try:
             fd = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
-            try:
+        except FileNotFoundError:
+            return True
+        try:
+            if within is None:
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLKW, _lock(fcntl.F_RDLCK))
-            finally:
-                os.close(fd)
+                return True
+            deadline = time.monotonic() + within
+            while _lock_holder(fd) == fcntl.F_WRLCK:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_POLL)
+            return True
+        finally:
+            os.close(fd)
 
     def load(self) -> MountRecord | None:
         """Return the record, ``None`` if there is none or it is not whole."""

@@ -33,6 +33,7 @@ _FORWARDED = frozenset(
         signal.SIGUSR2,
     }
 )
+_END_WITHIN = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -130,19 +131,23 @@ def _private_directory() -> Iterator[Path]:
 
 def _leave(directory: Path) -> None:
     files = RecordFiles(str(directory))
+    unused = True
     while directory.exists():
         if find_mount(str(directory)) is not None:
             # Lazily: what the command left running in the background may go on using it.
-            unmount(directory, lazy=True)
+            unused = unmount(directory, lazy=True, wait=False)
         else:
             # A server that was being started ends by itself when nobody waits for it any more.
             files.wait()
         try:
+            # The copies of the mount that containers started meanwhile have made go with it.
             directory.rmdir()
         except OSError as error:
             # It may have mounted since we looked.
             if error.errno != errno.EBUSY:
                 raise
+    if unused and files.wait(_END_WITHIN):
+        files.clear()
     if not files.alive():
         # No other mount will ever have this name.
         files.log.with_suffix(".lock").unlink(missing_ok=True)

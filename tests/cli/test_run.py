@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Cli, one_line
+from tests.commands import Cli, name_space_copied, one_line
 
 _COUNTER = """
 import os, signal
@@ -188,6 +188,22 @@ def test_what_stays_in_the_background_may_go_on(stored: Cli) -> None:
     assert ended == [server]
     os.close(server)
     _nothing_left(stored)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to copy the mount name space")
+def test_a_name_space_that_was_copied_meanwhile_is_not_waited_for(stored: Cli) -> None:
+    with stored.start(
+        *("run", "tree", "--", "sh", "-c", "echo ready; read end"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        with name_space_copied():
+            process.stdin.close()
+            assert process.wait(timeout=120) == 1
+            _nothing_left(stored)
 
 
 def test_a_server_that_is_killed_is_replaced(stored: Cli) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from envstore.errors import EnvstoreError, NotFoundError, UsageError
+from envstore.fuse import mount
 from envstore.fuse.mount import unmount
 from envstore.fuse.mountinfo import find_mount
 from envstore.fuse.records import RecordFiles
@@ -26,7 +27,8 @@ from envstore.fuse.upgrade import upgrade_mount
 from envstore.store.config import init_store
 from envstore.store.objects import open_objects
 from envstore.store.repository import Repository
-from tests.fuse.lives import PATIENCE, Live, gone, kill, lived, until, within
+from tests.commands import name_space_copied
+from tests.fuse.lives import PATIENCE, ROOT, Live, gone, kill, lived, until, within
 from tests.s3server import S3Server
 from tests.tcpproxy import tcp_proxy
 
@@ -748,6 +750,21 @@ def test_unmounted_by_somebody_else(live: Live) -> None:
     server = live.settled()["server_pid"]
     kill(server)
     subprocess.run([*command, live.place], timeout=PATIENCE, check=True)
+    until(lambda: live.left() == [])
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root, to copy the mount name space")
+def test_unmounted_while_another_name_space_keeps_it(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mount, "_END_WITHIN", 0.1)
+    live.push(files=3)
+    live.mount()
+    holder = live.settled()["holder_pid"]
+    with name_space_copied():
+        unmount(live.place)
+        assert find_mount(str(live.place)) is None
+        assert not gone(holder)
     until(lambda: live.left() == [])
 
 
