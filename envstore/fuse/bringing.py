@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Hashable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,31 +16,25 @@ from envstore.fuse.fast import prepare_fast_path
 from envstore.fuse.lease import Asked
 from envstore.fuse.overlay import probe
 from envstore.fuse.supplies import Source
+from envstore.fuse.turns import Turns
 from envstore.fuse.volumes import Volume, Volumes
 from envstore.store.objects import Credentials
 from envstore.store.repository import Repository
 
-_THREADS, _LOADS = 16, 4
+_ASKING, _LOADING = 8, 4
 
 _T = TypeVar("_T")
 
 
-class Turns:
-    """Locks by key, each there for as long as somebody wants it."""
+class _Lane:
+    """Threads for one store, apart from those of readers and of other stores.
+
+    Whatever does not answer keeps nobody waiting who wants something else.
+    """
 
     def __init__(self) -> None:
-        self._locks: dict[Hashable, trio.Lock] = {}
-
-    @asynccontextmanager
-    async def of(self, key: Hashable) -> AsyncIterator[None]:
-        """Be the only one with ``key`` in here. Leaving takes no other task's turn."""
-        lock = self._locks.setdefault(key, trio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if not lock.statistics().locked:
-                self._locks.pop(key, None)
+        self.asking = trio.CapacityLimiter(_ASKING)
+        self.loading = trio.CapacityLimiter(_LOADING)
 
 
 class Bringer:
@@ -51,9 +44,7 @@ class Bringer:
         self._volumes = volumes
         self._access = Access(volumes.cache, volumes.supplies)
         self._turns = Turns()
-        # Apart from the threads of readers, whom no store that somebody wants to mount may delay.
-        self._threads = trio.CapacityLimiter(_THREADS)
-        self._loads = trio.CapacityLimiter(_LOADS)
+        self._lanes: dict[str, _Lane] = {}
         self._fast: str | None = "not tried"
 
     async def prove(self, asked: Asked) -> bytes:
@@ -74,7 +65,8 @@ class Bringer:
     ) -> bytes:
         snapshot = self._access.known(source, ref, of, credentials)
         if snapshot is None:
-            snapshot = await self._run(self._access.prove, source, ref, of, credentials)
+            work = partial(self._access.prove, source, ref, of, credentials)
+            snapshot = await self._ask(source, work)
             if credentials is not None:
                 self._volumes.supplies.admit(source, credentials)
         return snapshot
@@ -96,7 +88,7 @@ class Bringer:
             served = volumes.volume(volumes.find(*wanted))
             if served is not None:
                 return served
-            content = await self.content(repository, snapshot, lease.name, prefix)
+            content = await self.content(asked, repository, snapshot)
             async with volumes.loading:
                 slot = volumes.find(*wanted)
                 served = volumes.volume(slot)
@@ -109,15 +101,17 @@ class Bringer:
 
     async def opened(self, source: Source, snapshot: bytes) -> tuple[Repository, bytes]:
         """Return the open store and the snapshot's manifest."""
-        repository = await self._run(self._volumes.supplies.repository, source)
-        return repository, (await self._run(repository.snapshot, snapshot)).manifest
+        opening = partial(self._volumes.supplies.repository, source)
+        repository = await self._ask(source, opening)
+        reading = partial(repository.snapshot, snapshot)
+        return repository, (await self._ask(source, reading)).manifest
 
-    async def content(
-        self, repository: Repository, snapshot: bytes, name: str, prefix: bytes
-    ) -> Content:
-        """Load a snapshot; a few at a time, for the memory that takes."""
-        work = partial(load_content, repository, snapshot, name, prefix)
-        return await trio.to_thread.run_sync(work, limiter=self._loads)
+    async def content(self, asked: Asked, repository: Repository, snapshot: bytes) -> Content:
+        """Load a snapshot; a few of a store at a time, for the memory that takes."""
+        lease = asked.lease
+        prefix = os.fsencode(lease.prefix)
+        work = partial(load_content, repository, snapshot, lease.name, prefix)
+        return await trio.to_thread.run_sync(work, limiter=self._lane(asked.source).loading)
 
     async def fast_parts(self, content: Content) -> dict[str, Any]:
         """Return what the fast path is laid of. Raises ``EnvstoreError`` if there is none."""
@@ -128,5 +122,8 @@ class Bringer:
                 raise EnvstoreError(self._fast)
         return await trio.to_thread.run_sync(prepare_fast_path, content, cache)
 
-    async def _run(self, work: Callable[..., _T], *arguments: object) -> _T:
-        return await trio.to_thread.run_sync(partial(work, *arguments), limiter=self._threads)
+    async def _ask(self, source: Source, work: Callable[[], _T]) -> _T:
+        return await trio.to_thread.run_sync(work, limiter=self._lane(source).asking)
+
+    def _lane(self, source: Source) -> _Lane:
+        return self._lanes.setdefault(source.url, _Lane())

@@ -33,10 +33,11 @@ def resolve(path: str | os.PathLike[str]) -> str:
 def find_mount(mountpoint: str) -> MountInfo | None:
     """Return the uppermost mount on exactly the path ``mountpoint``, if there is one."""
     found = None
-    for mount in list_mounts():
-        if mount.mountpoint == mountpoint:
-            found = mount
-    return found
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            if _text(line.split(b" ", 5)[4]) == mountpoint:
+                found = line
+    return None if found is None else _parse(found)
 
 
 def list_mounts() -> list[MountInfo]:
@@ -80,4 +81,6 @@ def _parse(line: bytes) -> MountInfo:
 
 def _text(field: bytes) -> str:
     """Undo the kernel's escapes of blanks, newlines and backslashes."""
+    if b"\\" not in field:
+        return os.fsdecode(field)
     return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))

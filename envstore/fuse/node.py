@@ -22,13 +22,14 @@ import trio
 
 import envstore
 from envstore.errors import ConflictError, EnvstoreError, UnavailableError, UsageError
-from envstore.fuse.bringing import Bringer, Turns
+from envstore.fuse.bringing import Bringer
 from envstore.fuse.keeping import LEASE, Keepsake
 from envstore.fuse.lease import KEPT, Asked, Lease
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.mountinfo import find_mount, mountpoints_in
 from envstore.fuse.records import RecordFiles
 from envstore.fuse.sockets import MAX_LINE, told
+from envstore.fuse.turns import Turns
 from envstore.fuse.volumes import Volume, Volumes, subtree
 from envstore.fuse.warming import Warmer
 

@@ -33,6 +33,7 @@ from envstore.fuse.recorder import Recorder
 from envstore.fuse.relocating import RelocatingReader
 from envstore.fuse.supplies import KEYS, Source, Supplies, Supply, prefix_of
 from envstore.fuse.tree import Tree
+from envstore.fuse.turns import Turns
 from envstore.store.cache import BlobCache, default_cache
 from envstore.store.repository import Repository
 
@@ -78,6 +79,7 @@ class Volumes:
         self._laid = False
         self._dormant: dict[int, Keepsake] = {}
         self._outdated: dict[int, Keepsake] = {}
+        self._reviving = Turns()
         self.loading = trio.Lock()
         """For whoever adds a snapshot while others are served."""
         self._secret = b""
@@ -263,19 +265,26 @@ class Volumes:
 
         Of an id that snapshots share it cannot be told which, so all that were dropped come back.
         """
+        if slot in self._volumes:
+            return
+        for one in [slot] if slot in self._dormant else [*self._dormant]:
+            async with self._reviving.of(one):
+                if one in self._dormant:
+                    await self._revive(one, self._dormant[one].body)
+
+    async def _revive(self, slot: int, body: dict[str, Any]) -> None:
+        source = Source.kept(body)
+        try:
+            repository, content = await trio.to_thread.run_sync(self._reload, source, body)
+        except EnvstoreError as error:
+            self._complaints.say(str(error), f"cannot bring back {body['name']}")
+            return
         async with self.loading:
-            if slot in self._volumes:
+            if slot in self._volumes:  # somebody has mounted it meanwhile
+                os.close(content.fd)
                 return
-            for one in [slot] if slot in self._dormant else [*self._dormant]:
-                body = self._dormant[one].body
-                try:
-                    source = Source.kept(body)
-                    repository, content = await trio.to_thread.run_sync(self._reload, source, body)
-                except EnvstoreError as error:
-                    self._complaints.say(str(error), f"cannot bring back {body['name']}")
-                else:
-                    _log.info("bringing back %s", body["name"])
-                    await self.plant(one, source, repository, content)
+            _log.info("bringing back %s", body["name"])
+            await self.plant(slot, source, repository, content)
 
     def _reload(self, source: Source, body: dict[str, Any]) -> tuple[Repository, Content]:
         repository = self.supplies.repository(source)

@@ -13,14 +13,12 @@ import trio
 
 from envstore.errors import EnvstoreError, NotFoundError, UnavailableError
 from envstore.fuse.bringing import Bringer
-from envstore.fuse.content import Content
 from envstore.fuse.lease import Asked
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.prefetch import ProfileSearch, plan
 from envstore.fuse.volumes import Volumes
 from envstore.store.cache import BlobCache
 from envstore.store.locations import FrameRef
-from envstore.store.repository import Repository
 
 _AT_ONCE, _MOST, _REMEMBERED = 2, 32, 256
 _CONCURRENCY = 2
@@ -124,7 +122,11 @@ class Warmer:
         await volumes.run_supplies()
         search = ProfileSearch(repository, snapshot, lease.profile)
         served = volumes.served(asked.source, snapshot, prefix)
-        content = served.content if served else await self._load(repository, snapshot, asked)
+        if served is None:
+            content = await bringer.content(asked, repository, snapshot)
+            os.close(content.fd)  # the tree does without
+        else:
+            content = served.content
         if lease.prefix and lease.fast_path != "off":
             try:
                 await bringer.fast_parts(content)
@@ -142,12 +144,6 @@ class Warmer:
             return frames
 
         return await trio.to_thread.run_sync(decide)
-
-    async def _load(self, repository: Repository, snapshot: bytes, asked: Asked) -> Content:
-        prefix = os.fsencode(asked.lease.prefix)
-        content = await self._bringer.content(repository, snapshot, asked.lease.name, prefix)
-        os.close(content.fd)  # the tree does without
-        return content
 
 
 def _fitting(frames: list[FrameRef], room: int) -> tuple[list[FrameRef], int]:
