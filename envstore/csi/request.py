@@ -116,6 +116,14 @@ def parse_request(attributes: Mapping[str, str]) -> VolumeRequest:
     )
 
 
+def pod_of(attributes: Mapping[str, str]) -> Pod | None:
+    """Return the pod that a request is for, however wrong it is otherwise; ``None``: not known."""
+    try:
+        return _pod(attributes)
+    except RefusedError:
+        return None
+
+
 def is_label(text: str) -> bool:
     """Return whether ``text`` is a DNS label (RFC 1123), as names of namespaces and stores are."""
     return _LABEL.fullmatch(text) is not None

@@ -17,6 +17,7 @@ from envstore.csi.request import (
     Pod,
     VolumeRequest,
     parse_request,
+    pod_of,
     quoted,
 )
 from envstore.store.refs import RefName
@@ -149,6 +150,13 @@ def test_the_pod_is_as_the_kubelet_says() -> None:
     assert found.pod == Pod(
         "team-a", "train-0.worker", "5f0c1a1e-8f3c-4a4e-9b57-3a0f1f0f2d11", "trainer"
     )
+
+
+def test_the_pod_is_known_however_wrong_its_request_is() -> None:
+    assert pod_of({"bucket": "x", **POD}) == parse_request({"ref": "a", **POD}).pod
+    assert pod_of({"ref": "a"}) is None
+    assert pod_of({**POD, KUBERNETES + "pod.name": "../x"}) is None
+    assert pod_of({KUBERNETES + "pod.name": "x"}) is None
 
 
 @pytest.mark.parametrize("missing", ["namespace", "name", "uid"])
