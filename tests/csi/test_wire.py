@@ -517,6 +517,7 @@ class Slow(NamedTuple):
 
     site: Site
     store: SilentStore
+    config: Path
 
     def begin(self, name: str, timeout: float) -> Any:
         self.store.be_silent()
@@ -541,7 +542,7 @@ def slow(driven: Site) -> Iterator[Slow]:
     config.write_text(json.dumps({"stores": stores, "default": "main", "policy": policy}))
     try:
         driven.restart("--config", config)
-        yield Slow(driven, store)
+        yield Slow(driven, store, config)
     finally:
         store.close()
         driven.restart()
@@ -568,6 +569,20 @@ def test_a_publish_that_nobody_waits_for_leaves_nothing(slow: Slow) -> None:
     slow.leaves_nothing()
     with site.published("csi-gone", target=site.target("gone")):
         pass
+
+
+def test_a_driver_that_is_told_to_stop_lets_its_calls_end(slow: Slow) -> None:
+    site = slow.site
+    assert site.driver is not None
+    call = slow.begin("last", PATIENCE)
+    until(lambda: os.listdir(site.state / "published"), "that it has begun")
+    site.driver.send_signal(signal.SIGTERM)
+    until(lambda: not site.socket.exists(), "that it stops")
+    slow.store.hang_up()
+    refused(call.result, "UNAVAILABLE", "store")
+    assert site.driver.wait(PATIENCE) == 0
+    site.start("--config", slow.config)
+    slow.leaves_nothing()
 
 
 # --- life and death -----------------------------------------------------------------------------
