@@ -223,7 +223,7 @@ class Warmup:
         while True:
             late = time.monotonic() > end
             try:
-                self._look()
+                self._look(thoroughly=late)
             except UnavailableError:
                 # The pods go on without us.
                 if late:
@@ -253,7 +253,7 @@ class Warmup:
             return error
         return None
 
-    def _look(self) -> None:
+    def _look(self, *, thoroughly: bool) -> None:
         """Learn from the pods, and from events where a pod does not start."""
         path = ("api", "v1", "namespaces", self._order.namespace)
         mine = {"labelSelector": f"{LABEL}={self._run}"}
@@ -268,7 +268,7 @@ class Warmup:
                 _learn(one, by_job[one.job])
             if not one.ended:
                 _judge(one, jobs.get(one.job))
-        if time.monotonic() - self._looked < _EVENTS_SECONDS:
+        if not thoroughly and time.monotonic() - self._looked < _EVENTS_SECONDS:
             return
         waiting = [one for one in self.outcomes if one.state == "waiting"]
         if waiting:
