@@ -124,8 +124,8 @@ def serve(
     mounting and outlives it. With --controller it makes volumes of StorageClasses; both may be one
     process.
 
-    Exit status: 0 after SIGTERM or SIGINT, 1 if it cannot serve, the kubelet refuses it or calls had
-    to be cut off, 2 wrong usage.
+    Exit status: 0 after SIGTERM or SIGINT, 1 if it cannot serve, the kubelet refuses it or calls
+    had to be cut off, 2 wrong usage.
     """
     import logging
     import os
