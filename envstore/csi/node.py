@@ -24,13 +24,14 @@ from envstore.csi.proto import csi_pb2, csi_pb2_grpc
 from envstore.csi.publishing import Grants, Left, Publisher
 from envstore.csi.records import Publication
 from envstore.csi.refusal import RefusedError, invalid
-from envstore.csi.request import Pod, VolumeRequest, parse_request
+from envstore.csi.request import Pod, VolumeRequest, parse_request, pod_of
 from envstore.csi.stats import Health, usage
 from envstore.errors import EnvstoreError
 
 SLOW_AFTER = 5.0
 """Seconds after which the pod is told that it waits for a volume, and for what."""
 
+_COUNT_WITHIN = 2.0
 _CAPABILITIES = ("GET_VOLUME_STATS", "VOLUME_CONDITION", "SINGLE_NODE_MULTI_WRITER")
 # They tell of who asked, not of the volume.
 _UNTOLD = frozenset(
@@ -80,26 +81,11 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         Comes again for as long as the pod lives (``requiresRepublish``): then it is judged anew
         whether the pod may have the volume, and a mount that is gone is made again.
         """
-        volume = check_id(request.volume_id)
-        target = check_path(request.target_path, "target_path")
-        if not request.HasField("volume_capability"):
-            raise invalid("volume_capability is missing")
-        wanted = parse_request(request.volume_context)
-        access = check_access(
-            request.volume_capability, readonly=request.readonly, ephemeral=wanted.ephemeral
-        )
-        record = Publication(
-            volume=volume,
-            target=target,
-            lease=token_hex(8),
-            access=access.mode,
-            readonly=access.readonly,
-            request=wanted,
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
-            digest=wanted.digest,
-        )
-        with self._told(wanted.pod), self._publisher.targets.take(target):
-            self._publish(record, access, request, partial(seconds_left, context))
+        # Whatever is wrong with the request, its pod hears of it.
+        with self._told(pod_of(request.volume_context)):
+            record, access = _read(request)
+            with self._publisher.targets.take(record.target):
+                self._publish(record, access, request, partial(seconds_left, context))
         return csi_pb2.NodePublishVolumeResponse()
 
     def _publish(
@@ -111,7 +97,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     ) -> None:
         publisher = self._publisher
         known = self._records.find(record.target)
-        if known is not None and not known.complete:
+        if known is not None and not known.published:
             publisher.withdraw(known)
             known = None
         if known is not None:
@@ -173,7 +159,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 
     def _say_slow(self, pod: Pod, record: Publication) -> None:
         try:
-            fetched = f"{self._publisher.fetched(record) / 1e6:.1f} MB were fetched so far"
+            count = self._publisher.fetched(record, _COUNT_WITHIN)
+            fetched = f"{count / 1e6:.1f} MB were fetched so far"
         except EnvstoreError as error:
             fetched = error.message
         waited = f"{record.request.ref} is not mounted after {self._slow_after:g} s"
@@ -214,7 +201,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             raise invalid("volume_id is missing")
         path = check_path(request.volume_path, "volume_path")
         record = self._records.find(path)
-        if record is None or not record.complete or record.volume != request.volume_id:
+        if record is None or not record.published or record.volume != request.volume_id:
             raise RefusedError(grpc.StatusCode.NOT_FOUND, f"the volume is not published at {path}")
         return csi_pb2.NodeGetVolumeStatsResponse(
             usage=usage(record), volume_condition=self._health.condition(record)
@@ -234,6 +221,29 @@ class NodeService(csi_pb2_grpc.NodeServicer):
     ) -> csi_pb2.NodeGetInfoResponse:
         """Return the node's name. Every node can have every volume, and any number of them."""
         return csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
+
+
+def _read(request: csi_pb2.NodePublishVolumeRequest) -> tuple[Publication, Access]:
+    """Return what is to be published, and how it is used. Raises ``RefusedError``."""
+    volume = check_id(request.volume_id)
+    target = check_path(request.target_path, "target_path")
+    if not request.HasField("volume_capability"):
+        raise invalid("volume_capability is missing")
+    wanted = parse_request(request.volume_context)
+    access = check_access(
+        request.volume_capability, readonly=request.readonly, ephemeral=wanted.ephemeral
+    )
+    record = Publication(
+        volume=volume,
+        target=target,
+        lease=token_hex(8),
+        access=access.mode,
+        readonly=access.readonly,
+        request=wanted,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        digest=wanted.digest,
+    )
+    return record, access
 
 
 def _check_same(known: Publication, asked: Publication) -> None:

@@ -115,9 +115,9 @@ class NodeServer:
             return False
         return True
 
-    def status(self) -> dict[str, Any]:
+    def status(self, within: float = _BRIEF) -> dict[str, Any]:
         """Return what the node server says of itself and of every mount; see ``Node.describe``."""
-        found: dict[str, Any] = self._ask(self.socket, _BRIEF, "status")
+        found: dict[str, Any] = self._ask(self.socket, within, "status")
         return found
 
     def holder(self) -> dict[str, Any]:

@@ -127,6 +127,8 @@ class Publisher:
 
         Raises ``EnvstoreError``; then the record stays.
         """
+        if record.published:
+            self._note_end(record)
         try:
             self.server.hide(record.target)
         except (UsageError, ConflictError):
@@ -139,14 +141,26 @@ class Publisher:
         self._given.pop(record.lease, None)
         self.records.remove(record.target)
 
+    def _note_end(self, record: Publication) -> None:
+        """Write down that a volume is to go, so that a next life does not bring it back."""
+        record = replace(record, ending=True)
+        try:
+            self.records.save(record)
+        except EnvstoreError as error:
+            # A disk that is full must not keep anything in its place.
+            _log.warning("the end of %s is not recorded: %s", record.target, error)
+
     def clear(self, target: str) -> None:
         """Remove mount and directory of a target without a record. Raises ``EnvstoreError``."""
         self.server.hide(target)
         self.left_over()  # the lease, if there was one
 
-    def fetched(self, record: Publication) -> int:
-        """Return how many bytes came from the store for a volume so far, as far as is known."""
-        mounts = self.server.status()["mounts"]
+    def fetched(self, record: Publication, within: float) -> int:
+        """Return how many bytes came from the store for a volume so far, as far as is known.
+
+        Raises ``UnavailableError`` after so many seconds.
+        """
+        mounts = self.server.status(within)["mounts"]
         return sum(one["bytes_fetched"] for one in mounts if one["id"] == record.lease)
 
     def is_alive(self, target: str) -> bool:

@@ -100,7 +100,7 @@ class Keeper:
     def _see_to(self, record: Publication, shown: dict[str, Shown], leases: dict[str, str]) -> bool:
         """Mend what is wrong with one target; returns whether it is well then."""
         mount = shown.get(record.target)
-        if record.complete and mount is not None and mount.alive and record.lease in leases:
+        if record.published and mount is not None and mount.alive and record.lease in leases:
             return True
         try:
             with self._publisher.targets.take(record.target):
@@ -120,8 +120,8 @@ class Keeper:
         if record is None:
             return
         publisher = self._publisher
-        if not record.complete:
-            _log.info("clearing %s, of which a publish was begun", target)
+        if not record.published:
+            _log.info("clearing %s, of which a publish or its end was begun", target)
             publisher.withdraw(record)
             return
         alive = publisher.is_alive(target)

@@ -40,10 +40,10 @@ class Publication:
 
     ``volume`` is the volume id, ``lease`` what the node server knows it by. ``access`` is the CSI
     access mode. Before a publish was answered with success, ``complete`` is false, and there may
-    or may not be a lease or a mount. ``digest`` is the snapshot's, in hex, empty until it is
-    known. ``resolved`` says that the node server was asked for the tag, not for that digest.
-    ``entries`` counts files, directories and links, ``size`` is the bytes of all files.
-    ``started`` is RFC 3339 UTC.
+    or may not be a lease or a mount; the same is true once what was published is ``ending``.
+    ``digest`` is the snapshot's, in hex, empty until it is known. ``resolved`` says that the node
+    server was asked for the tag, not for that digest. ``entries`` counts files, directories and
+    links, ``size`` is the bytes of all files. ``started`` is RFC 3339 UTC.
     """
 
     volume: str
@@ -54,11 +54,17 @@ class Publication:
     request: VolumeRequest
     started: str
     complete: bool = False
+    ending: bool = False
     resolved: bool = False
     digest: str = ""
     entries: int = 0
     size: int = 0
     fast: bool = False
+
+    @property
+    def published(self) -> bool:
+        """Whether somebody relies on it."""
+        return self.complete and not self.ending
 
     def encode(self) -> bytes:
         """Return the record as a file's content."""
@@ -93,6 +99,7 @@ _PLAIN: dict[str, type] = {
     "readonly": bool,
     "started": str,
     "complete": bool,
+    "ending": bool,
     "resolved": bool,
     "digest": str,
     "entries": int,

@@ -30,6 +30,7 @@ FULL = replace(
     RECORD,
     request=VolumeRequest("", "default/x:latest", "a" * 64, "/opt/x", "off", "train"),
     complete=True,
+    ending=True,
     resolved=True,
     digest="b" * 64,
     entries=5,
