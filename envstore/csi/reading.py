@@ -91,7 +91,7 @@ def everything(root: bytes) -> Iterator[Task]:
 def packed(tasks: Iterable[Task]) -> str:
     """Return ``tasks`` as text for a command line."""
     fields = [part for path, *numbers in tasks for part in (path, *(b"%d" % n for n in numbers))]
-    return base64.b64encode(zlib.compress(b"\0".join(fields), 9)).decode()
+    return base64.b64encode(zlib.compress(b"\0".join(fields))).decode()
 
 
 def unpacked(text: str) -> list[Task]:

@@ -135,10 +135,10 @@ def driver_image(cluster: Cluster, namespace: str) -> str:
 
 def fitting(tasks: Sequence[reading.Task]) -> Sequence[reading.Task]:
     """Return the first of ``tasks``, as many as a pod's command line has room for."""
-    kept, room = len(tasks), _PIECE * _MOST_PIECES
-    while len(reading.packed(tasks[:kept])) > room:
-        kept = kept * 3 // 4
-    return tasks[:kept]
+    kept, room = tasks, _PIECE * _MOST_PIECES
+    while (size := len(reading.packed(kept))) > room:
+        kept = kept[: int(len(kept) * room / size * 0.95)]
+    return kept
 
 
 def job(order: Order, node: str, name: str, run: str) -> dict[str, Any]:
