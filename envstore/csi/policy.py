@@ -37,7 +37,8 @@ from envstore.csi.refusal import NAME, RefusedError, invalid
 from envstore.csi.request import VolumeRequest
 from envstore.errors import NotFoundError, UnavailableError
 
-READ_ONLY = "ro"
+_READ_ONLY = "ro"
+"""The mode of every volume."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Policy:
         self._config = config
         self._namespaces = namespaces
 
-    def check(self, request: VolumeRequest, within: float, *, mode: str = READ_ONLY) -> NamedStore:
+    def check(self, request: VolumeRequest, within: float) -> NamedStore:
         """Return the store that ``request`` of a pod is granted.
 
         One question to the API server, of at most ``within`` seconds, and only where labels
@@ -83,7 +84,7 @@ class Policy:
         """
         pod = request.pod
         asking = _Asking(pod.namespace, pod.service_account) if pod else _Asking()
-        return self._check(request, asking, mode, within)
+        return self._check(request, asking, within)
 
     def check_claim(self, request: VolumeRequest, namespace: str, within: float) -> NamedStore:
         """Return the store that a claim in ``namespace`` is granted to make a volume of.
@@ -94,7 +95,7 @@ class Policy:
         if not namespace:
             return self._store(self._config(), request, _Asking())
         asking = _Asking(namespace, any_account=True)
-        return self._check(request, asking, READ_ONLY, within)
+        return self._check(request, asking, within)
 
     def _store(self, config: DriverConfig, request: VolumeRequest, asking: _Asking) -> NamedStore:
         name = request.store or config.default
@@ -107,12 +108,10 @@ class Policy:
             raise _denied(name, request, asking)
         return store
 
-    def _check(
-        self, request: VolumeRequest, asking: _Asking, mode: str, within: float
-    ) -> NamedStore:
+    def _check(self, request: VolumeRequest, asking: _Asking, within: float) -> NamedStore:
         config = self._config()
         store = self._store(config, request, asking)
-        fitting = [r for r in config.rules if _fits(r, store.name, request.ref, asking, mode)]
+        fitting = [r for r in config.rules if _fits(r, store.name, request.ref, asking)]
         if any(rule.labels is None for rule in fitting):
             return store
         if fitting:
@@ -135,12 +134,12 @@ class Policy:
             raise RefusedError.of(error) from None
 
 
-def _fits(rule: Rule, store: str, ref: str, asking: _Asking, mode: str) -> bool:
+def _fits(rule: Rule, store: str, ref: str, asking: _Asking) -> bool:
     """Return whether all conditions hold that can be judged without the API server."""
     return (
         (rule.stores is None or store in rule.stores or EVERYTHING in rule.stores)
         and (rule.refs is None or any(_ref_fits(glob, ref) for glob in rule.refs))
-        and (rule.modes is None or mode in rule.modes)
+        and (rule.modes is None or _READ_ONLY in rule.modes)
         and (rule.labels is None or bool(asking.namespace))
         and _one_fits(rule.namespaces, asking.namespace)
         and (asking.any_account or _one_fits(rule.service_accounts, asking.account))

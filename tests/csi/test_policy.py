@@ -99,6 +99,7 @@ def test_a_driver_without_configuration_allows_its_one_store_to_all() -> None:
         (Rule(refs=("team/env",)), request("team/env2:x"), False),
         (Rule(refs=("Team/*",)), request("team/env:x"), False),
         (Rule(modes=("ro",)), request(), True),
+        (Rule(modes=("rw",)), request(), False),
         (Rule(namespaces=("team-a",), refs=("team/*",)), request(), False),
         (Rule(namespaces=("team-a",), stores=("models",)), request(), False),
     ],
@@ -116,11 +117,6 @@ def test_a_rule_allows_what_fits_all_of_its_conditions(
 def test_one_rule_that_fits_is_enough() -> None:
     decide = policy(Rule(namespaces=("other",)), Rule(refs=("default/*",)))
     assert decide.check(request(), WITHIN).name == "main"
-
-
-def test_a_mode_that_no_rule_has_is_denied() -> None:
-    decide = policy(Rule(modes=("ro",)))
-    refused(lambda: decide.check(request(), WITHIN, mode="rw"), grpc.StatusCode.PERMISSION_DENIED)
 
 
 def test_a_volume_must_name_a_store_where_there_is_no_default() -> None:
