@@ -145,7 +145,7 @@ def test_a_server_that_goes_and_comes_back_makes_a_reader_wait(site: Site) -> No
             site.wait_for_log("trying again")
             site.read("file-2")
             assert not waiting.done()
-            time.sleep(3)
+            time.sleep(1)
             assert not waiting.done()
             site.proxy.restore()
         waiting.result()

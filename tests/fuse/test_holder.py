@@ -43,10 +43,13 @@ def fds(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def state_of(pid: int | str) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def children(pid: int) -> list[str]:
     """Return the states of a process's children."""
-    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[0] for one in pids]
+    return [*map(state_of, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
 
 def test_servers_killed_again_and_again_under_readers(live: Live) -> None:
@@ -300,8 +303,13 @@ def test_a_kernel_that_cannot_send_again_has_the_mount_end_cleanly(live: Live) -
     with pytest.raises(EnvstoreError, match="on this kernel"):
         upgrade_mount(live.place)
     kill(status["server_pid"], signal.SIGSTOP)
-    with subprocess.Popen(["ls", live.place], stderr=subprocess.PIPE) as waiting:
-        time.sleep(0.2)
+    listing = "import os, sys; print(flush=True); os.listdir(sys.argv[1])"
+    with subprocess.Popen(
+        [sys.executable, "-c", listing, live.place], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as waiting:
+        assert waiting.stdout is not None
+        waiting.stdout.readline()
+        until(lambda: state_of(waiting.pid) in "SD")  # for an answer
         kill(status["server_pid"])
         _, said = waiting.communicate(timeout=PATIENCE)
     assert waiting.returncode
