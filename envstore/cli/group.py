@@ -21,6 +21,7 @@ _COMMANDS = {
     "stats": "stats",
     "remount": "mounts",
     "node": "node",
+    "fdstore": "fdstore",
     "csi": "csi",
     "k8s": "k8s",
     "run": "run",

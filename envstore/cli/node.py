@@ -18,6 +18,7 @@ from envstore.errors import AccessDeniedError, UsageError
         envstore node --background
         envstore node --metrics 127.0.0.1:9464       with Prometheus metrics
         envstore node --targets /var/lib/kubelet     make mounts there for a CSI driver
+        envstore node --fdstore /run/envstore/fdstore.sock     see: envstore fdstore --help
         envstore node --status                       what it serves, for which mounts
     """,
 )
@@ -42,11 +43,18 @@ from envstore.errors import AccessDeniedError, UsageError
     metavar="DIR",
     help="Let who may use its sockets have mounts made below DIR. May be repeated.",
 )
+@click.option(
+    "--fdstore",
+    metavar="PATH",
+    default="",
+    help="Have the `envstore fdstore` at PATH keep what is needed when all of this is killed.",
+)
 @click.option("--background", is_flag=True, help="Return when it answers.")
 @click.option(
     "--wait",
     is_flag=True,
-    help="If one is serving there already, wait for its end and take its place.",
+    help="If one is serving there already, wait for its end and take its place, as one with "
+    "--fdstore always does.",
 )
 @click.option("--status", is_flag=True, help="Ask the one that runs.")
 @patience_option
@@ -57,6 +65,7 @@ def node(
     socket: str,
     directory: str,
     targets: tuple[str, ...],
+    fdstore: str,
     background: bool,
     wait: bool,
     status: bool,
@@ -81,19 +90,11 @@ def node(
         )
     settings.export_cache()
     from envstore.fuse.background import start_background
+    from envstore.fuse.inheriting import prepare_places
     from envstore.fuse.keeping import MountRequest
-    from envstore.fuse.mount import clear_dead
     from envstore.fuse.mountinfo import resolve
     from envstore.fuse.records import RecordFiles
 
-    if wait:
-        RecordFiles(resolve(directory)).wait()
-    clear_dead(directory)
-    for place in (os.path.dirname(os.path.abspath(socket)), directory):
-        try:
-            os.makedirs(place, mode=0o755, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot make the directory {place}: {error.strerror}") from error
     request = MountRequest(
         "",
         "",
@@ -103,7 +104,17 @@ def node(
         metrics=metrics,
         patience=patience,
         targets=[os.path.abspath(one) for one in targets],
+        fdstore=os.path.abspath(fdstore) if fdstore else "",
     )
+    if fdstore and background:
+        raise UsageError(
+            "--fdstore is for a node server that somebody starts again when it ends",
+            hint="run it in the foreground of a service or container",
+        )
+    if not fdstore:  # else what is there may be what it goes on with
+        if wait:
+            RecordFiles(resolve(directory)).wait()
+        prepare_places(request)
     if background:
         record = start_background(request)
         _print_started(settings, socket, record.mountpoint)

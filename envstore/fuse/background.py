@@ -21,6 +21,7 @@ if __name__ == "__main__":  # at the end, so that it can hide nothing
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from envstore.errors import EnvstoreError, UsageError
+from envstore.fuse.channel import Channel
 from envstore.fuse.holder import Holder
 from envstore.fuse.keeping import STATE_FORMAT, Kept, MountRequest, read_state
 from envstore.fuse.mount import check_mountpoint
@@ -104,6 +105,18 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
     Raises ``UsageError``, ``NotFoundError``, ``AccessDeniedError`` before anything is mounted.
     """
     request = request.placed()
+    life: dict[str, int] = {}
+    fdstore = None
+    if request.fdstore:
+        from envstore.fuse.deposit import claim as claim_deposit
+        from envstore.fuse.deposit import open_life
+        from envstore.fuse.inheriting import prepare_places
+
+        life = open_life()
+        fdstore, kept = claim_deposit(request.fdstore, life["watch"])
+        if kept is not None and fdstore is not None:
+            return _inherit(kept, request, life, fdstore, say)
+        prepare_places(request)
     mountpoint = check_mountpoint(request.mountpoint)
     check_device()
     files = RecordFiles(mountpoint)
@@ -122,9 +135,29 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
         "stats": listen(files.stats).detach(),
         "control": listen(files.control).detach(),
         **node,
+        **life,
     }
-    holder = Holder(Kept(request, descriptors), files, say)
+    holder = Holder(Kept(request, descriptors), files, say, fdstore)
     holder.begin()
+    return holder.run()
+
+
+def _inherit(
+    kept: Kept,
+    request: MountRequest,
+    life: dict[str, int],
+    fdstore: Channel,
+    say: Callable[[dict[str, Any]], None],
+) -> int:
+    """Go on with what an fdstore has kept of a node server."""
+    from envstore.fuse.inheriting import check_same, inherit
+
+    check_same(kept, request)
+    files = inherit(kept, replace(request, metrics=_lasting(request.metrics)))
+    kept.files |= life
+    load_server_code()
+    holder = Holder(kept, files, say, fdstore)
+    holder.inherit()
     return holder.run()
 
 

@@ -37,11 +37,15 @@ class Channel:
     def pair() -> tuple[Channel, Channel]:
         """Return two connected ends."""
         one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (one, other):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_MESSAGE)
-            within = struct.pack("@ll", _SEND_WITHIN, 0)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, within)
-        return Channel(one), Channel(other)
+        return Channel.of(one), Channel.of(other)
+
+    @staticmethod
+    def of(end: socket.socket) -> Channel:
+        """Return a channel over a connected socket, as both ends of it should be."""
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_MESSAGE)
+        within = struct.pack("@ll", _SEND_WITHIN, 0)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, within)
+        return Channel(end)
 
     def fileno(self) -> int:
         """Return the descriptor, for poll(2)."""
@@ -78,10 +82,15 @@ class Channel:
             for fd in files:
                 os.close(fd)
             return None
-        for fd in files:
-            os.set_inheritable(fd, False)
-        body = json.loads(data)
-        return Message(body.pop("kind"), body, tuple(files))
+        try:
+            for fd in files:
+                os.set_inheritable(fd, False)
+            body = json.loads(data)
+            return Message(body.pop("kind"), body, tuple(files))
+        except BaseException:
+            for fd in files:
+                os.close(fd)
+            raise
 
     def close(self) -> None:
         """Hang up."""

@@ -25,15 +25,15 @@ import envstore
 from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
 from envstore.fuse import session as sessions
 from envstore.fuse import succession
-from envstore.fuse.channel import Message
+from envstore.fuse.channel import Channel, Message
 from envstore.fuse.control import Connection, Control
 from envstore.fuse.keeping import LEASE, Keepsake, Kept
+from envstore.fuse.limits import allow_many_files
 from envstore.fuse.mirror import Mirror
 from envstore.fuse.mountinfo import find_mount
 from envstore.fuse.processes import (
     SIGNALS,
     ServerProcess,
-    allow_many_files,
     bound_log,
     fork,
     load_server_code,
@@ -44,6 +44,7 @@ from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.sockets import told
 
 if TYPE_CHECKING:
+    from envstore.fuse.deposit import Deposit
     from envstore.fuse.showing import Shows
 
 BEAT = 1.0
@@ -55,6 +56,7 @@ _QUICK, _QUICK_DEATHS = 0.1, 3
 _MAX_DELAY = 10.0
 _END_WITHIN = 5.0
 _FLUSH_EVERY = 0.05
+_WAITING = "waiting for an fdstore to have it all; a second signal unmounts"
 _SLOW = 3  # exit status of who could lay no fast path, but showed the snapshot without
 
 _log = logging.getLogger(__name__)
@@ -65,8 +67,13 @@ _Say = Callable[[dict[str, Any]], None]
 class Holder:
     """The loop of one mount. Call ``run`` from the main thread of a process with no other."""
 
-    def __init__(self, kept: Kept, files: RecordFiles, say: _Say) -> None:
-        """Keep ``kept``. ``say`` is called once: with ``mounted`` (a record) or ``error``."""
+    def __init__(
+        self, kept: Kept, files: RecordFiles, say: _Say, fdstore: Channel | None = None
+    ) -> None:
+        """Keep ``kept``. ``say`` is called once: with ``mounted`` (a record) or ``error``.
+
+        ``fdstore`` is a channel to that of the request, if there is one already.
+        """
         allow_many_files()
         self._kept = kept
         self._files = files
@@ -88,6 +95,13 @@ class Holder:
 
             self._shows = Shows(kept, self._help, self._note)
         self._notes: Mirror | None = None
+        self._deposit: Deposit | None = None
+        if kept.request.fdstore:
+            from envstore.fuse.deposit import Deposit
+
+            self._deposit = Deposit(kept, fdstore)
+        self._leaving = self._left = False
+        self._inherited: _Say | None = None
         self._checking = False
         self._upgrading: Connection | None = None
         self._unmounting = False
@@ -134,6 +148,8 @@ class Holder:
             poller.register(pidfd, select.POLLIN)
             handlers[pidfd] = partial(self._on_helper, pidfd)
         self._control.watch(poller, handlers)
+        if self._deposit is not None:
+            self._deposit.watch(poller, handlers)
         for fd, _ in poller.poll(self._patience()):
             if self._status is None:
                 handlers[fd]()
@@ -141,8 +157,8 @@ class Holder:
 
     def _patience(self) -> float:
         """Return the milliseconds until the clock alone gives something to do."""
-        shows = self._shows.deadline() if self._shows is not None else None
-        times = [at for at in (self._standby_at, self._restart_at, shows) if at is not None]
+        parts = [part.deadline() for part in (self._shows, self._deposit) if part is not None]
+        times = [at for at in (self._standby_at, self._restart_at, *parts) if at is not None]
         if self._notes is not None and self._notes.behind:
             times.append(time.monotonic() + _FLUSH_EVERY)
         if self._active is not None:
@@ -155,6 +171,12 @@ class Holder:
         now = time.monotonic()
         if self._shows is not None:
             self._shows.on_time()
+        if self._deposit is not None:
+            self._deposit.on_time()
+            if self._leaving and not self._unmounting and self._deposit.complete:
+                self._leave(self._deposit)
+                if self._status is not None:
+                    return
         self._flush_notes()
         if self._restart_at is not None and now >= self._restart_at:
             self._restart_at = None
@@ -229,6 +251,7 @@ class Holder:
         self._active = server
         self._notes = Mirror(server.channel, self._kept.keepsakes)
         self._kept.restarts += 1
+        self._changed()
         self._go(server)
 
     def _go(self, server: ServerProcess) -> None:
@@ -269,11 +292,17 @@ class Holder:
     def _keep(self, server: ServerProcess, key: str, keepsake: Keepsake) -> None:
         self._forget(key)
         self._kept.keepsakes[key] = keepsake
+        self._changed(key)
         self._forward(server, "keep", keepsake.files, key=key, body=keepsake.body)
 
     def _drop(self, server: ServerProcess, key: str) -> None:
         self._forget(key)
+        self._changed(key)
         self._forward(server, "drop", key=key)
+
+    def _changed(self, key: str = "") -> None:
+        if self._deposit is not None:
+            self._deposit.changed(key)
 
     def _forward(
         self, server: ServerProcess | None, kind: str, files: tuple[int, ...] = (), **body: object
@@ -293,6 +322,7 @@ class Holder:
     def _note(self, key: str, keepsake: Keepsake | None) -> None:
         """Keep or drop something of the holder's own; servers know it for the next holder."""
         self._forget(key)
+        self._changed(key)
         if keepsake is not None:
             self._kept.keepsakes[key] = keepsake
             self._forward(None, "keep", key=key, body=keepsake.body)
@@ -319,6 +349,9 @@ class Holder:
             connection.answer(server_pid=server.pid, version=envstore.__version__)
         if self._say is not None and self._record is not None:
             self._finish_mount(self._record)
+        elif self._inherited is not None and self._record is not None:
+            say, self._inherited = self._inherited, None
+            say({"mounted": self._record.encode()})
 
     def _on_death(self, server: ServerProcess) -> None:
         while server.speaks():
@@ -396,8 +429,14 @@ class Holder:
         kept.target = target
         mounted = find_mount(target)
         kept.device = mounted.device if mounted is not None else ""
+        self._changed()
         sessions.raise_readahead(target)
-        self._record = MountRecord(
+        self._record = self._describe_mount(loaded)
+        self._go(server)
+
+    def _describe_mount(self, loaded: dict[str, Any]) -> MountRecord:
+        request = self._kept.request
+        return MountRecord(
             mountpoint=request.mountpoint,
             name=loaded["name"],
             snapshot=loaded["snapshot"],
@@ -411,7 +450,6 @@ class Holder:
             fast_path=loaded["fast"],
             prefix=request.prefix,
         )
-        self._go(server)
 
     def _finish_mount(self, record: MountRecord) -> None:
         """Tell whoever asked for the mount that it answers; lay the fast path before, if any."""
@@ -467,13 +505,67 @@ class Holder:
         if self._kept.fuse < 0 or self._unmounting:
             self._status = 1
             return
+        if self._deposit is not None and self._deposit.possible and not self._leaving:
+            self._leaving = True
+            _log.info("leaving %s to the fdstore", self._kept.request.mountpoint)
+            if not self._deposit.complete:
+                _log.warning(_WAITING)
+            return
         self._unmounting = True
         mountpoint = self._kept.request.mountpoint
         _log.info("unmounting %s", mountpoint)
         self._help(partial(sessions.detach, mountpoint), lambda status: None)
 
+    def _leave(self, deposit: Deposit) -> None:
+        """End all servers, but not the mount: the fdstore has it for the next node server."""
+        if self._shows is not None:
+            self._shows.pause()
+            if self._shows.busy:
+                return  # the next one could be told nothing of what its children do
+        # Once while they serve, because one that hangs is found out after seconds only.
+        if deposit.finish():
+            self._end_servers()
+            if deposit.finish():
+                self._left, self._status = True, 0
+                return
+            with contextlib.suppress(OSError):
+                sessions.resend(self._kept.fuse)
+            self._take_over()
+        _log.warning(_WAITING)
+        if self._shows is not None:
+            self._shows.pause(on=False)
+
+    def _end_servers(self) -> None:
+        """End all servers, after they have said everything."""
+        for server in filter(None, (self._active, self._standby)):
+            with contextlib.suppress(OSError):
+                server.channel.send("retire" if server is self._active else "end")
+            self._hear_out(server, time.monotonic() + _END_WITHIN)
+            server.kill()
+            server.reap()
+        self._active = self._standby = None
+
+    def _hear_out(self, server: ServerProcess, deadline: float) -> None:
+        """Hear everything that a server still has to say before it ends."""
+        while server.speaks() or not server.ended():
+            if not server.speaks():
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.001)
+                continue
+            message = server.channel.receive()
+            if message is None:
+                server.ended(deadline)
+                return
+            self._heard(server, message)
+
     def _end(self) -> None:
         """Leave nothing behind: no process, no mount that nobody answers, no record."""
+        if self._left:
+            self._control.close()
+            return
+        if self._deposit is not None:
+            self._deposit.forget()
         servers = [server for server in (self._active, self._standby) if server is not None]
         gone = self._kept.fuse >= 0 and sessions.is_gone(self._kept.fuse)
         deadline = time.monotonic() + _END_WITHIN
@@ -555,6 +647,7 @@ class Holder:
             "restarts": self._kept.restarts,
             "leases": sum(key.startswith(LEASE) for key in self._kept.keepsakes),
             "last_failure": self._failure,
+            "deposited": self._deposit is not None and self._deposit.complete,
             "version": envstore.__version__,
         }
 
@@ -568,7 +661,7 @@ class Holder:
         if self._checking or self._upgrading is not None:
             connection.answer(error=told(UsageError("an upgrade is under way")))
             return
-        if self._say is not None or self._unmounting:
+        if self._say is not None or self._unmounting or self._leaving:
             connection.answer(error=told(UsageError("the mount is being made or unmade")))
             return
         if not self._kept.flags & Flag.HAS_RESEND:
@@ -615,6 +708,20 @@ class Holder:
             self._standby.reap()
             self._standby = None
         succession.become(program, self._kept, self._active, asking, self._failure)
+
+    def inherit(self) -> None:
+        """Go on with a node server's mount when none of its processes is left."""
+        self._inherited, self._say = self._say, None
+        record = self._record
+        if record is None:  # they were in a container that is no more
+            record = self._describe_mount(
+                {"name": "node", "snapshot": "", "manifest": "", "store": "", "fast": False}
+            )
+        self._record = record.with_holder(os.getpid())
+        self._files.save(self._record)
+        with contextlib.suppress(OSError):
+            sessions.resend(self._kept.fuse)
+        self._take_over()
 
     def adopt(self, state: dict[str, Any]) -> None:
         """Go on with the server that another holder has left; see ``write_state``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -35,7 +35,8 @@ class MountRequest:
     ``metrics`` is an address to serve Prometheus' text format on: a path or HOST:PORT.
     ``hung_after`` is how many seconds a server may give no sign of life, ``lease_grace`` how many
     a node's mount may be seen nowhere. ``targets`` are the directories below which a node server
-    makes mounts for others.
+    makes mounts for others. ``fdstore`` is the socket of the process that keeps what a node server
+    needs when none of its own is left.
     """
 
     store: str
@@ -52,6 +53,7 @@ class MountRequest:
     lease_grace: float = 60.0
     prefix: str = ""
     targets: Sequence[str] = ()
+    fdstore: str = ""
 
     def __post_init__(self) -> None:
         """Be equal to what went through JSON."""
@@ -75,8 +77,9 @@ class Kept:
     """All there is to a live mount, and its descriptors by what they are for.
 
     ``files``: ``lock`` (see ``RecordFiles``), ``counters`` (memory), ``stats`` and ``control``
-    (listening sockets). ``fuse`` is the device, -1 before the mount is made; ``device`` the number
-    that what it serves has in the mount table, if known.
+    (listening sockets), of a node also ``node``, and ``life`` and ``watch`` (see ``Deposit``).
+    ``fuse`` is the device, -1 before the mount is made; ``device`` the number that what it serves
+    has in the mount table, if known.
     """
 
     request: MountRequest
@@ -101,9 +104,14 @@ class Kept:
 
     def send(self, channel: Channel) -> None:
         """Tell a server everything but the keepsakes."""
-        names = list(self.files)
-        files = (*self.files.values(), *([self.fuse] if self.fuse >= 0 else []))
-        channel.send("kept", files, names=names, **self._body())
+        files, body = self.told()
+        channel.send("kept", files, **body)
+
+    def told(self, without: Collection[str] = ()) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Return what ``send`` sends: descriptors, of those with names not all, and facts."""
+        names = [name for name in self.files if name not in without]
+        device = [self.fuse] if self.fuse >= 0 else []
+        return (*map(self.files.__getitem__, names), *device), {"names": names, **self._body()}
 
     @classmethod
     def received(cls, body: dict[str, Any], files: tuple[int, ...]) -> Kept:

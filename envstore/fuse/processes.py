@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 import select
 import signal
 import stat
@@ -19,8 +18,6 @@ from envstore.fuse.channel import Channel
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that have a holder unmount."""
-
-_OPEN_FILES = 65_536
 
 _MAX_LOG = 8 << 20
 
@@ -73,14 +70,6 @@ def _readable(fd: int, within: float) -> bool:
     poller = select.poll()  # select(2) knows only the first 1024 descriptors
     poller.register(fd, select.POLLIN)
     return bool(poller.poll(within * 1000))
-
-
-def allow_many_files() -> None:
-    """Let this process and its children have as many open files as many snapshots take."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def start_server() -> ServerProcess:

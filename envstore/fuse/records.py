@@ -115,6 +115,13 @@ class RecordFiles:
             else:
                 return fd
 
+    def holds(self, lock: int) -> bool:
+        """Whether an open file is the lock of this mount point, and not that of another place."""
+        try:
+            return os.path.samestat(os.fstat(lock), os.stat(self._lock))
+        except FileNotFoundError:
+            return False
+
     def alive(self) -> bool:
         """Whether a server of this mount point lives."""
         try:

@@ -88,6 +88,14 @@ def open_session(mountpoint: str, *, source: str, allow_other: bool = False) -> 
         raise
 
 
+def mount_again(session: Session, *, source: str) -> None:
+    """Show a live mount at its mount point once more, where it is seen no longer (Linux 5.16).
+
+    Nothing is asked of a server. Raises ``AccessDeniedError``, ``EnvstoreError``.
+    """
+    _mount_device(session.fd, session.mountpoint, source, allow_other=True)
+
+
 def check_device() -> None:
     """See that the kernel's FUSE device can be opened. Raises as ``open_session`` does."""
     if not os.path.exists(DEVICE):
@@ -103,6 +111,15 @@ def check_device() -> None:
 
 def _mount_as_root(mountpoint: str, source: str, allow_other: bool) -> int:
     fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _mount_device(fd, mountpoint, source, allow_other=allow_other)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _mount_device(fd: int, mountpoint: str, source: str, *, allow_other: bool) -> None:
     owner = f"user_id={os.getuid()},group_id={os.getgid()}"
     options = f"fd={fd},rootmode=40000,{owner},default_permissions"
     if allow_other:
@@ -117,17 +134,12 @@ def _mount_as_root(mountpoint: str, source: str, allow_other: bool) -> int:
             options.encode(),
         )
     except OSError as error:
-        os.close(fd)
         if error.errno in (errno.EPERM, errno.EACCES):
             raise AccessDeniedError(
                 f"mounting on {mountpoint} is not permitted",
                 hint="in a container, add --cap-add SYS_ADMIN (and --device /dev/fuse)",
             ) from error
         raise EnvstoreError(f"cannot mount on {mountpoint}: {error.strerror}") from error
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _mount_as_user(mountpoint: str, source: str, allow_other: bool) -> int:

@@ -93,6 +93,7 @@ class Shows:
         self._working: dict[str, _Job] = {}
         self._hung = 0
         self._idle: Callable[[], None] | None = None
+        self._paused = False
 
     # --- questions ------------------------------------------------------------------------------
 
@@ -140,6 +141,16 @@ class Shows:
             path = key.removeprefix(SHOWN)
             if path not in seen and path not in self._working:
                 self._note(key, None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a child is at work."""
+        return bool(self._working)
+
+    def pause(self, *, on: bool = True) -> None:
+        """Begin nothing more; with ``on=False`` go on."""
+        self._paused = on
+        self._start()
 
     # --- the loop -------------------------------------------------------------------------------
 
@@ -223,6 +234,8 @@ class Shows:
                 return
             then, self._idle = self._idle, None
             then()
+        if self._paused:
+            return
         taken = set(self._working)
         shows = [job.showing is not None for job in self._working.values()]
         for job in list(self._waiting):

@@ -1,0 +1,544 @@
+"""Mounts of a node server outlive all of its processes where an fdstore keeps its descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from envstore.errors import EnvstoreError
+from envstore.fuse.mount import unmount
+from envstore.fuse.mountinfo import find_mount
+from envstore.fuse.overlay import probe
+from envstore.fuse.records import RecordFiles
+from envstore.fuse.sockets import ask
+from envstore.fuse.upgrade import upgrade_mount
+from tests.fuse.lives import PATIENCE, ROOT, gone, kill, lived, until, within
+from tests.fuse.test_node import drop_caches
+from tests.fuse.test_showing import Pods, same
+
+_ROOT = Path(__file__).parent.parent.parent
+
+_NODE = """
+import json, sys
+sys.path.insert(0, {root!r})
+{script}
+import logging
+logging.basicConfig(level=logging.INFO)
+from envstore.errors import EnvstoreError
+from envstore.fuse.background import hold
+from envstore.fuse.keeping import MountRequest
+def say(answer):
+    print(json.dumps(answer), flush=True)
+try:
+    sys.exit(hold(MountRequest(**json.loads(sys.argv[1])), say))
+except EnvstoreError as error:
+    say({{"error": str(error)}})
+    sys.exit(7)
+"""
+
+
+class Kept(Pods):
+    """A node server in the foreground, as a supervisor runs it, and its fdstore."""
+
+    def __init__(self, base: Path) -> None:
+        super().__init__(base)
+        self.fdstore = base / "fdstore.sock"
+        self.request = replace(self.request, fdstore=str(self.fdstore), hung_after=15.0)
+        self.nodes: list[subprocess.Popen[str]] = []
+        self.stores: list[subprocess.Popen[bytes]] = []
+
+    def start_fdstore(self) -> subprocess.Popen[bytes]:
+        """Start another fdstore; returns when it listens."""
+        script = _ROOT / "envstore/fuse/fdstore.py"
+        with self.store_log().open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-E", "-P", "-S", script, self.fdstore], stderr=log
+            )
+        self.stores.append(process)
+        self.store_says("listening")
+        return process
+
+    def store_log(self) -> Path:
+        return self.base / "fdstore.log"
+
+    def store_says(self, what: str) -> None:
+        """Return when the fdstore that was started last has said this."""
+        until(lambda: what in self.store_log().read_text(), what)
+
+    def begin(self, script: str = "", **request: Any) -> subprocess.Popen[str]:
+        """Start a node server; does not wait until it serves."""
+        program = _NODE.format(root=str(_ROOT), script=script)
+        wanted = replace(self.request, **request)
+        with (self.base / "log").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", program, json.dumps(asdict(wanted))],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.nodes.append(process)
+        return process
+
+    def serve(self, script: str = "", **request: Any) -> subprocess.Popen[str]:
+        """Start a node server; returns when it serves."""
+        process = self.begin(script, **request)
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+        said = process.stdout.readline() if ready else "nothing"
+        assert '"mounted"' in said, (said, (self.base / "log").read_text())
+        self.record = RecordFiles(str(self.place)).load()
+        assert self.record is not None
+        return process
+
+    def log(self) -> str:
+        return (self.base / "log").read_text()
+
+    def pids(self) -> list[int]:
+        """Return the processes of the node server: all that serve this mount."""
+        stores = [process.pid for process in self.stores]
+        return [pid for pid in self.processes() if pid not in stores]
+
+    def kill_all(self) -> None:
+        """Kill the node server as the end of its container does: every process at once."""
+        self.kill_all_but()
+
+    def kill_all_but(self, *others: int) -> None:
+        pids: list[int] = []
+        # Stopped first, so that none can start another meanwhile.
+        while more := [pid for pid in self.pids() if pid not in (*pids, *others)]:
+            for pid in more:
+                kill(pid, signal.SIGSTOP)
+            pids += more
+        assert pids
+        for pid in pids:
+            kill(pid)
+        self.collect()
+        until(lambda: gone(*pids), "the end of all")
+
+    def collect(self) -> None:
+        for process in self.nodes:
+            process.poll()
+
+    def deposited(self) -> None:
+        """Return when the fdstore has everything."""
+        until(lambda: self.status()["deposited"], "a deposit")
+
+    def close(self) -> None:
+        for process in self.stores:
+            kill(process.pid)
+            process.wait(PATIENCE)
+        for pid in self.processes():
+            kill(pid, signal.SIGCONT)
+            kill(pid)
+        for process in self.nodes:
+            process.kill()
+            process.wait(PATIENCE)
+            if process.stdout is not None:
+                process.stdout.close()
+        super().close()
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
+    if not ROOT:
+        pytest.skip("a node server takes root")
+    monkeypatch.setenv("ENVSTORE_NODE_SOCKET", str(tmp_path / "node.sock"))
+    with lived(tmp_path, monkeypatch, Kept) as made:
+        made.start_fdstore()
+        yield made
+
+
+@contextlib.contextmanager
+def reading(kept: Kept, *places: Path) -> Iterator[None]:
+    """Read all of these, shows of ``live``, and compare, until the end of the block."""
+    node = kept.place
+    with ExitStack() as stack:
+        all_readers = []
+        for place in places:
+            kept.place = place
+            all_readers.append(stack.enter_context(kept.readers(2)))
+        kept.place = node
+        yield
+        # What is read meanwhile is read again after it.
+        time.sleep(0.3)
+    assert all(readers.done for readers in all_readers)
+
+
+def live_lease(kept: Kept, fast: str = "off") -> dict[str, Any]:
+    """Take a lease of the flat tree that readers compare with."""
+    found = ask(
+        kept.socket,
+        PATIENCE,
+        ask="mount",
+        store=kept.store.url,
+        ref="tree",
+        target=str(kept.pods / "x"),
+        fast_path=fast,
+        profile="none",
+        namespace=os.stat("/proc/self/ns/mnt").st_ino,
+    )
+    lease = {name: found[name] for name in ("id", "root", "subtree", "fast")}
+    return {**lease, "source": "envstore:tree", "required": False}
+
+
+def inodes(place: Path) -> list[str]:
+    return sorted(within(PATIENCE, "find", place, "-printf", "%P %i\\n").splitlines())
+
+
+def test_all_processes_are_killed_under_readers(kept: Kept) -> None:
+    kept.push(files=8)
+    kept.serve()
+    kept.settled()
+    fast = "auto" if probe(kept.base / "cache") is None else "off"
+    one, two = kept.pods / "one", kept.pods / "two"
+    leases = {one: live_lease(kept), two: live_lease(kept, fast)}
+    for target, lease in leases.items():
+        kept.put(lease, target)
+    before = {place: inodes(place) for place in leases}
+    kept.deposited()
+    with reading(kept, one, two):
+        for _ in range(2):
+            kept.kill_all()
+            # Who asks now is answered by the next, at the same socket.
+            asking = subprocess.Popen(
+                [sys.executable, "-c", _ASK, kept.socket], stdout=subprocess.PIPE, text=True
+            )
+            kept.serve()
+            said, _ = asking.communicate(timeout=PATIENCE)
+            assert said == "serving\n"
+            kept.deposited()
+    drop_caches()
+    assert {place: inodes(place) for place in leases} == before
+    found = {one["target"]: (one["id"], one["alive"]) for one in kept.look()}
+    assert found == {str(target): (lease["id"], True) for target, lease in leases.items()}
+    for target, lease in leases.items():
+        kept.put(lease, target)
+        same(kept.tree, target)
+        kept.hide(target)
+    third = kept.pods / "three"
+    kept.put(live_lease(kept), third)
+    assert inodes(third) == before[one]
+    kept.hide(third)
+    unmount(kept.place, lazy=True)
+    until(lambda: not kept.processes(), "the end of the node server")
+
+
+_ASK = """
+import sys
+from envstore.fuse.sockets import ask
+print(ask(sys.argv[1], 60.0, ask="state")["state"])
+"""
+
+
+def test_a_new_version_goes_on_where_another_left_off(kept: Kept) -> None:
+    kept.push(files=5)
+    first = kept.serve()
+    kept.settled()
+    target = kept.pods / "one"
+    lease = live_lease(kept)
+    kept.put(lease, target)
+    before = inodes(target)
+    with reading(kept, target):
+        for version in ("8.1", "8.2"):
+            kept.deposited()
+            first.terminate()
+            assert first.wait(PATIENCE) == 0
+            until(lambda: not kept.pids(), "the end of its servers")
+            assert find_mount(str(target)) is not None
+            first = kept.serve(f"import envstore; envstore.__version__ = {version!r}", patience=9.0)
+            assert kept.status()["version"] == version
+    assert inodes(target) == before
+    kept.put(lease, target)
+    kept.hide(target)
+    kept.settled()
+    kept.deposited()
+    # Its own upgrade is nothing to the fdstore.
+    upgrade_mount(kept.place)
+    kept.settled()
+    kept.deposited()
+    unmount(kept.place, lazy=True)
+    assert first.wait(PATIENCE) == 0
+    kept.store_says("forgetting it")
+
+
+def test_the_fdstore_is_killed_and_comes_back(kept: Kept) -> None:
+    kept.push(files=5)
+    kept.serve()
+    kept.settled()
+    target = kept.pods / "one"
+    kept.put(live_lease(kept), target)
+    kept.deposited()
+    with reading(kept, target):
+        for _ in range(2):
+            kept.stores[-1].kill()
+            kept.stores[-1].wait(PATIENCE)
+            until(lambda: not kept.status()["deposited"])
+            kept.put(live_lease(kept), kept.pods / "two")
+            kept.hide(kept.pods / "two")
+            kept.start_fdstore()
+            kept.deposited()
+        kept.kill_all()
+        kept.serve()
+    kept.hide(target)
+
+
+def test_an_fdstore_that_hangs_delays_nobody(kept: Kept) -> None:
+    kept.serve()
+    kept.settled()
+    kept.deposited()
+    store = kept.stores[0].pid
+    kill(store, signal.SIGSTOP)
+    leases = [kept.take() for _ in range(40)]
+    kept.put(leases[0], kept.pods / "one")
+    same(kept.source, kept.pods / "one")
+    kept.kill_server()
+    kept.hide(kept.pods / "one")
+    kill(store, signal.SIGCONT)
+    kept.deposited()
+
+
+def test_nothing_is_left_to_an_fdstore_that_hangs(kept: Kept) -> None:
+    node = kept.serve()
+    kept.settled()
+    target = kept.pods / "one"
+    kept.put(kept.take(), target)
+    kept.deposited()
+    kill(kept.stores[0].pid, signal.SIGSTOP)
+    node.terminate()
+    until(lambda: "waiting for an fdstore" in kept.log())
+    same(kept.source, target)
+    assert node.poll() is None
+    kill(kept.stores[0].pid, signal.SIGCONT)
+    assert node.wait(PATIENCE) == 0
+    kept.serve()
+    same(kept.source, target)
+    kept.hide(target)
+
+
+def test_a_deposit_has_one_owner(kept: Kept) -> None:
+    kept.serve()
+    kept.settled()
+    kept.deposited()
+    holder = kept.status()["holder_pid"]
+    waiting = kept.begin()
+    until(lambda: "waiting for its end" in kept.log(), "waiting")
+    # One of its servers lives, and starts another holder: it is no other node server.
+    kill(holder)
+    kept.collect()
+    until(lambda: kept.status()["holder_pid"] != holder)
+    kept.settled()
+    kept.deposited()
+    assert waiting.poll() is None
+    more = kept.begin()
+    assert kept.pids()
+    kept.kill_all_but(waiting.pid, more.pid)
+    until(lambda: kept.status()["holder_pid"] in (waiting.pid, more.pid))
+    kept.settled()
+    taker = kept.status()["holder_pid"]
+    (other,) = [one for one in (waiting, more) if one.pid != taker]
+    kept.deposited()
+    assert other.poll() is None
+    other.terminate()
+    assert other.wait(PATIENCE) == 0
+    assert kept.settled()["holder_pid"] == taker
+
+
+@pytest.mark.parametrize(
+    ("script", "change", "message"),
+    [
+        ("from envstore.fuse import keeping; keeping.STATE_FORMAT = 99", {}, "another version"),
+        ("from envstore.fuse import deposit; deposit.FORMAT = 99", {}, "another version"),
+        ("", {"mountpoint": "/nowhere/else"}, "same paths"),
+        ("", {"node": "/nowhere/else"}, "same paths"),
+    ],
+)
+def test_who_cannot_go_on_says_so_and_breaks_nothing(
+    kept: Kept, script: str, change: dict[str, str], message: str
+) -> None:
+    kept.serve()
+    target = kept.pods / "one"
+    kept.put(kept.take(), target)
+    kept.deposited()
+    kept.kill_all()
+    wrong = kept.begin(script, **change)
+    assert wrong.stdout is not None
+    assert message in wrong.stdout.read()
+    assert wrong.wait(PATIENCE) == 7
+    kept.serve()
+    same(kept.source, target)
+    kept.hide(target)
+
+
+def test_ending_without_an_fdstore_waits_for_one(kept: Kept) -> None:
+    node = kept.serve()
+    kept.settled()
+    target = kept.pods / "one"
+    kept.put(kept.take(), target)
+    kept.stores[0].kill()
+    kept.stores[0].wait(PATIENCE)
+    until(lambda: not kept.status()["deposited"])
+    node.terminate()
+    until(lambda: "a second signal unmounts" in kept.log())
+    same(kept.source, target)
+    kept.start_fdstore()
+    assert node.wait(PATIENCE) == 0
+    node = kept.serve()
+    same(kept.source, target)
+    kept.stores[1].kill()
+    kept.stores[1].wait(PATIENCE)
+    until(lambda: not kept.status()["deposited"])
+    kept.hide(target)
+    node.terminate()
+    until(lambda: kept.log().count("a second signal unmounts") == 2)
+    node.terminate()
+    node.wait(PATIENCE)
+    assert find_mount(str(kept.place)) is None
+    assert kept.pids() == []
+
+
+def test_an_fdstore_that_alone_keeps_mounts_waits_for_a_taker(kept: Kept) -> None:
+    kept.serve()
+    target = kept.pods / "one"
+    kept.put(kept.take(), target)
+    kept.deposited()
+    kept.kill_all()
+    store = kept.stores[0]
+    store.terminate()
+    kept.store_says("waiting")
+    assert store.poll() is None
+    kept.serve()
+    assert store.wait(PATIENCE) == 0
+    assert not kept.fdstore.exists()
+    same(kept.source, target)
+    # With somebody else who has all, it ends at once.
+    kept.start_fdstore()
+    kept.deposited()
+    kept.stores[1].terminate()
+    assert kept.stores[1].wait(PATIENCE) == 0
+    same(kept.source, target)
+    kept.hide(target)
+
+
+def test_both_die(kept: Kept) -> None:
+    kept.serve()
+    target = kept.pods / "one"
+    kept.put(kept.take(), target)
+    kept.deposited()
+    kept.kill_all()
+    for said in ("waiting", "waiting"):
+        kept.stores[0].terminate()
+        kept.store_says(said)
+    assert kept.stores[0].wait(PATIENCE) == 1
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(target)
+    kept.start_fdstore()
+    kept.serve()
+    (found,) = kept.look()
+    assert (found["target"], found["alive"]) == (str(target), False)
+    kept.hide(target)
+    kept.put(kept.take(), target)
+    same(kept.source, target)
+    kept.hide(target)
+
+
+def test_another_container_goes_on(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the former one's files and mounts only those below the targets are there."""
+    kept.serve()
+    target = kept.pods / "one"
+    kept.put(kept.take(), target)
+    kept.deposited()
+    before = inodes(target)
+    kept.kill_all()
+    subprocess.run(["umount", "-l", kept.place], check=True, timeout=30)
+    kept.socket.unlink()
+    monkeypatch.setenv("XDG_STATE_HOME", str(kept.base / "other state"))
+    kept.serve()
+    same(kept.source, target)
+    assert inodes(target) == before
+    other = kept.pods / "two"
+    kept.put(kept.take(), other)
+    assert inodes(other) == before
+    kept.hide(other)
+    kept.hide(target)
+    kept.settled()
+    kept.kill_server()
+    unmount(kept.place, lazy=True)
+    until(lambda: not kept.pids())
+
+
+def test_what_is_unmounted_while_nobody_serves_is_forgotten(kept: Kept) -> None:
+    kept.serve()
+    kept.deposited()
+    kept.kill_all()
+    subprocess.run(["umount", "-l", kept.place], check=True, timeout=30)
+    kept.store_says("forgetting")
+    kept.serve()
+    target = kept.pods / "one"
+    kept.put(kept.take(), target)
+    same(kept.source, target)
+    kept.hide(target)
+
+
+def test_killed_at_random(kept: Kept) -> None:
+    kept.push(files=5, size=50_000)
+    kept.serve()
+    target = kept.pods / "one"
+    lease = live_lease(kept)
+    kept.put(lease, target)
+    kept.deposited()
+    before = inodes(target)
+    rng = random.Random(7)
+
+    def fdstore() -> None:
+        kept.stores[-1].kill()
+        kept.stores[-1].wait(PATIENCE)
+        kept.start_fdstore()
+
+    def everything() -> None:
+        kept.kill_all()
+        kept.serve()
+
+    def left() -> None:
+        node = kept.nodes[-1]
+        if node.poll() is None and node.pid == kept.status()["holder_pid"]:
+            node.terminate()
+            node.wait(PATIENCE)
+        else:
+            kill(kept.status()["holder_pid"], signal.SIGTERM)
+            until(lambda: not kept.pids())
+        kept.serve()
+
+    def one() -> None:
+        kill(rng.choice(kept.pids()))
+        kept.collect()
+
+    ways: list[Callable[[], None]] = [fdstore, everything, left, one]
+    with reading(kept, target):
+        for turn in range(20):
+            kept.deposited()
+            ways[turn % 4 if turn < 4 else rng.randrange(4)]()
+            until(lambda: kept.pids() and answers(kept), "an answer")
+            kept.put(lease, target)
+    assert inodes(target) == before
+    kept.hide(target)
+
+
+def answers(kept: Kept) -> bool:
+    try:
+        return bool(ask(kept.socket, 10.0, ask="state")["state"] == "serving")
+    except EnvstoreError:
+        return False
