@@ -159,10 +159,12 @@ def _parsed(status: int, data: bytes) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise UnavailableError("the cluster's answer is no JSON object")
         return found
-    said = found.get("message") if isinstance(found, dict) else data.decode(errors="replace")
-    what = f"the cluster says: {_line(said or 'no more')} (HTTP {status})"
+    said = found.get("message") if isinstance(found, dict) else None
+    what = f"the cluster says: {_line(said)}"
+    if not said:
+        what = f"the cluster says: HTTP {status} {_line(data.decode(errors='replace'))}".rstrip()
     if status == 403:
-        raise AccessDeniedError(what, hint="which rights it takes is said by --help")
+        raise AccessDeniedError(what, hint="see --help for the rights that it takes")
     raise _KINDS.get(status, UnavailableError)(what)
 
 

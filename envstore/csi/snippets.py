@@ -229,9 +229,10 @@ def _dynamic(wish: Wish) -> str:
 
 def _static(wish: Wish) -> str:
     volume = wish.volume
-    namespace = wish.namespace or "default"
-    suffix = f"-{volume.digest[:_SHORT]}" if volume.digest else ""
-    name = f"{namespace}-{wish.name}{suffix}"
+    words = [wish.namespace, wish.name, volume.digest[:_SHORT]]
+    name = "-".join(filter(None, words))
+    claim = f"  claimRef:\n    namespace: {_text(wish.namespace)}\n    name: {_text(wish.name)}\n"
+    reserved = "  # Nobody else's claim gets it.\n" + claim if wish.namespace else ""
     return (
         "# Making a volume takes an administrator of the cluster.\n"
         "apiVersion: v1\nkind: PersistentVolume\n"
@@ -241,10 +242,7 @@ def _static(wish: Wish) -> str:
         f"  capacity:\n    {_SIZE}"
         '  storageClassName: ""\n'
         "  persistentVolumeReclaimPolicy: Retain\n"
-        "  claimRef:  # nobody else's claim gets it\n"
-        f"    namespace: {_text(namespace)}\n"
-        f"    name: {_text(wish.name)}\n"
-        "  csi:\n"
+        f"{reserved}  csi:\n"
         f"    driver: {NAME}\n"
         f"    volumeHandle: {_text(name)}\n"
         "    readOnly: true\n"
@@ -253,5 +251,5 @@ def _static(wish: Wish) -> str:
         "    volumeAttributes:\n"
         f"{indent(_pinned(volume), ' ' * 6)}"
         f"{_listed(attributes(volume), 6)}"
-        f"{_claim(Wish(volume, wish.kind, wish.name, namespace, wish.image), '', name)}"
+        f"{_claim(wish, '', name)}"
     )

@@ -310,7 +310,8 @@ def _judge(outcome: Outcome, made: Mapping[str, Any] | None) -> None:
         return
     for condition in made.get("status", {}).get("conditions") or ():
         if condition.get("type") == "Failed" and condition.get("status") == "True":
-            outcome.fail(str(condition.get("message") or condition.get("reason") or "it failed"))
+            why = str(condition.get("message") or condition.get("reason") or "it failed")
+            outcome.fail(f"{why}: {outcome.reason}" if outcome.reason else why)
 
 
 def _report(message: str) -> dict[str, Any]:

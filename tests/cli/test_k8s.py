@@ -95,6 +95,7 @@ def test_a_manifest_asks_for_what_was_named(stored: Cli, kind: str) -> None:
         volume, claim = named
         assert claim["kind"] == "PersistentVolumeClaim"
         if kind == "pv":
+            assert "claimRef" not in found[0]["spec"]
             assert volume["spec"]["claimRef"] == {"name": "mine", "namespace": "science"}
             assert volume["metadata"]["name"] == claim["spec"]["volumeName"]
             assert volume["spec"]["csi"]["volumeHandle"] == volume["metadata"]["name"]
@@ -279,10 +280,10 @@ def test_status_says_what_is_not_ready(stored: Cli, cluster: Cluster) -> None:
         "DaemonSet envstore-csi has 6 of 7 pods",
         "is on no node: Pending",
         "alone: no driver runs here",
-        "does not tell: the cluster says: no endpoints available (HTTP 503)",
+        "does not tell: the cluster says: HTTP 503 no endpoints available",
         "mute: envstore-csi-1 does not tell: the cluster at",
         "odd: envstore-csi-2 tells what this version does not understand",
-        "does not tell: the cluster says: look at /metrics (HTTP 404)",
+        "does not tell: the cluster says: HTTP 404 look at /metrics",
         "ill: the volume of science/job-1 is dead",
         "ill: disk\\x1b[31m full",
         "ill: envstore-node-5 is not ready: main: CrashLoopBackOff",
