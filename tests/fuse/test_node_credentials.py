@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from envstore.store.repository import Repository
 from tests.fuse.lives import PATIENCE, ROOT, gone, kill, lived, until
 from tests.fuse.test_node import BIG, Site
 from tests.s3keys import Keys, running_keys
+from tests.s3server import S3Server
+from tests.tcpproxy import tcp_proxy
 from tests.trees import noise
 from tests.webserver import running_web
 
@@ -186,6 +190,64 @@ def test_credentials_outlive_servers_and_holders(site: Guarded) -> None:
     site.upgrade_to("")
     assert (place / "d").read_bytes() == noise("d", 1 << 20)
     assert [one["id"] for one in site.told()["mounts"]] == ["0123456789abcdef"]
+
+
+def test_what_is_still_open_when_its_lease_ends_is_read_with_the_credentials_given(
+    site: Guarded,
+) -> None:
+    site.add("one", {"a": BIG})
+    place = site.inside(site.take("one", site.grant("tenant"), id="0123456789abcdef"))
+    script = "import sys\nfile = open(sys.argv[1], 'rb')\nprint('open', flush=True)\n"
+    script += "sys.stdin.readline()\nsys.stdout.buffer.write(file.read())"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, place / "a"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as user:
+        assert user.stdout is not None
+        assert user.stdout.readline() == b"open\n"
+        ask(site.socket, PATIENCE, ask="unmounted", id="0123456789abcdef")
+        assert site.told()["snapshots"] == 0
+        site.kill_server()
+        out, _ = user.communicate(b"\n", timeout=PATIENCE)
+    assert out == BIG
+
+
+def test_an_upgrade_to_other_images_builds_them_with_the_credentials_given(site: Guarded) -> None:
+    site.add("one", {"a": BIG})
+    lease = "0123456789abcdef"
+    found = site.take("one", site.grant("tenant"), id=lease)
+    # What is kept last is told last: the credentials come after the snapshot that they are for.
+    last = site.grant("tenant")
+    site.take("one", last, id=lease)
+    site.settled()
+    site.upgrade_to("from envstore.fuse import image\nimage.MAGIC = b'ESTREE99'")
+    assert (site.inside(found) / "a").read_bytes() == BIG
+    assert site.take("one", last, id=lease)["subtree"] == found["subtree"]
+
+
+def test_a_store_that_does_not_answer_delays_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: Keys
+) -> None:
+    monkeypatch.setenv("ENVSTORE_S3_TIMEOUT", "60")
+    with lived(tmp_path, monkeypatch, Guarded) as site:
+        site.guard(keys)
+        site.mount()
+        site.add("one", {"file": b"content"})
+        given = site.grant("tenant")
+        with tcp_proxy(keys.server.endpoint) as proxy, ThreadPoolExecutor(12) as pool:
+            away = S3Server(proxy.endpoint, "", "", 0).url(site.bucket)
+            proxy.hang()
+            waiting = [
+                pool.submit(site.take, "one", Credentials(f"key{number}", "secret"), store=away)
+                for number in range(12)
+            ]
+            until(lambda: proxy.connections >= 8, "that many have asked")
+            assert (site.inside(site.take("one", given)) / "file").read_bytes() == b"content"
+            assert not any(one.done() for one in waiting)
+            proxy.answer(403)
+            for one in waiting:
+                with pytest.raises(AccessDeniedError):
+                    one.result(PATIENCE)
+        assert len(site.told()["mounts"]) == 1
 
 
 def test_secrets_are_nowhere_to_be_seen(site: Guarded) -> None:
