@@ -8,7 +8,6 @@ pod spec cannot say how it is accessed: the kubelet asks for ``SINGLE_NODE_WRITE
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from envstore.csi.proto import csi_pb2
 from envstore.csi.refusal import invalid
@@ -25,29 +24,23 @@ WRITERS = frozenset(
         "MULTI_NODE_MULTI_WRITER",
     }
 )
-_SHARED = frozenset({"SINGLE_NODE_MULTI_WRITER"})
 
 _HONOURED = frozenset({"ro", "exec", "nosuid", "nodev", "noatime", "nodiratime", "relatime"})
 _REFUSED = frozenset({"rw", "noexec", "suid", "dev", "atime", "strictatime"})
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How a volume is used: the name of a CSI access mode, and whether it is only to be read."""
+def is_shared(mode: str) -> bool:
+    """Return whether a node may have a volume of this access mode at several targets.
 
-    mode: str
-    readonly: bool
-
-    @property
-    def shared(self) -> bool:
-        """Whether a node may have the volume at several targets (NodePublishVolume's table)."""
-        return self.mode.startswith("MULTI_NODE_") or self.mode in _SHARED
+    As the table of NodePublishVolume says, for a plugin with ``SINGLE_NODE_MULTI_WRITER``.
+    """
+    return mode.startswith("MULTI_NODE_") or mode == "SINGLE_NODE_MULTI_WRITER"
 
 
-def check_access(
-    capability: csi_pb2.VolumeCapability, *, readonly: bool, ephemeral: bool
-) -> Access:
-    """Return how a volume is to be used. Raises ``RefusedError``, always ``INVALID_ARGUMENT``.
+def check_access(capability: csi_pb2.VolumeCapability, *, readonly: bool, ephemeral: bool) -> str:
+    """Return the name of the access mode that is asked for.
+
+    Raises ``RefusedError``, always ``INVALID_ARGUMENT``.
 
     Mount flags may hold secrets (specification, ``MountVolume``): none is repeated but those that
     are known.
@@ -67,7 +60,7 @@ def check_access(
             f"volumes are read-only, {mode} asks for writing (use accessModes: [ReadOnlyMany],"
             " or mount the volume with readOnly: true)"
         )
-    return Access(mode, readonly)
+    return mode
 
 
 def _check_mount(mount: csi_pb2.VolumeCapability.MountVolume) -> None:

@@ -189,7 +189,7 @@ def _described(
     ``seen`` tells of every target that is mounted whether somebody serves it.
     """
     request, pod = record.request, record.request.pod
-    if not record.complete:
+    if not record.published:
         condition = "in progress"
     elif seen is None:
         condition = "unknown"
@@ -203,7 +203,7 @@ def _described(
         "volume": record.volume,
         "namespace": pod.namespace if pod else "",
         "pod": pod.name if pod else "",
-        "store": request.store,
+        "store": record.store,
         "ref": request.ref,
         "digest": record.digest,
         "target": record.target,

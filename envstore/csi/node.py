@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -18,10 +18,10 @@ from typing import Protocol
 
 import grpc
 
-from envstore.csi.access import Access, check_access, check_id, check_path
+from envstore.csi.access import check_access, check_id, check_path
 from envstore.csi.calls import Context, seconds_left
 from envstore.csi.proto import csi_pb2, csi_pb2_grpc
-from envstore.csi.publishing import Grants, Left, Publisher
+from envstore.csi.publishing import Grant, Grants, Left, Publisher
 from envstore.csi.records import Publication
 from envstore.csi.refusal import RefusedError, invalid
 from envstore.csi.request import Pod, VolumeRequest, parse_request, pod_of
@@ -83,53 +83,39 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         """
         # Whatever is wrong with the request, its pod hears of it.
         with self._told(pod_of(request.volume_context)):
-            record, access = _read(request)
+            record = _read(request)
             with self._publisher.targets.take(record.target):
-                self._publish(record, access, request, partial(seconds_left, context))
+                self._publish(record, request.secrets, partial(seconds_left, context))
         return csi_pb2.NodePublishVolumeResponse()
 
-    def _publish(
-        self,
-        record: Publication,
-        access: Access,
-        request: csi_pb2.NodePublishVolumeRequest,
-        left: Left,
-    ) -> None:
+    def _publish(self, record: Publication, keys: Mapping[str, str], left: Left) -> None:
         publisher = self._publisher
         known = self._records.find(record.target)
         if known is not None and not known.published:
             publisher.withdraw(known)
             known = None
-        if known is not None:
-            _check_same(known, record)
-        try:
-            grant = self._grants.grant(record.request, request.secrets, left)
-        except RefusedError as refused:
-            if known is not None and refused.code is grpc.StatusCode.PERMISSION_DENIED:
-                _log.warning("unmounting %s: %s", known.target, refused.message)
-                publisher.withdraw(known)
-            raise
         if known is None:
-            self._check_single(record, access)
+            grant = self._grants.grant(record.request, keys, left)
             with self._watched(record):
                 publisher.publish(record, grant, left)
-        elif not publisher.is_alive(known.target):
+            return
+        _check_same(known, record)
+        grant = self._grant_again(known, keys, left)
+        if not publisher.is_alive(known.target):
             with self._watched(known):
                 publisher.restore(known, grant, left)
         elif publisher.keys_are_new(known, grant):
             publisher.refresh(known, grant, left)
 
-    def _check_single(self, record: Publication, access: Access) -> None:
-        """Refuse what the table of NodePublishVolume refuses to a volume for one target."""
-        if access.shared:
-            return
-        for other in self._records.of(record.volume):
-            if other.target != record.target:
-                raise RefusedError(
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                    f"the volume is published at {other.target}, and its access mode"
-                    f" {access.mode} allows for one target only (use accessModes: [ReadOnlyMany])",
-                )
+    def _grant_again(self, known: Publication, keys: Mapping[str, str], left: Left) -> Grant:
+        """Return what a volume may use now, and unmount it if that is nothing any more."""
+        try:
+            return self._grants.grant_again(known, keys, left)
+        except RefusedError as refused:
+            if refused.code is grpc.StatusCode.PERMISSION_DENIED:
+                _log.warning("unmounting %s: %s", known.target, refused.message)
+                self._publisher.withdraw(known)
+            raise
 
     @contextmanager
     def _told(self, pod: Pod | None) -> Iterator[None]:
@@ -223,27 +209,28 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         return csi_pb2.NodeGetInfoResponse(node_id=self._node_id)
 
 
-def _read(request: csi_pb2.NodePublishVolumeRequest) -> tuple[Publication, Access]:
-    """Return what is to be published, and how it is used. Raises ``RefusedError``."""
+def _read(request: csi_pb2.NodePublishVolumeRequest) -> Publication:
+    """Return what is to be published. Raises ``RefusedError``, always ``INVALID_ARGUMENT``."""
     volume = check_id(request.volume_id)
     target = check_path(request.target_path, "target_path")
     if not request.HasField("volume_capability"):
         raise invalid("volume_capability is missing")
     wanted = parse_request(request.volume_context)
-    access = check_access(
+    mode = check_access(
         request.volume_capability, readonly=request.readonly, ephemeral=wanted.ephemeral
     )
-    record = Publication(
+    return Publication(
         volume=volume,
         target=target,
         lease=token_hex(8),
-        access=access.mode,
-        readonly=access.readonly,
+        store=wanted.store,
+        url="",
+        access=mode,
+        readonly=request.readonly,
         request=wanted,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         digest=wanted.digest,
     )
-    return record, access
 
 
 def _check_same(known: Publication, asked: Publication) -> None:

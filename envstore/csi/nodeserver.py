@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,10 +159,13 @@ class NodeServer:
     def _ask_holder(self, within: float, what: str, **question: object) -> Any:
         """Ask the holder, which answers also while no server does."""
         if self._control:
+            began = time.monotonic()
             try:
                 return ask_lasting(self._control, within, ask=what, **question)
-            except SilentError:
-                pass  # another node server may be there, with another holder
+            except SilentError as error:
+                if time.monotonic() - began >= within:
+                    raise _silent(error) from None
+                # Another node server may be there, with another holder.
         self.check(within)
         return self._ask(self._control, within, what, **question)
 
@@ -169,6 +173,10 @@ class NodeServer:
         try:
             return ask_lasting(socket, within, ask=what, **question)
         except SilentError as error:
-            raise UnavailableError(
-                f"the node server does not answer: {error.message}", hint="it is started again"
-            ) from None
+            raise _silent(error) from None
+
+
+def _silent(error: SilentError) -> UnavailableError:
+    return UnavailableError(
+        f"the node server does not answer: {error.message}", hint="it is started again"
+    )

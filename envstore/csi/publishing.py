@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 
+from envstore.csi.access import is_shared
 from envstore.csi.config import NamedStore
 from envstore.csi.credentials import find_credentials
 from envstore.csi.nodeserver import OWNER, NodeServer, Served, Shown, Wanted
@@ -60,6 +61,22 @@ class Grants:
         store = self._policy.check(request, left(POLICY_WITHIN))
         return Grant(store, find_credentials(store, self._credentials, keys))
 
+    def grant_again(self, record: Publication, keys: Mapping[str, str], left: Left) -> Grant:
+        """Return what a volume may use now that was granted before.
+
+        A volume that names no store stays with what was the default one then, by whatever name
+        that is known by now. Raises ``RefusedError``.
+        """
+        try:
+            return self.grant(replace(record.request, store=record.store), keys, left)
+        except RefusedError as refused:
+            if record.request.store or refused.code is not grpc.StatusCode.PERMISSION_DENIED:
+                raise
+            found = self.grant(record.request, keys, left)
+            if found.store.url != record.url:
+                raise
+            return found
+
 
 class Publisher:
     """Makes and removes what is published. Whoever calls holds the turn of the target."""
@@ -78,11 +95,12 @@ class Publisher:
 
         Raises ``EnvstoreError``, ``RefusedError``.
         """
+        record = replace(record, store=grant.store.name, url=grant.store.url)
         there = self._shown(record.target)
         if there is not None and not record.digest:
             # The record of this mount was lost: what is read through it must stay the same.
             record = replace(record, digest=self._lost(record.target))
-        self.records.save(record)
+        self._begin(record, left)
         try:
             served, record = self._take_in_turn(record, grant, left)
             return self._show(record, served, left, clear=there is not None)
@@ -90,13 +108,33 @@ class Publisher:
             self._undo(record)
             raise
 
+    def _begin(self, record: Publication, left: Left) -> None:
+        """Record what is to be done, unless the volume may be at one target only and is."""
+        if is_shared(record.access):
+            self.records.save(record)
+            return
+        with self._volumes.take(record.volume, left(TAKE_WITHIN)):
+            for other in self.records.of(record.volume):
+                raise RefusedError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"the volume is published at {other.target}, and its access mode"
+                    f" {record.access} allows for one target (use accessModes: [ReadOnlyMany])",
+                )
+            self.records.save(record)
+
     def restore(self, record: Publication, grant: Grant, left: Left) -> Publication:
         """Mount a volume again that was published, and whose mount is dead or missing.
 
         When this raises, the record stays as it was. Raises ``EnvstoreError``, ``RefusedError``.
         """
         _log.warning("mounting %s on %s again", record.request.ref, record.target)
-        fresh = replace(record, lease=secrets.token_hex(8), resolved=False)
+        fresh = replace(
+            record,
+            lease=secrets.token_hex(8),
+            store=grant.store.name,
+            url=grant.store.url,
+            resolved=False,
+        )
         self.records.save(fresh)
         try:
             served, fresh = self._take(fresh, grant, left)
@@ -181,20 +219,22 @@ class Publisher:
 
     def _resolved(self, record: Publication) -> Publication:
         """Return the record with the digest that the volume has on this node, if it has one."""
-        asked = record.request
         for other in self.records.of(record.volume):
-            said = other.request
-            if other.digest and (said.store, said.ref) == (asked.store, asked.ref):
+            same = (other.store, other.request.ref) == (record.store, record.request.ref)
+            if other.digest and same:
                 return replace(record, digest=other.digest)
         return replace(record, resolved=True)
 
     def _take(self, record: Publication, grant: Grant, left: Left) -> tuple[Served, Publication]:
         request = record.request
+        # Whoever may create a pod may name any digest there. Persistent volumes are made by
+        # administrators, and a claim keeps its snapshot even if the ref is led elsewhere.
+        of = request.ref if request.digest and request.ephemeral else ""
         wanted = Wanted(
             lease=record.lease,
             store=grant.store.url,
             ref=request.ref if record.resolved else f"@{record.digest}",
-            of=request.ref if request.digest else "",
+            of=of,
             target=record.target,
             prefix=request.prefix,
             profile=request.profile,

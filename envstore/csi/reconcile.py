@@ -127,7 +127,7 @@ class Keeper:
         alive = publisher.is_alive(target)
         if alive and record.lease in self._leases():
             return  # since it was looked at
-        grant = self._grants.grant(record.request, {}, _left)
+        grant = self._grants.grant_again(record, {}, _left)
         if alive:
             publisher.refresh(record, grant, _left)
             return

@@ -38,9 +38,11 @@ _log = logging.getLogger(__name__)
 class Publication:
     """One volume at one target path.
 
-    ``volume`` is the volume id, ``lease`` what the node server knows it by. ``access`` is the CSI
-    access mode. Before a publish was answered with success, ``complete`` is false, and there may
-    or may not be a lease or a mount; the same is true once what was published is ``ending``.
+    ``volume`` is the volume id, ``lease`` what the node server knows it by. ``store`` is the name
+    of the store that it is of, also where the request names none, and ``url`` where that was when
+    it was mounted. ``access`` is the CSI access mode. Before a publish was answered with success,
+    ``complete`` is false, and there may or may not be a lease or a mount; the same is true once
+    what was published is ``ending``.
     ``digest`` is the snapshot's, in hex, empty until it is known. ``resolved`` says that the node
     server was asked for the tag, not for that digest. ``entries`` counts files, directories and
     links, ``size`` is the bytes of all files. ``started`` is RFC 3339 UTC.
@@ -49,6 +51,8 @@ class Publication:
     volume: str
     target: str
     lease: str
+    store: str
+    url: str
     access: str
     readonly: bool
     request: VolumeRequest
@@ -95,6 +99,8 @@ _PLAIN: dict[str, type] = {
     "volume": str,
     "target": str,
     "lease": str,
+    "store": str,
+    "url": str,
     "access": str,
     "readonly": bool,
     "started": str,

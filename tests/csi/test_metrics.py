@@ -183,7 +183,14 @@ def volume(number: int, **fields: Any) -> Publication:
     request = VolumeRequest("", 'default/e"v\\il:latest', pod=Pod("ns", f"pod-{number}", "u"))
     words = {"volume": f"vol-{number}", "target": f"/t/{number}", "digest": "ab" * 32, **fields}
     return Publication(
-        lease="0" * 16, access="", readonly=True, request=request, started="", **words
+        lease="0" * 16,
+        store="main",
+        url="",
+        access="",
+        readonly=True,
+        request=request,
+        started="",
+        **words,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from envstore.csi.config import DriverConfig, Rule
+from envstore.csi.config import DriverConfig, NamedStore, Rule
 from envstore.csi.proto import csi_pb2 as pb
 from tests.csi.nodes import Node, capability, inline, made_node, refused
 from tests.fuse.lives import PATIENCE, ROOT, within
@@ -339,6 +339,23 @@ def test_one_volume_at_two_targets(node: Node, mode: str) -> None:
     node.unpublish("pod-1", "v")
 
 
+def test_one_volume_at_one_target_only_of_many_at_once(node: Node) -> None:
+    def published(pod: str) -> bool:
+        try:
+            node.publish(pod, "v", mode="SINGLE_NODE_READER_ONLY")
+        except grpc.RpcError as error:
+            assert isinstance(error, grpc.Call)  # noqa: PT017
+            assert error.code() is Code.FAILED_PRECONDITION  # noqa: PT017
+            return False
+        return True
+
+    pods = [f"pod-{number}" for number in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        assert [*pool.map(published, pods)].count(True) == 1
+    for record in node.records():
+        node.unpublish(Path(record.target).parents[3].name, "v")
+
+
 def test_unpublishing_what_is_not_there(node: Node) -> None:
     node.unpublish("pod-1")
     target = node.target("pod-1")
@@ -457,7 +474,15 @@ def test_a_digest_pins_a_volume_within_the_history_of_its_ref(node: Node) -> Non
         node.unpublish(pod)
     for other in (digest, "a" * 64):
         with refused(Code.PERMISSION_DENIED, "tree:latest"):
-            node.publish("pod-1", ref=f"tree@{other}")
+            node.publish("pod-1", ref=f"tree@{other}", **inline("pod-1"))
+
+
+def test_a_claim_keeps_its_snapshot_when_its_ref_is_led_elsewhere(node: Node) -> None:
+    node.push("claimed", {"file": b"one"})
+    digest = node.store.repository.resolve("claimed").hex()
+    node.publish("pod-1", "claim", ref="tree", digest=digest)
+    assert (node.target("pod-1") / "file").read_bytes() == b"one"
+    node.unpublish("pod-1", "claim")
 
 
 def test_a_prefix_is_where_files_believe_to_be(node: Node) -> None:
@@ -512,6 +537,36 @@ def test_who_is_not_granted_a_volume_is_told_so(node: Node) -> None:
     finally:
         node.config = DriverConfig(node.stores, "main", (Rule(),))
     node.unpublish("pod-1")
+
+
+def test_a_pod_is_told_what_is_wrong_with_its_volume(node: Node) -> None:
+    with refused(Code.INVALID_ARGUMENT):
+        node.publish("pod-1", bucket="mine", **inline("pod-1"))
+    ((pod, message),) = node.told.refusals
+    assert pod.name == "pod-1"
+    assert "bucket" in message
+
+
+def test_another_default_store_changes_nothing_for_a_volume(node: Node) -> None:
+    target = node.publish("pod-1")
+    other = NamedStore("other", "file:///none")
+    renamed = NamedStore("renamed", node.store.url)
+    configs = (
+        DriverConfig({"main": node.stores["main"], "other": other}, "other", (Rule(),)),
+        DriverConfig({"renamed": renamed, "other": other}, "renamed", (Rule(),)),
+    )
+    try:
+        for node.config in configs:
+            node.publish("pod-1")
+            subprocess.run(["umount", "-l", target], check=True)
+            node.publish("pod-1")
+            assert (target / "file").read_bytes() == b"content"
+        node.config = DriverConfig({"other": other}, "other", (Rule(),))
+        with refused(Code.PERMISSION_DENIED):
+            node.publish("pod-1")
+        assert node.left() == []
+    finally:
+        node.config = DriverConfig(node.stores, "main", (Rule(),))
 
 
 def test_a_grant_that_is_revoked_unmounts(node: Node) -> None:

@@ -21,6 +21,8 @@ RECORD = Publication(
     volume="csi-1",
     target="/var/lib/kubelet/pods/1/volumes/kubernetes.io~csi/env/mount",
     lease="0123456789abcdef",
+    store="main",
+    url="s3://envs/prod?endpoint=https://s3.example",
     access="SINGLE_NODE_WRITER",
     readonly=False,
     request=VolumeRequest("main", "team/env:v1", pod=POD, ephemeral=True),
