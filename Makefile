@@ -7,11 +7,11 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 	--no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-setup lock clean
+.PHONY: help setup demo test lint format bench bench-setup image e2e-k8s lock clean
 
 help: ## List these commands
 	@echo "envstore: push an environment once, mount it anywhere"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install system packages, .venv and envstore (PYTHON=... chooses the interpreter)
 	@scripts/setup.sh
@@ -37,9 +37,16 @@ bench: bench-setup ## Measure envstore beside its peers (ARGS=... goes to the be
 bench-setup: setup ## Install the peers and the plotting that only `make bench` needs
 	@scripts/setup-bench.sh
 
+image: setup ## Build the container image (ARGS="NAME:TAG ARCHIVE")
+	scripts/build-image.sh $(ARGS)
+
+e2e-k8s: setup ## Try all of it on a real Kubernetes, made here of Debian's packages (root, 20 minutes the first time)
+	scripts/e2e-k8s.sh $(ARGS)
+
 lock: setup ## Pin every dependency again by version and hash (ARGS=--upgrade for newer ones)
 	$(COMPILE) --extra fuse --extra resolver --extra csi --group dev pyproject.toml --output-file requirements.lock
 	$(COMPILE) --group build --output-file requirements-build.lock
+	$(COMPILE) --extra fuse --extra csi --constraint requirements.lock pyproject.toml --output-file requirements-image.lock
 	$(COMPILE) --group bench --constraint requirements.lock --output-file requirements-bench.lock
 	@! grep -nE '://|^-' requirements*.lock || { echo "error: a lock file names an index" >&2; exit 1; }
 
