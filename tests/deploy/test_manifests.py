@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from kubernetes import client
 
 from envstore import __version__
+from envstore.cli.group import cli
 from envstore.csi.config import read_config
 from envstore.csi.refusal import NAME
 from envstore.csi.request import CANONICAL_PREFIX, parse_request
@@ -214,6 +216,23 @@ def test_images_are_named_and_no_registry_is(overlay: str) -> None:
             assert tag == __version__
     for path in DEPLOY.glob("base/*.yaml"):
         assert "/" not in "".join(re.findall(r"image: (.*)", path.read_text()))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_option_is_one_that_envstore_has(overlay: str) -> None:
+    commands = [each["command"] for each, _ in containers(overlay) if "command" in each]
+    assert len(commands) >= 3
+    for program, *words in commands:
+        assert program == "envstore"
+        command: click.Command = cli
+        context = click.Context(command)
+        while not words[0].startswith("-"):
+            assert isinstance(command, click.Group)
+            found = command.get_command(context, words.pop(0))
+            assert found is not None
+            command = found
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word.partition("=")[0] for word in words} <= known
 
 
 def test_the_driver_is_described_as_it_is() -> None:
