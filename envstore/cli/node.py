@@ -77,7 +77,8 @@ def node(
     As long as it runs, `envstore mount` as root uses it: mounts of one snapshot share everything,
     equal files of all snapshots share memory, and a mount of what is served already takes
     milliseconds. Other users may read such mounts where the files' modes let them. Stores are
-    opened with the credentials of the environment that the node server is started in.
+    opened with the credentials of the environment that the node server is started in, unless
+    whoever asks brings others.
     """
     import os
 
@@ -144,7 +145,7 @@ def _print_status(settings: Settings, socket: str) -> None:
         output.note(settings, "nothing is mounted through it")
         return
     output.table(
-        ("MOUNT POINT", "REF", "DIGEST", "SINCE", "READ"),
+        ("MOUNT POINT", "REF", "DIGEST", "SINCE", "READ", "FETCHED"),
         [
             (
                 output.printable(one["mountpoint"]),
@@ -152,6 +153,7 @@ def _print_status(settings: Settings, socket: str) -> None:
                 f"@{one['digest'][:12]}",
                 output.age(one["started"]),
                 output.size(one["bytes_read"]),
+                output.size(one["bytes_fetched"]),
             )
             for one in found["mounts"]
         ],

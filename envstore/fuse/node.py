@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from traceback import extract_tb
 from typing import Any
 
 import trio
@@ -97,7 +98,8 @@ class Node:
                     answer = {"error": told(UsageError(f"not a question: {error} is missing"))}
                 except Exception as error:  # noqa: BLE001 - whatever was asked, others go on
                     # Only its kind: some tell what they were about, and that may be a secret.
-                    kind = type(error).__name__
+                    kind, place = type(error).__name__, extract_tb(error.__traceback__)[-1]
+                    _log.warning("no answer: %s in %s:%s", kind, place.name, place.lineno)
                     answer = {"error": told(UsageError(f"not a question: {kind}"))}
                 await stream.send_all(json.dumps(answer).encode())
 
