@@ -51,7 +51,8 @@ class Cluster:
     ``denied`` are pairs of a method and a word in the path that are answered with 403. ``proxied``
     answers what is asked of a pod by ``name:port``; without, it does not answer at all.
     ``volume`` is what containers see as their volume. ``hold`` keeps pods from starting,
-    ``why`` is then what events say. ``anybody`` may ask, as kubectl says who it is over TLS only.
+    ``why`` is then what events say. Answers come in pieces of ``drip`` bytes, slowly, if it is set.
+    ``anybody`` may ask, as kubectl says who it is over TLS only.
     """
 
     directory: Path
@@ -70,6 +71,7 @@ class Cluster:
     hold: bool = False
     why: tuple[str, str] | None = None
     page: int = 1000
+    drip: int = 0
     anybody: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
     gate: threading.Event = field(default_factory=threading.Event)
@@ -303,7 +305,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            for at in range(0, len(data), self.cluster.drip or len(data) or 1):
+                self.wfile.write(data[at : at + (self.cluster.drip or len(data))])
+                if self.cluster.drip:
+                    self.wfile.flush()
+                    self.cluster.gate.wait(0.2)
         except OSError:
             self.close_connection = True  # whoever asked waits no more
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -23,12 +24,13 @@ from envstore.errors import (
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
+    from urllib3.response import BaseHTTPResponse
 
 CONNECTIONS = 16
 """How many threads may ask at the same time without waiting for each other."""
 
 _WITHIN, _CONNECT_WITHIN = 30.0, 10.0
-_LONGEST = 64 << 20
+_LONGEST = 32 << 20
 _PAGE = 500
 _LONGEST_SHOWN = 300
 
@@ -127,6 +129,7 @@ class Cluster:
             headers[str(one["key"])] = str(one["value"])
         if body is not None:
             headers["Content-Type"] = "application/json"
+        end = time.monotonic() + within
         try:
             answer = self._client.rest_client.pool_manager.request(
                 method,
@@ -139,7 +142,7 @@ class Cluster:
                 preload_content=False,
             )
             with answer:
-                data = answer.read(_LONGEST + 1)
+                data = _read(answer, end)
         except urllib3.exceptions.HTTPError as error:
             reason = str(getattr(error, "reason", None) or error).rpartition("): ")[2]
             raise UnavailableError(
@@ -148,9 +151,22 @@ class Cluster:
         return _parsed(answer.status, data)
 
 
+def _read(answer: BaseHTTPResponse, end: float) -> bytes:
+    """Return the body, of which all must come until ``end``: some send a byte now and then.
+
+    The connection is not used again if there is more of it than is ever sensible.
+    """
+    data = bytearray()
+    while piece := answer.read1(1 << 16):
+        data += piece
+        if len(data) > _LONGEST:
+            raise UnavailableError(f"the cluster's answer is longer than {_LONGEST >> 20} MiB")
+        if time.monotonic() > end:
+            raise UnavailableError("the cluster's answer takes too long")
+    return bytes(data)
+
+
 def _parsed(status: int, data: bytes) -> dict[str, Any]:
-    if len(data) > _LONGEST:
-        raise UnavailableError(f"the cluster's answer is longer than {_LONGEST} bytes")
     try:
         found = json.loads(data)
     except ValueError:

@@ -115,7 +115,7 @@ def _ask(
         _fill(report, told)
     except EnvstoreError as error:
         report.problems.append(f"{_name(pod)} does not tell: {error.message}")
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         report.problems.append(f"{_name(pod)} tells what this version does not understand")
 
 

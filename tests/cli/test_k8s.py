@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 
 from envstore.csi import reading
+from envstore.csi.cluster import Cluster as ApiServer
 from envstore.csi.metrics import Calls, Pages, Sources
 from envstore.csi.request import CANONICAL_PREFIX, VolumeRequest, parse_request
 from envstore.csi.warmup import fitting
+from envstore.errors import UnavailableError
 from envstore.store.profiles import Range, new_profile, save_profile
 from envstore.store.repository import Repository
 from tests.cluster import TOKEN, Cluster, running_cluster
@@ -295,6 +297,20 @@ def test_status_says_what_is_not_ready(stored: Cli, cluster: Cluster) -> None:
     failed = stored("--json", "k8s", "status")
     assert failed.status == 1
     assert failed.json["ready"] is False
+
+
+def test_answers_that_take_too_long(cluster: Cluster, tmp_path: Path) -> None:
+    config = str(cluster.kubeconfig(tmp_path / "config"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", config)
+        opened = ApiServer.open()
+        cluster.drip = 1
+        with pytest.raises(UnavailableError, match="takes too long"):
+            opened.get("api", "v1", within=0.5)
+        cluster.drip = 0
+        patch.setattr("envstore.csi.cluster._LONGEST", 100)
+        with pytest.raises(UnavailableError, match="longer than"):
+            opened.get("api", "v1")
 
 
 def test_status_is_for_those_who_may_ask(stored: Cli, cluster: Cluster, tmp_path: Path) -> None:
