@@ -97,6 +97,7 @@ def test_a_driver_tells_what_it_has_published(watched: Site) -> None:
         }
         snapshot = watched.store.repository.resolve("env").hex()
         assert (volume["ref"], volume["digest"]) == ("default/env:latest", snapshot)
+        assert volume["store"] == "default"
         assert (volume["condition"], volume["bytes_read"]) == ("ok", len(data))
         assert 0 < volume["bytes_fetched"] <= found["node_server"]["bytes_fetched"]
         assert volume["requests"] > 0
