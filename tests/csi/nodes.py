@@ -139,7 +139,7 @@ class Node(Live):
         self.stub = csi_pb2_grpc.NodeStub(channel)
         return self.stub
 
-    def start(self, program: str = "") -> subprocess.Popen[str]:
+    def start(self, program: str = "", *, wait: bool = True) -> subprocess.Popen[str]:
         """Start the driver as a process of its own, after ``program`` has run in it."""
         path = self.base / "csi.sock"
         path.unlink(missing_ok=True)
@@ -152,6 +152,8 @@ class Node(Live):
         with (self.base / "driver.log").open("a") as log:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log, text=True)
         self._started.append(process)
+        if not wait:
+            return process
         until(lambda: path.exists() or process.poll() is not None, "the driver's start")
         assert path.exists(), (self.base / "driver.log").read_text()
         self.connect(str(path))
@@ -269,6 +271,14 @@ class Node(Live):
             )
             with contextlib.suppress(grpc.RpcError):
                 self.stub.NodeUnpublishVolume(request, timeout=PATIENCE)
+
+    def descriptors(self) -> int:
+        """Return how many files all processes have open together, this one included."""
+        found = 0
+        for pid in (*self.processes(), os.getpid()):
+            with contextlib.suppress(FileNotFoundError):
+                found += len(os.listdir(f"/proc/{pid}/fd"))
+        return found
 
     def server_pid(self) -> int:
         return int(ask_lasting(self.socket, PATIENCE, ask="status")["server_pid"])

@@ -15,7 +15,7 @@ import pytest
 from envstore.csi.config import DriverConfig, NamedStore, Rule
 from envstore.csi.proto import csi_pb2 as pb
 from tests.csi.nodes import Node, capability, inline, made_node, refused
-from tests.fuse.lives import PATIENCE, ROOT, within
+from tests.fuse.lives import PATIENCE, ROOT, until, within
 
 pytestmark = pytest.mark.skipif(not ROOT, reason="a node server takes root")
 
@@ -402,9 +402,9 @@ def test_what_others_put_at_a_target_is_left(node: Node) -> None:
 
 def test_fifty_volumes_at_once(node: Node) -> None:
     pods = [f"pod-{number}" for number in range(50)]
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = processes = 0
     with ThreadPoolExecutor(50) as pool:
-        for _ in range(2):
+        for turn in range(2):
             targets = [*pool.map(node.publish, pods)]
             assert sorted(node.mounted()) == sorted(map(str, targets))
             assert len(node.leases()) == len(node.records()) == 50
@@ -414,7 +414,10 @@ def test_fifty_volumes_at_once(node: Node) -> None:
             assert not any(one.abnormal for one in conditions)
             list(pool.map(node.unpublish, pods))
             assert node.left() == []
-    assert len(os.listdir("/proc/self/fd")) <= descriptors + 5
+            if not turn:
+                descriptors, processes = node.descriptors(), len(node.processes())
+    until(lambda: len(node.processes()) <= processes, "the end of all helpers")
+    until(lambda: node.descriptors() <= descriptors, "the end of all open files")
 
 
 def test_one_target_at_once(node: Node) -> None:

@@ -118,6 +118,26 @@ def test_a_driver_killed_at_any_step_leaves_nothing(node: Node) -> None:
     node.unpublish("pod-1")
 
 
+def test_a_driver_killed_while_it_mends_is_no_worse(node: Node) -> None:
+    armed = node.base / "armed"
+    node.serve(keep=False)
+    target = node.publish("pod-1")
+    node.stop()
+    subprocess.run(["umount", "-l", target], check=True)
+    armed.touch()
+    for step in ("take", "show"):
+        driver = node.start(
+            _DYING.format(armed=str(armed), owner="NodeServer", step=step, after=True), wait=False
+        )
+        assert driver.wait(PATIENCE) == -signal.SIGKILL
+    armed.unlink()
+    node.serve()
+    until(lambda: len(node.leases()) == 1, "the end of other leases")
+    until(lambda: works(node, "pod-1"), "a publish")
+    assert node.mounted() == [str(target)]
+    until(lambda: unpublished(node, "pod-1"), "the end of the mount")
+
+
 def test_volumes_outlive_the_driver(node: Node) -> None:
     driver = node.start()
     target = node.publish("pod-1")
