@@ -306,18 +306,16 @@ class Volumes:
     def find(self, source: Source, domain: str, manifest: bytes, prefix: bytes) -> int:
         """Return the slot a snapshot has or had, or else a new one.
 
-        What is the same at every prefix has one slot, else each prefix has one. ``domain`` is
-        the store's id, whatever its URL.
+        What is the same at every prefix has one slot, else each prefix has one. ``domain`` is the
+        store's id. Another URL may lie about that, so what is served from one is not to be had
+        by asking for it at another.
         """
         bodies = {slot: volume.keepsake.body for slot, volume in self._volumes.items()}
         bodies |= {slot: keepsake.body for slot, keepsake in self._dormant.items()}
+        wanted = source, domain, manifest.hex()
         for slot, body in bodies.items():
-            same = (body["domain"], body["manifest"]) == (domain, manifest.hex())
-            if (
-                same
-                and Source.kept(body).given == source.given
-                and prefix_of(body) in (b"", prefix)
-            ):
+            found = Source.kept(body), body["domain"], body["manifest"]
+            if found == wanted and prefix_of(body) in (b"", prefix):
                 return slot
         return max(bodies, default=0) + 1
 

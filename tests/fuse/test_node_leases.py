@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from envstore.fuse.mount import unmount
 from envstore.fuse.sockets import ask
 from envstore.fuse.supplies import Source
 from envstore.fuse.warming import Warmer
+from envstore.store.snapshots import save_snapshot
 from tests.fuse.lives import PATIENCE, ROOT, lived, until
 from tests.fuse.test_node import BIG, Site
+from tests.stores import Store
 from tests.trees import noise
 
 pytestmark = pytest.mark.skipif(not ROOT, reason="a node server takes root")
@@ -242,6 +246,18 @@ def test_what_a_node_knows_needs_no_store(site: Asking) -> None:
     with pytest.raises(EnvstoreError):
         site.take("one", id="e" * 16)
     (site.base / "away").rename(site.store.path(""))
+
+
+def test_a_store_that_lies_about_its_id_gets_nothing_of_another(site: Asking) -> None:
+    site.add("one", {"file": b"secret"})
+    site.take("one")
+    with Store(site.base / "liar") as liar:
+        shutil.copy(site.store.path("envstore.json"), liar.path("envstore.json"))
+        snapshot = replace(site.store.snapshot("one"), message="mine")
+        name = save_snapshot(liar.repository.objects, snapshot)
+        with pytest.raises(NotFoundError):
+            site.take(f"@{name.hex()}", store=liar.url, id="f" * 16)
+    assert site.ids() == [LEASE]
 
 
 def test_what_each_snapshot_has_fetched_is_told(site: Asking) -> None:
