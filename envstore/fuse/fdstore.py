@@ -26,7 +26,7 @@ if __name__ == "__main__":  # at the end, so that it can hide nothing
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from envstore.fuse.channel import Channel, Message
-from envstore.fuse.limits import OPEN_FILES, allow_many_files
+from envstore.fuse.limits import allow_many_files
 
 FORMAT = 1
 """Of what is said here, between versions."""
@@ -47,24 +47,23 @@ class _Deposit:
         self.whole = False
 
     def take(self, message: Message) -> None:
-        """Do what the node server says."""
-        match message.kind:
-            case "kept":
-                _close(self.files)
-                self.kept, self.files = message.body, message.files
-                # The device is sent behind all that have names.
-                named = len(message.body["names"])
-                self.device = message.files[named] if len(message.files) > named else -1
-            case "keep":
-                self.drop(message.body["key"])
-                self.keepsakes[message.body["key"]] = (message.body, message.files)
-            case "drop":
-                self.drop(message.body["key"])
-            case "whole":
-                self.whole = self.device >= 0
-            case _:
-                _close(message.files)
-                raise ValueError("not known here")
+        """Do what the node server says. Raises ``ValueError``, ``KeyError``, ``TypeError``."""
+        body, files = message.body, message.files
+        if message.kind == "kept":
+            # The device is sent behind all that have names.
+            named = len(body["names"])
+            _close(self.files)
+            self.kept, self.files = body, files
+            self.device = files[named] if len(files) > named else -1
+        elif message.kind == "keep":
+            self.drop(body["key"])
+            self.keepsakes[body["key"]] = (body, files)
+        elif message.kind == "drop" and not files:
+            self.drop(body["key"])
+        elif message.kind == "whole" and not files:
+            self.whole = self.device >= 0
+        else:
+            raise ValueError("not known here")
 
     def drop(self, key: str) -> None:
         _, files = self.keepsakes.pop(key, (None, ()))
@@ -154,6 +153,7 @@ class FdStore:
                 self._callers.pop(0).close()
 
     def _hear(self, channel: Channel) -> None:
+        message = None
         try:
             message = channel.receive()
             if message is None:
@@ -166,13 +166,13 @@ class FdStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             _say(f"a caller is cut off: {error!r}")
             self._hung_up(channel)
+            _close(tuple(fd for fd in message.files if fd != self._life) if message else ())
 
     def _greeted(self, channel: Channel, message: Message) -> None:
         """See who somebody is, and give him what is his to have."""
         if message.kind != "hello" or len(message.files) != 1:
-            _close(message.files)
             raise ValueError("not a greeting")
-        (life,) = message.files
+        (life,), own = message.files, bool(message.body["own"])
         if self._life >= 0 and _closed(self._life):
             self._on_life()
         if message.body["format"] != FORMAT:
@@ -182,7 +182,7 @@ class FdStore:
         else:
             self._forget_life()
             self._life, self._owner, self._coming = life, channel, _Deposit()
-            if self._held is None or message.body["own"]:
+            if self._held is None or own:
                 channel.send("begin")
             else:
                 _say(f"a node server takes over {self._held.count()} descriptors")
@@ -192,21 +192,20 @@ class FdStore:
         channel.close()
 
     def _told(self, owner: Channel, message: Message) -> None:
-        if message.kind == "forget":
+        if message.kind == "forget" and not message.files:
             self._drop()
             self._coming = _Deposit()
             owner.send("forgotten")
             return
-        if message.kind == "sync":
+        if message.kind == "sync" and not message.files:
             owner.send("synced")
             return
         deposit = self._coming or self._held
         if deposit is None:
-            _close(message.files)
             raise ValueError("there is nothing to change")
-        deposit.take(message)
-        if deposit.count() > OPEN_FILES // 2 or len(deposit.keepsakes) > _MOST_KEEPSAKES:
+        if len(deposit.keepsakes) > _MOST_KEEPSAKES:  # of few descriptors each
             raise ValueError("too much to keep")
+        deposit.take(message)
         if deposit is self._coming and deposit.whole:
             self._drop()
             self._held, self._coming = deposit, None

@@ -8,10 +8,11 @@ import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,11 +21,14 @@ from typing import Any
 import pytest
 
 from envstore.errors import EnvstoreError
+from envstore.fuse.channel import Channel
+from envstore.fuse.deposit import open_life
+from envstore.fuse.fdstore import FORMAT
 from envstore.fuse.mount import unmount
 from envstore.fuse.mountinfo import find_mount
 from envstore.fuse.overlay import probe
 from envstore.fuse.records import RecordFiles
-from envstore.fuse.sockets import ask
+from envstore.fuse.sockets import ask, short_address
 from envstore.fuse.upgrade import upgrade_mount
 from tests.fuse.lives import PATIENCE, ROOT, gone, kill, lived, until, within
 from tests.fuse.test_node import drop_caches
@@ -79,13 +83,18 @@ class Kept(Pods):
         """Return when the fdstore that was started last has said this."""
         until(lambda: what in self.store_log().read_text(), what)
 
-    def begin(self, script: str = "", **request: Any) -> subprocess.Popen[str]:
-        """Start a node server; does not wait until it serves."""
+    def store_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.stores[-1].pid}/fd"))
+
+    def begin(
+        self, script: str = "", inside: Sequence[str] = (), **request: Any
+    ) -> subprocess.Popen[str]:
+        """Start a node server by way of the program ``inside``; it may not serve yet."""
         program = _NODE.format(root=str(_ROOT), script=script)
         wanted = replace(self.request, **request)
         with (self.base / "log").open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", program, json.dumps(asdict(wanted))],
+                [*inside, sys.executable, "-c", program, json.dumps(asdict(wanted))],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -93,9 +102,11 @@ class Kept(Pods):
         self.nodes.append(process)
         return process
 
-    def serve(self, script: str = "", **request: Any) -> subprocess.Popen[str]:
+    def serve(
+        self, script: str = "", inside: Sequence[str] = (), **request: Any
+    ) -> subprocess.Popen[str]:
         """Start a node server; returns when it serves."""
-        process = self.begin(script, **request)
+        process = self.begin(script, inside, **request)
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
         said = process.stdout.readline() if ready else "nothing"
@@ -210,6 +221,7 @@ def test_all_processes_are_killed_under_readers(kept: Kept) -> None:
         kept.put(lease, target)
     before = {place: inodes(place) for place in leases}
     kept.deposited()
+    files = kept.store_files()
     with reading(kept, one, two):
         for _ in range(2):
             kept.kill_all()
@@ -221,6 +233,7 @@ def test_all_processes_are_killed_under_readers(kept: Kept) -> None:
             said, _ = asking.communicate(timeout=PATIENCE)
             assert said == "serving\n"
             kept.deposited()
+    until(lambda: kept.store_files() == files, "closing what was replaced")
     drop_caches()
     assert {place: inodes(place) for place in leases} == before
     found = {one["target"]: (one["id"], one["alive"]) for one in kept.look()}
@@ -239,7 +252,7 @@ def test_all_processes_are_killed_under_readers(kept: Kept) -> None:
 
 _ASK = """
 import sys
-from envstore.fuse.sockets import ask
+from envstore.fuse.sockets import ask, short_address
 print(ask(sys.argv[1], 60.0, ask="state")["state"])
 """
 
@@ -480,6 +493,46 @@ def test_another_container_goes_on(kept: Kept, monkeypatch: pytest.MonkeyPatch) 
     until(lambda: not kept.pids())
 
 
+_CONTAINER = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+_CONTAINER += ["--mount", "--propagation", "unchanged"]
+
+
+def test_containers_whose_first_process_is_killed(kept: Kept) -> None:
+    """Each has processes and mounts of its own, and shows others what it mounts at targets."""
+    kept.push(files=5)
+    for place, how in ((kept.base, "--make-private"), (kept.pods, "--make-shared")):
+        subprocess.run(["mount", "--bind", place, place], check=True, timeout=30)
+        subprocess.run(["mount", how, place], check=True, timeout=30)
+    kept.serve(inside=_CONTAINER)
+    assert find_mount(str(kept.place)) is None
+    fast = "auto" if probe(kept.base / "cache") is None else "off"
+    one, two = kept.pods / "one", kept.pods / "two"
+    leases = {one: live_lease(kept), two: live_lease(kept, fast)}
+    for target, lease in leases.items():
+        kept.put(lease, target)
+    before = {place: inodes(place) for place in leases}
+    with reading(kept, one, two):
+        for _ in range(2):
+            kept.deposited()
+            (container,) = [one for one in kept.nodes if one.poll() is None]
+            first = f"/proc/{container.pid}/task/{container.pid}/children"
+            pids = kept.pids()
+            kill(int(Path(first).read_text()))
+            container.wait(PATIENCE)
+            until(lambda pids=pids: gone(*pids), "the end of all")  # type: ignore[misc]
+            kept.serve(inside=_CONTAINER)
+            assert {one["target"] for one in kept.look() if one["alive"]} == set(map(str, leases))
+    for target, lease in leases.items():
+        kept.put(lease, target)
+    assert {place: inodes(place) for place in leases} == before
+    third = kept.pods / "three"
+    kept.put(live_lease(kept), third)
+    assert inodes(third) == before[one]
+    for target in (one, two, third):
+        kept.hide(target)
+        assert not target.exists()
+
+
 def test_what_is_unmounted_while_nobody_serves_is_forgotten(kept: Kept) -> None:
     kept.serve()
     kept.deposited()
@@ -542,3 +595,66 @@ def answers(kept: Kept) -> bool:
         return bool(ask(kept.socket, 10.0, ask="state")["state"] == "serving")
     except EnvstoreError:
         return False
+
+
+def test_nonsense_at_an_fdstore(tmp_path: Path) -> None:
+    base = tmp_path
+    script = _ROOT / "envstore/fuse/fdstore.py"
+    path = base / "fdstore.sock"
+    argv = [sys.executable, "-E", "-P", "-S", script, path]
+    with (base / "log").open("wb") as log:
+        store = subprocess.Popen(argv, stderr=log)
+    try:
+        until(lambda: "listening" in (base / "log").read_text())
+        assert path.stat().st_mode & 0o777 == 0o600
+        taken = subprocess.run(argv, stderr=subprocess.PIPE, timeout=PATIENCE, check=False)
+        assert taken.returncode == 1
+        assert b"listens there already" in taken.stderr
+        files = len(os.listdir(f"/proc/{store.pid}/fd"))
+
+        def caller() -> Channel:
+            end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with short_address(path) as address:
+                end.connect(address)
+            end.settimeout(PATIENCE)
+            return Channel(end)
+
+        for data in (b"", b"x", b"[]", b"{}", b"5", b'{"kind": 5}', b"\xff" * 200_000):
+            channel = caller()
+            channel.socket.send(data[:100_000])
+            channel.close()
+        for kind, count in (("hello", 0), ("hello", 2), ("kept", 1), ("keep", 1), ("sync", 1)):
+            channel = caller()
+            with ExitStack() as stack:
+                opened = [stack.enter_context(open(os.devnull, "rb")) for _ in range(count)]
+                channel.send(kind, tuple(one.fileno() for one in opened), key="x", format=1)
+            assert channel.receive() is None
+            channel.close()
+        silent = [caller() for _ in range(40)]
+        with ExitStack() as stack:
+            life = {name: stack.enter_context(os.fdopen(fd, "r" if name == "watch" else "w"))
+                    for name, fd in open_life().items()}  # fmt: skip
+            owner = caller()
+            owner.send("hello", (life["watch"].fileno(),), format=FORMAT, own=False)
+            answer = owner.receive()
+            assert answer is not None
+            assert answer.kind == "begin"
+            other = caller()
+            with open(os.devnull, "rb") as null:
+                other.send("hello", (null.fileno(),), format=FORMAT, own=False)
+                answer = other.receive()
+                assert answer is not None
+                assert answer.kind == "busy"
+            owner.send("keep", (life["watch"].fileno(),), nothing="here")
+            assert owner.receive() is None
+        for channel in (*silent, owner, other):
+            channel.close()
+        until(lambda: len(os.listdir(f"/proc/{store.pid}/fd")) == files, "closing files")
+        resident = Path(f"/proc/{store.pid}/status").read_text().partition("VmRSS:")[2].split()[0]
+        assert int(resident) < 20 << 10
+        store.terminate()
+        assert store.wait(PATIENCE) == 0
+        assert not path.exists()
+    finally:
+        store.kill()
+        store.wait(PATIENCE)
