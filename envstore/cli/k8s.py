@@ -35,6 +35,12 @@ _path_option = click.option(
     show_default=True,
     help="Where pods see it: files are made for this path.",
 )
+_secret_option = click.option(
+    "--secret",
+    metavar="NAME",
+    default="",
+    help="Secret of the pods' namespace with the keys to the store, where it wants them so.",
+)
 _profile_option = click.option(
     "--profile",
     metavar="NAME",
@@ -81,6 +87,7 @@ def k8s() -> None:
 @click.option("--image", metavar="IMAGE", help="Image of the container.")
 @_path_option
 @_store_option
+@_secret_option
 @_profile_option
 @click.option(
     "--fast-path",
@@ -105,6 +112,7 @@ def manifest(
     image: str | None,
     prefix: str,
     store_name: str,
+    secret: str,
     profile: str,
     fast_path: str,
     pin: bool,
@@ -127,7 +135,8 @@ def manifest(
         fast_path=fast_path,
     )
     called = name or snippets.name_for(wanted)
-    wish = snippets.Wish(volume, kind, called, namespace, image or snippets.DEFAULT_IMAGE)
+    shown = image or snippets.DEFAULT_IMAGE
+    wish = snippets.Wish(volume, kind, called, namespace, shown, secret)
     text = snippets.write(wish)
     if settings.json:
         import yaml
@@ -225,6 +234,7 @@ def _row(node: NodeReport) -> tuple[str, ...]:
 )
 @_context_option
 @_store_option
+@_secret_option
 @_path_option
 @_profile_option
 @click.option("--whole", is_flag=True, help="Read everything, not just what the profile names.")
@@ -259,6 +269,7 @@ def warm(
     namespace: str | None,
     context: str | None,
     store_name: str,
+    secret: str,
     prefix: str,
     profile: str,
     whole: bool,
@@ -310,6 +321,7 @@ def warm(
         snippets.check_image(image or warmup.driver_image(cluster, driver_namespace)),
         timeout,
         tasks,
+        secret and snippets.check_label(secret, "a Secret"),
     )
     running = warmup.Warmup(cluster, order, targets)
     _run(settings, running, wait)

@@ -28,7 +28,8 @@ class Wish:
     """What a manifest is to say. ``image`` is that of a container that uses the volume.
 
     ``name`` and ``namespace`` are DNS labels; an empty ``namespace`` leaves the choice to
-    kubectl. ``kind`` is one of ``KINDS``.
+    kubectl. ``kind`` is one of ``KINDS``. ``secret`` names the Secret with the keys to the store,
+    where every volume brings its own.
     """
 
     volume: VolumeRequest
@@ -36,6 +37,7 @@ class Wish:
     name: str
     namespace: str
     image: str = DEFAULT_IMAGE
+    secret: str = ""
 
 
 def asked_for(
@@ -115,6 +117,8 @@ def write(wish: Wish) -> str:
     check_image(wish.image)
     if wish.namespace:
         check_label(wish.namespace, "a namespace")
+    if wish.secret:
+        check_label(wish.secret, "a Secret")
     makers = {"pod": _pod, "job": _job, "pvc": _dynamic, "pv": _static}
     return makers[wish.kind](wish)
 
@@ -147,6 +151,14 @@ def _prefix(volume: VolumeRequest) -> str:
     )
 
 
+def _keys(wish: Wish, namespace: str) -> str:
+    """Return the line that names the Secret of a volume."""
+    if not wish.secret:
+        return ""
+    where = f", namespace: {_text(namespace)}" if namespace else ""
+    return f"    nodePublishSecretRef: {{name: {_text(wish.secret)}{where}}}\n"
+
+
 def _template(wish: Wish) -> str:
     """Return the spec of a pod with an inline volume."""
     volume = wish.volume
@@ -165,8 +177,7 @@ def _template(wish: Wish) -> str:
         "  csi:\n"
         f"    driver: {NAME}\n"
         "    readOnly: true\n"
-        "    # For a store that wants keys with every volume, a Secret of this namespace:\n"
-        "    # nodePublishSecretRef: {name: MY-KEYS}\n"
+        f"{_keys(wish, '')}"
         "    volumeAttributes:\n"
         f"{indent(_pinned(volume), ' ' * 6)}"
         f"{_listed(attributes(volume), 6)}"
@@ -216,19 +227,25 @@ def _dynamic(wish: Wish) -> str:
         if volume.digest
         else "# The tag is looked up when a claim is made, and stays what it is for that claim.\n"
     )
+    given = attributes(volume)
+    if wish.secret:
+        given["csi.storage.k8s.io/node-publish-secret-name"] = wish.secret
+        given["csi.storage.k8s.io/node-publish-secret-namespace"] = "${pvc.namespace}"
     return (
         "# Claims of this class are volumes of one snapshot; no data is moved to make one.\n"
         "# Making a class takes an administrator of the cluster, and the driver's controller.\n"
         "apiVersion: storage.k8s.io/v1\nkind: StorageClass\n"
         f"metadata:\n  name: {_text(wish.name)}\n"
         f"provisioner: {NAME}\nreclaimPolicy: Delete\nvolumeBindingMode: Immediate\n"
-        f"parameters:\n{indent(comment, '  ')}{_listed(attributes(volume), 2)}"
+        f"parameters:\n{indent(comment, '  ')}{_listed(given, 2)}"
         f"{_claim(wish, wish.name)}"
     )
 
 
 def _static(wish: Wish) -> str:
     volume = wish.volume
+    if wish.secret and not wish.namespace:
+        raise UsageError("a volume's Secret is in a namespace", hint="say which: --namespace")
     words = [wish.namespace, wish.name, volume.digest[:_SHORT]]
     name = "-".join(filter(None, words))
     claim = f"  claimRef:\n    namespace: {_text(wish.namespace)}\n    name: {_text(wish.name)}\n"
@@ -246,8 +263,7 @@ def _static(wish: Wish) -> str:
         f"    driver: {NAME}\n"
         f"    volumeHandle: {_text(name)}\n"
         "    readOnly: true\n"
-        "    # For a store that wants keys with every volume, a Secret:\n"
-        "    # nodePublishSecretRef: {name: MY-KEYS, namespace: MINE}\n"
+        f"{_keys(wish, wish.namespace)}"
         "    volumeAttributes:\n"
         f"{indent(_pinned(volume), ' ' * 6)}"
         f"{_listed(attributes(volume), 6)}"

@@ -53,6 +53,7 @@ class Order:
     """What to warm nodes with.
 
     ``tasks`` are the ranges to read, ``None`` for everything. ``patience`` is in seconds.
+    ``secret`` names the Secret with the keys to the store, where every volume brings its own.
     """
 
     volume: VolumeRequest
@@ -60,6 +61,7 @@ class Order:
     image: str
     patience: int
     tasks: Sequence[reading.Task] | None
+    secret: str = ""
 
 
 @dataclass(slots=True)
@@ -164,7 +166,13 @@ def job(order: Order, node: str, name: str, run: str) -> dict[str, Any]:
         },
         "volumeMounts": [{"name": "env", "mountPath": _PLACE, "readOnly": True}],
     }
-    volume = {"driver": NAME, "readOnly": True, "volumeAttributes": attributes(order.volume)}
+    volume: dict[str, Any] = {
+        "driver": NAME,
+        "readOnly": True,
+        "volumeAttributes": attributes(order.volume),
+    }
+    if order.secret:
+        volume["nodePublishSecretRef"] = {"name": order.secret}
     spec = {
         "nodeName": node,
         "restartPolicy": "Never",

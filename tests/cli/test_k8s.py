@@ -113,8 +113,10 @@ def test_kubectl_takes_every_manifest(stored: Cli, cluster: Cluster, tmp_path: P
         pytest.skip("needs kubectl")
     cluster.anybody = True
     api = client.ApiClient()
+    more = ("--secret", "keys", "--namespace", "science")
     for kind in ("pod", "job", "pvc", "pv"):
-        found = stored.json("k8s", "manifest", "tree", "--kind", kind)
+        found = stored.json("k8s", "manifest", "tree", "--kind", kind, *more)
+        assert "secret" in str(found["documents"]).lower()
         done = subprocess.run(
             [
                 *(KUBECTL, "--cache-dir", tmp_path / "cache", "apply", "--dry-run=client"),
@@ -172,6 +174,8 @@ def test_a_manifest_without_a_store(cli: Cli) -> None:
         (["tree", "--name", "x" * 53], "at most 52"),
         (["tree", "--namespace", "a\nb"], "cannot be the name of a namespace"),
         (["tree", "--namespace", "-"], "cannot be the name of a namespace"),
+        (["tree", "--secret", "a/b"], "cannot be the name of a Secret"),
+        (["tree", "--secret", "keys", "--kind", "pv"], "--namespace"),
         (["tree", "--image", "a b"], "no name of an image"),
         (["tree", "--image", 'x"\n  privileged: true'], "no name of an image"),
         (["tree", "--mount-path", "/a:b"], "colon"),
@@ -384,7 +388,8 @@ def test_warm_reads_what_a_start_reads(warmed: Cli, cluster: Cluster, tree: Path
 
 def test_the_pods_have_no_rights(warmed: Cli, cluster: Cluster) -> None:
     """What they are made of passes the strictest level of pod security, and asks as pods do."""
-    warmed.ok("k8s", "warm", "tree", "--node", "a", "--store-name", "main", "--profile", "start")
+    words = ("--store-name", "main", "--profile", "start", "--secret", "keys")
+    warmed.ok("k8s", "warm", "tree", "--node", "a", *words)
     (made,) = cluster.made
     assert made["metadata"]["namespace"] == "science"
     limits = {"activeDeadlineSeconds": 900, "backoffLimit": 0, "ttlSecondsAfterFinished": 600}
@@ -398,6 +403,7 @@ def test_the_pods_have_no_rights(warmed: Cli, cluster: Cluster) -> None:
         "prefix": CANONICAL_PREFIX,
         "profile": "start",
     }
+    assert volume["csi"]["nodePublishSecretRef"] == {"name": "keys"}
     assert spec["automountServiceAccountToken"] is False
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -548,6 +554,7 @@ def test_rights_that_are_missing(warmed: Cli, cluster: Cluster) -> None:
         (["--node", "a/../b"], "cannot be the name of a node"),
         (["--node", "a", "--profile", "none"], "--whole"),
         (["--node", "a", "--profile", "other"], "no start of tree was recorded as other"),
+        (["--node", "a", "--secret", "../x"], "cannot be the name of a Secret"),
         (["--node", "a", "--image", "$(x)"], "no name of an image"),
         (["--node", "a", "--namespace", "../x"], "cannot be the name of a namespace"),
         (["--node", "a", "--driver-namespace", "other"], "no DaemonSet"),
