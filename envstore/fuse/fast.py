@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from envstore.errors import EnvstoreError
+from envstore.errors import EnvstoreError, UnsupportedFormatError
 from envstore.fuse.content import Content
 from envstore.fuse.erofs import ensure_image
 from envstore.fuse.forest import OBJECTS
+from envstore.fuse.keeping import MountRequest
 from envstore.fuse.local import LocalFiles
-from envstore.fuse.overlay import mount_fast
+from envstore.fuse.overlay import mount_fast, probe
 from envstore.fuse.session import bind, close_mount
 from envstore.store.cache import BlobCache
 
@@ -27,6 +28,42 @@ def prepare_fast_path(content: Content, cache: BlobCache) -> dict[str, Any]:
     """
     image = ensure_image(content.tree, content.key, cache.root / "images")
     return {"image": str(image), "local": str(LocalFiles(cache).directory)}
+
+
+def wanted_fast_path(
+    request: MountRequest, content: Content, cache: BlobCache
+) -> dict[str, Any] | None:
+    """Return what the fast path of a mount is laid of, ``None`` to do without.
+
+    Raises ``EnvstoreError`` if the request insists on one and there is none.
+    """
+    if not _wants_fast_path(request, cache):
+        return None
+    try:
+        return prepare_fast_path(content, cache)
+    except EnvstoreError as error:
+        if request.fast_path == "on":
+            raise
+        _log.warning("no fast path: %s", error)
+        return None
+
+
+def _wants_fast_path(request: MountRequest, cache: BlobCache) -> bool:
+    """Whether a mount is to be laid over an image; raises if it must be and cannot.
+
+    Such a mount lets other users in, so nobody gets it who has not asked for either.
+    """
+    if request.record or request.fast_path == "off":
+        return False
+    if request.fast_path == "auto" and not (request.allow_other and os.geteuid() == 0):
+        return False
+    reason = probe(cache.root)
+    if reason is None:
+        return True
+    if request.fast_path == "on":
+        raise UnsupportedFormatError(f"no fast path here: {reason}", hint="see: envstore doctor")
+    _log.info("no fast path here: %s", reason)
+    return False
 
 
 def lay_fast_path(

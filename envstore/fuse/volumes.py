@@ -20,12 +20,11 @@ import trio
 from envstore.errors import CorruptError, EnvstoreError, UnsupportedFormatError
 from envstore.fuse.complaints import Complaints
 from envstore.fuse.content import Content, content_from_image, load_content
-from envstore.fuse.fast import prepare_fast_path
+from envstore.fuse.fast import wanted_fast_path
 from envstore.fuse.forest import SECRET_SIZE, Forest, Plot, told_size
 from envstore.fuse.keeping import Keepsake, MountRequest
 from envstore.fuse.ledger import read_counts, write_counts
 from envstore.fuse.metrics import Metrics
-from envstore.fuse.overlay import probe
 from envstore.fuse.prefetch import ProfileSearch, follow
 from envstore.fuse.promote import Promoter
 from envstore.fuse.reader import Reader
@@ -103,7 +102,7 @@ class Volumes:
         repository.snapshot(snapshot)  # two will want it now, and find it in the cache
         self._search = ProfileSearch(repository, snapshot, request.profile)
         content = load_content(repository, snapshot, request.ref, os.fsencode(request.prefix))
-        parts = self._fast_parts(content)
+        parts = wanted_fast_path(request, content, self.cache)
         source = Source(repository.objects.url)
         self.add(0 if parts is None else 1, source, repository, content)
         if parts is not None:
@@ -392,38 +391,6 @@ class Volumes:
         apart = [volume.metrics for slot, volume in self._volumes.items() if slot]
         found = self.metrics.including(apart).report(total)
         return {**found, "recording": self._recorder.report()} if self._recorder else found
-
-    def _fast_parts(self, content: Content) -> dict[str, Any] | None:
-        """Return what the fast path is laid of, ``None`` to do without."""
-        if not self._wants_fast_path():
-            return None
-        try:
-            return prepare_fast_path(content, self.cache)
-        except EnvstoreError as error:
-            if self._request.fast_path == "on":
-                raise
-            _log.warning("no fast path: %s", error)
-            return None
-
-    def _wants_fast_path(self) -> bool:
-        """Whether the mount is to be laid over an image; raises if it must be and cannot.
-
-        Such a mount lets other users in, so nobody gets it who has not asked for either.
-        """
-        request = self._request
-        if request.record or request.fast_path == "off":
-            return False
-        if request.fast_path == "auto" and not (request.allow_other and os.geteuid() == 0):
-            return False
-        reason = probe(self.cache.root)
-        if reason is None:
-            return True
-        if request.fast_path == "on":
-            raise UnsupportedFormatError(
-                f"no fast path here: {reason}", hint="see: envstore doctor"
-            )
-        _log.info("no fast path here: %s", reason)
-        return False
 
     # --- parts ----------------------------------------------------------------------------------
 
