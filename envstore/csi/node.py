@@ -100,22 +100,45 @@ class NodeService(csi_pb2_grpc.NodeServicer):
                 publisher.publish(record, grant, left)
             return
         _check_same(known, record)
-        grant = self._grant_again(known, keys, left)
-        if not publisher.is_alive(known.target):
-            with self._watched(known):
-                publisher.restore(known, grant, left)
-        elif publisher.keys_are_new(known, grant):
+        with self._lasting(known):
+            grant = self._grant_again(known, keys, left)
+            if not publisher.is_alive(known.target):
+                with self._watched(known):
+                    publisher.restore(known, grant, left)
+                return
+        if publisher.keys_are_new(known, grant):
             publisher.refresh(known, grant, left)
 
     def _grant_again(self, known: Publication, keys: Mapping[str, str], left: Left) -> Grant:
-        """Return what a volume may use now, and unmount it if that is nothing any more."""
+        """Return what a volume may use now, and unmount it if that is nothing any more.
+
+        The record stays until the kubelet unpublishes: until then it may be granted again.
+        """
         try:
             return self._grants.grant_again(known, keys, left)
         except RefusedError as refused:
             if refused.code is grpc.StatusCode.PERMISSION_DENIED:
                 _log.warning("unmounting %s: %s", known.target, refused.message)
-                self._publisher.withdraw(known)
+                self._publisher.suspend(known)
             raise
+
+    @contextmanager
+    def _lasting(self, known: Publication) -> Iterator[None]:
+        """Refuse what is published already with a code that promises nothing: ``ABORTED``.
+
+        At one that says that all is over, most kubelets delete what they know of a volume that is
+        not mounted any more. Then they never unpublish it, and the pod does not end (Kubernetes
+        issue 121271, mended in some releases of 1.34 and in 1.37).
+        """
+        try:
+            yield
+        except (RefusedError, EnvstoreError) as error:
+            refused = error if isinstance(error, RefusedError) else RefusedError.of(error)
+            if refused.code in _UNTOLD or refused.code is grpc.StatusCode.UNAVAILABLE:
+                raise refused from None
+            if known.request.pod is not None:
+                self._teller.refused(known.request.pod, refused.message)
+            raise RefusedError(grpc.StatusCode.ABORTED, refused.message) from None
 
     @contextmanager
     def _told(self, pod: Pod | None) -> Iterator[None]:

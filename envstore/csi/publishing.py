@@ -160,6 +160,15 @@ class Publisher:
         """Whether the node server has not been given these keys for a volume, if any."""
         return grant.credentials is not None and grant.credentials != self._given.get(record.lease)
 
+    def suspend(self, record: Publication) -> None:
+        """Remove mount, target directory and lease, and keep the record.
+
+        Raises ``EnvstoreError``.
+        """
+        self.server.hide(record.target)
+        self.server.give_back(record.lease)
+        self._given.pop(record.lease, None)
+
     def withdraw(self, record: Publication) -> None:
         """Remove mount, target directory, lease and record, whichever there are.
 

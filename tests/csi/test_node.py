@@ -565,11 +565,13 @@ def test_another_default_store_changes_nothing_for_a_volume(node: Node) -> None:
             node.publish("pod-1")
             assert (target / "file").read_bytes() == b"content"
         node.config = DriverConfig({"other": other}, "other", (Rule(),))
-        with refused(Code.PERMISSION_DENIED):
+        with refused(Code.ABORTED, "no rule allows it"):
             node.publish("pod-1")
-        assert node.left() == []
+        assert node.mounted() == []
     finally:
         node.config = DriverConfig(node.stores, "main", (Rule(),))
+    node.unpublish("pod-1")
+    assert node.left() == []
 
 
 def test_a_grant_that_is_revoked_unmounts(node: Node) -> None:
@@ -578,15 +580,33 @@ def test_a_grant_that_is_revoked_unmounts(node: Node) -> None:
     node.config = DriverConfig(node.stores, "main", (Rule(namespaces=("team-b",)),))
     try:
         for _ in range(3):
-            with refused(Code.PERMISSION_DENIED):
+            # Other codes make kubelets forget the volume: they would never unpublish it.
+            with refused(Code.ABORTED, "no rule allows it"):
                 node.publish("pod-1", **attributes)
-            assert node.left() == []
+            assert node.mounted() == node.targets() == node.leases() == []
     finally:
         node.config = DriverConfig(node.stores, "main", (Rule(),))
     assert {message for _, message in node.told.refusals}
     node.publish("pod-1", **attributes)
     assert (target / "file").read_bytes() == b"content"
     node.unpublish("pod-1")
+    assert node.left() == []
+
+
+def test_a_volume_that_lost_its_grant_is_unpublished_like_any_other(node: Node) -> None:
+    attributes = inline("pod-1", "team-a")
+    node.publish("pod-1", **attributes)
+    node.config = DriverConfig(node.stores, "main", (Rule(namespaces=("team-b",)),))
+    try:
+        with refused(Code.ABORTED):
+            node.publish("pod-1", **attributes)
+        node.unpublish("pod-1")
+        assert node.left() == []
+        with refused(Code.PERMISSION_DENIED):
+            node.publish("pod-1", **attributes)
+        assert node.left() == []
+    finally:
+        node.config = DriverConfig(node.stores, "main", (Rule(),))
 
 
 # --- statistics -----------------------------------------------------------------------------------
