@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 
-from envstore.errors import EnvstoreError
 from envstore.fuse.access import Access
 from envstore.fuse.content import Content, load_content
-from envstore.fuse.fast import prepare_fast_path
+from envstore.fuse.fastparts import FastParts
 from envstore.fuse.lease import Asked
-from envstore.fuse.overlay import probe
 from envstore.fuse.supplies import Source
 from envstore.fuse.turns import Turns
 from envstore.fuse.volumes import Volume, Volumes
@@ -45,7 +43,7 @@ class Bringer:
         self._access = Access(volumes.cache, volumes.supplies)
         self._turns = Turns()
         self._lanes: dict[str, _Lane] = {}
-        self._fast: str | None = "not tried"
+        self.fast_parts = FastParts(volumes.cache)
 
     async def prove(self, asked: Asked) -> bytes:
         """Return the snapshot that is asked for; raises if it may not be had.
@@ -112,15 +110,6 @@ class Bringer:
         prefix = os.fsencode(lease.prefix)
         work = partial(load_content, repository, snapshot, lease.name, prefix)
         return await trio.to_thread.run_sync(work, limiter=self._lane(asked.source).loading)
-
-    async def fast_parts(self, content: Content) -> dict[str, Any]:
-        """Return what the fast path is laid of. Raises ``EnvstoreError`` if there is none."""
-        cache = self._volumes.cache
-        if self._fast is not None:
-            self._fast = await trio.to_thread.run_sync(probe, cache.root)
-            if self._fast is not None:
-                raise EnvstoreError(self._fast)
-        return await trio.to_thread.run_sync(prepare_fast_path, content, cache)
 
     async def _ask(self, source: Source, work: Callable[[], _T]) -> _T:
         return await trio.to_thread.run_sync(work, limiter=self._lane(source).asking)

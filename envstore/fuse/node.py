@@ -173,7 +173,7 @@ class Node:
         }
         if lease.fast_path != "off":
             try:
-                found["fast"] = await self._bringer.fast_parts(content)
+                found["fast"] = await self._bringer.fast_parts.of(content)
             except EnvstoreError as error:
                 if lease.fast_path == "on":
                     raise

@@ -129,7 +129,7 @@ class Warmer:
             content = served.content
         if lease.prefix and lease.fast_path != "off":
             try:
-                await bringer.fast_parts(content)
+                await bringer.fast_parts.of(content)
             except EnvstoreError as error:
                 _log.info("no fast path for %s: %s", lease.name, error)
 

@@ -260,6 +260,18 @@ def test_a_store_that_lies_about_its_id_gets_nothing_of_another(site: Asking) ->
     assert site.ids() == [LEASE]
 
 
+def test_an_image_that_is_damaged_or_gone_is_written_again(site: Asking) -> None:
+    site.add("one", {f"f{n}": b"%d" % n for n in range(50)})
+    image = Path(site.take("one", fast_path="auto")["fast"]["image"])
+    good = image.read_bytes()
+    image.write_bytes(good[:2000] + bytes(16) + good[2016:])
+    assert site.take("one", fast_path="auto")["fast"]["image"] == str(image)
+    assert image.read_bytes() == good
+    image.unlink()
+    site.take("one", fast_path="auto")
+    assert image.read_bytes() == good
+
+
 def test_what_each_snapshot_has_fetched_is_told(site: Asking) -> None:
     site.add("one", {"file": BIG})
     site.add("two", {"file": noise("two", 1 << 20)})
