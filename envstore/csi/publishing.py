@@ -78,6 +78,10 @@ class Grants:
             return found
 
 
+class NoPlaceError(UsageError):
+    """Nothing can be mounted on a target path, or what it is to be in does not exist."""
+
+
 class Publisher:
     """Makes and removes what is published. Whoever calls holds the turn of the target."""
 
@@ -125,7 +129,8 @@ class Publisher:
     def restore(self, record: Publication, grant: Grant, left: Left) -> Publication:
         """Mount a volume again that was published, and whose mount is dead or missing.
 
-        When this raises, the record stays as it was. Raises ``EnvstoreError``, ``RefusedError``.
+        When this raises, the record stays. Raises ``EnvstoreError``, ``RefusedError``, and
+        ``NoPlaceError`` where the directory of the pod has gone: then the volume is withdrawn.
         """
         _log.warning("mounting %s on %s again", record.request.ref, record.target)
         fresh = replace(
@@ -133,14 +138,21 @@ class Publisher:
             lease=secrets.token_hex(8),
             store=grant.store.name,
             url=grant.store.url,
-            resolved=False,
+            asked=f"@{record.digest}",  # that it may be had was proven before
+            of="",
         )
         self.records.save(fresh)
         try:
             served, fresh = self._take(fresh, grant, left)
             found = self._show(fresh, served, left, clear=True)
+        except NoPlaceError:
+            self.withdraw(fresh)
+            self._forget(record.lease)
+            raise
         except BaseException:
             self._forget(fresh.lease)
+            # Who still reads what was unmounted here goes on under the old lease.
+            self._save(record)
             raise
         self._forget(record.lease)
         return found
@@ -175,7 +187,8 @@ class Publisher:
         Raises ``EnvstoreError``; then the record stays.
         """
         if record.published:
-            self._note_end(record)
+            # So that a next life does not bring it back.
+            self._save(replace(record, ending=True))
         try:
             self.server.hide(record.target)
         except (UsageError, ConflictError):
@@ -187,15 +200,6 @@ class Publisher:
         self.server.give_back(record.lease)
         self._given.pop(record.lease, None)
         self.records.remove(record.target)
-
-    def _note_end(self, record: Publication) -> None:
-        """Write down that a volume is to go, so that a next life does not bring it back."""
-        record = replace(record, ending=True)
-        try:
-            self.records.save(record)
-        except EnvstoreError as error:
-            # A disk that is full must not keep anything in its place.
-            _log.warning("the end of %s is not recorded: %s", record.target, error)
 
     def clear(self, target: str) -> None:
         """Remove mount and directory of a target without a record. Raises ``EnvstoreError``."""
@@ -221,7 +225,7 @@ class Publisher:
         self, record: Publication, grant: Grant, left: Left
     ) -> tuple[Served, Publication]:
         if record.digest:
-            return self._take(record, grant, left)
+            return self._take(_pinned(record), grant, left)
         # The first to come asks for the tag; the others mount what it was then.
         with self._volumes.take(record.volume, left(TAKE_WITHIN)):
             return self._take(self._resolved(record), grant, left)
@@ -231,19 +235,16 @@ class Publisher:
         for other in self.records.of(record.volume):
             same = (other.store, other.request.ref) == (record.store, record.request.ref)
             if other.digest and same:
-                return replace(record, digest=other.digest)
-        return replace(record, resolved=True)
+                return replace(record, digest=other.digest, asked=f"@{other.digest}")
+        return replace(record, asked=record.request.ref)
 
     def _take(self, record: Publication, grant: Grant, left: Left) -> tuple[Served, Publication]:
         request = record.request
-        # Whoever may create a pod may name any digest there. Persistent volumes are made by
-        # administrators, and a claim keeps its snapshot even if the ref is led elsewhere.
-        of = request.ref if request.digest and request.ephemeral else ""
         wanted = Wanted(
             lease=record.lease,
             store=grant.store.url,
-            ref=request.ref if record.resolved else f"@{record.digest}",
-            of=of,
+            ref=record.asked,
+            of=record.of,
             target=record.target,
             prefix=request.prefix,
             profile=request.profile,
@@ -270,9 +271,12 @@ class Publisher:
         target, request = record.target, record.request
         if clear:
             self.server.hide(target, left(SHOW_WITHIN))
-        fast = self.server.show(
-            served, target, request.ref, left(SHOW_WITHIN), required=request.fast_path == "on"
-        )
+        try:
+            fast = self.server.show(
+                served, target, request.ref, left(SHOW_WITHIN), required=request.fast_path == "on"
+            )
+        except UsageError as error:
+            raise NoPlaceError(error.message, hint=error.hint) from None
         left(0.0)  # whoever has gone will not ask for it to be removed
         record = replace(record, fast=fast, complete=True)
         self.records.save(record)
@@ -287,6 +291,13 @@ class Publisher:
             if lease["mountpoint"] == target and lease["owner"] == OWNER:
                 return str(lease["digest"])
         return ""
+
+    def _save(self, record: Publication) -> None:
+        """Save a record if that can be done: a full disk must keep nothing in its place."""
+        try:
+            self.records.save(record)
+        except EnvstoreError as error:
+            _log.warning("the record of %s is not up to date: %s", record.target, error)
 
     def _undo(self, record: Publication) -> None:
         try:
@@ -303,3 +314,12 @@ class Publisher:
         except EnvstoreError as error:
             _log.warning("lease %s is left, for later: %s", lease, error)
             self.left_over()
+
+
+def _pinned(record: Publication) -> Publication:
+    """Return the record of a volume whose digest is known, with the words to ask for that."""
+    request = record.request
+    # Whoever may create a pod may name any digest there. Persistent volumes are made by
+    # administrators, and a claim keeps its snapshot even if the ref is led elsewhere.
+    of = request.ref if request.digest and request.ephemeral else ""
+    return replace(record, asked=f"@{record.digest}", of=of)

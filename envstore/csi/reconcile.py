@@ -13,10 +13,10 @@ from contextlib import suppress
 import grpc
 
 from envstore.csi.nodeserver import OWNER, Shown
-from envstore.csi.publishing import Grants, Publisher
+from envstore.csi.publishing import Grants, NoPlaceError, Publisher
 from envstore.csi.records import Publication
 from envstore.csi.refusal import RefusedError
-from envstore.errors import EnvstoreError, UsageError
+from envstore.errors import EnvstoreError
 from envstore.fuse.complaints import Complaints
 
 EVERY = 60.0
@@ -24,6 +24,7 @@ EVERY = 60.0
 
 _SOONEST, _LATEST = 1.0, 30.0
 _STEP_WITHIN = 30.0
+_PASSING = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
 _log = logging.getLogger(__name__)
 
@@ -106,10 +107,10 @@ class Keeper:
             with self._publisher.targets.take(record.target):
                 self._mend(record.target)
         except RefusedError as refused:
-            # Others are at it; or only the kubelet can help, and tries again by itself.
             if refused.code is not grpc.StatusCode.ABORTED:
                 self._complaints.say(refused.message, record.target)
-            return True
+            # Else others are at it, or only the kubelet can help, which tries again by itself.
+            return refused.code not in _PASSING
         except EnvstoreError as error:
             self._complaints.say(str(error), record.target)
             return False
@@ -133,10 +134,8 @@ class Keeper:
             return
         try:
             publisher.restore(record, grant, _left)
-        except UsageError as error:
-            # Nothing can be mounted there: the directory of the pod has gone.
-            _log.info("forgetting %s: %s", target, error)
-            publisher.withdraw(record)
+        except NoPlaceError as error:
+            _log.info("forgot %s: %s", target, error)
 
     def _end_orphan(self, lease: str, target: str, shown: dict[str, Shown]) -> None:
         """Give back a lease that no record tells of."""

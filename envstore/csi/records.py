@@ -43,9 +43,9 @@ class Publication:
     it was mounted. ``access`` is the CSI access mode. Before a publish was answered with success,
     ``complete`` is false, and there may or may not be a lease or a mount; the same is true once
     what was published is ``ending``.
-    ``digest`` is the snapshot's, in hex, empty until it is known. ``resolved`` says that the node
-    server was asked for the tag, not for that digest. ``entries`` counts files, directories and
-    links, ``size`` is the bytes of all files. ``started`` is RFC 3339 UTC.
+    ``digest`` is the snapshot's, in hex, empty until it is known; ``asked`` and ``of`` are the
+    words in which the node server was asked for it (see ``nodeserver.Wanted``). ``entries`` counts
+    files, directories and links, ``size`` is the bytes of all files. ``started`` is RFC 3339 UTC.
     """
 
     volume: str
@@ -59,8 +59,9 @@ class Publication:
     started: str
     complete: bool = False
     ending: bool = False
-    resolved: bool = False
     digest: str = ""
+    asked: str = ""
+    of: str = ""
     entries: int = 0
     size: int = 0
     fast: bool = False
@@ -106,8 +107,9 @@ _PLAIN: dict[str, type] = {
     "started": str,
     "complete": bool,
     "ending": bool,
-    "resolved": bool,
     "digest": str,
+    "asked": str,
+    "of": str,
     "entries": int,
     "size": int,
     "fast": bool,

@@ -402,6 +402,7 @@ def test_what_others_put_at_a_target_is_left(node: Node) -> None:
 
 def test_fifty_volumes_at_once(node: Node) -> None:
     pods = [f"pod-{number}" for number in range(50)]
+    node.settled()
     descriptors = processes = 0
     with ThreadPoolExecutor(50) as pool:
         for turn in range(2):

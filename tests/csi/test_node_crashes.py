@@ -225,7 +225,7 @@ def test_dead_mounts_are_unpublished_without_touching_them(node: Node) -> None:
     targets = [node.publish(f"pod-{number}") for number in range(3)]
     end_node_server(node)
     for target in targets:
-        with pytest.raises(OSError, match="not connected"):
+        with pytest.raises(OSError, match="connect"):
             (target / "file").read_bytes()
     start_node_server(node)
     assert node.stats("pod-0").volume_condition.abnormal
@@ -247,6 +247,26 @@ def test_a_dead_mount_is_made_again_by_publishing(node: Node) -> None:
     subprocess.run(["umount", "-l", target], check=True)
     node.publish("pod-1", ref="moving")
     assert (target / "file").read_bytes() == b"one"
+    assert len(node.leases()) == 1
+    node.unpublish("pod-1")
+
+
+def test_what_cannot_be_mounted_again_is_tried_again(node: Node) -> None:
+    node.serve(keep=False)
+    target = node.publish("pod-1")
+    (record,) = node.records()
+    with (target / "file").open("rb") as opened:
+        subprocess.run(["umount", "-l", target], check=True)
+        node.target("pod-1").mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "theirs", target], check=True)
+        with refused(Code.ABORTED, "theirs"):
+            node.publish("pod-1")
+        assert node.records() == [record]
+        assert [one["id"] for one in node.leases()] == [record.lease]
+        assert opened.read() == b"content"
+    subprocess.run(["umount", target], check=True)
+    node.publish("pod-1")
+    assert (target / "file").read_bytes() == b"content"
     assert len(node.leases()) == 1
     node.unpublish("pod-1")
 
