@@ -32,7 +32,7 @@ _AGAIN_AFTER = 1.0
 _FLUSH_EVERY = 0.05
 _ASK_EVERY = 0.25
 _ANSWER_WITHIN = 10.0
-_LAST_WITHIN = 5.0
+_LAST_WITHIN = 2.0
 
 _log = logging.getLogger(__name__)
 

@@ -207,7 +207,8 @@ class FdStore:
             raise ValueError("too much to keep")
         deposit.take(message)
         if deposit is self._coming and deposit.whole:
-            self._drop()
+            if self._held is not None:
+                self._held.close()
             self._held, self._coming = deposit, None
             _say(f"keeping {deposit.count()} descriptors of a node server")
 
@@ -246,13 +247,14 @@ class FdStore:
             self._life = -1
 
     def _on_unmounted(self) -> None:
-        _say("nothing is mounted any more: forgetting it")
         self._drop()
         if self._owner is not None and self._coming is None:
             self._coming = _Deposit()
 
     def _drop(self) -> None:
+        """Forget a mount that has come to its end."""
         if self._held is not None:
+            _say("nothing is mounted any more: forgetting it")
             self._held.close()
             self._held = None
 

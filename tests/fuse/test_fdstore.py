@@ -597,6 +597,50 @@ def answers(kept: Kept) -> bool:
         return False
 
 
+def test_commands(kept: Kept) -> None:
+    socket_ = kept.base / "other.sock"
+    argv = [sys.executable, "-P", "-m", "envstore"]
+    started, listening = kept.base / "started", kept.base / "listening"
+    with listening.open("wb") as out:
+        store = subprocess.Popen([*argv, "fdstore", "--socket", socket_], stderr=out)
+    node = None
+    try:
+        until(lambda: "listening" in listening.read_text())
+        words = ["--socket", kept.socket, "--directory", kept.place, "--targets", kept.pods]
+        command = [*argv, "node", *words, "--fdstore", socket_]
+        done = subprocess.run(
+            [*command, "--background"], stderr=subprocess.PIPE, timeout=PATIENCE, check=False
+        )
+        assert done.returncode == 2
+        assert b"foreground" in done.stderr
+        target = kept.pods / "one"
+        lease: dict[str, Any] = {}
+        for turn in range(2):
+            with started.open("wb") as out:
+                node = subprocess.Popen([*command, "--json"], stdout=out)
+            until(lambda: '"mountpoint"' in started.read_text(), "serving")
+            kept.record = RecordFiles(str(kept.place)).load()
+            kept.deposited()
+            if not turn:
+                lease = kept.take()
+            kept.put(lease, target)
+            same(kept.source, target)
+            node.terminate()
+            assert node.wait(PATIENCE) == 0
+            assert find_mount(str(kept.place)) is not None
+        store.terminate()
+        until(lambda: gone(*kept.pids()) or kept.pids() == [store.pid])
+        assert store.poll() is None
+        store.terminate()
+        store.wait(PATIENCE)
+        assert find_mount(str(target)) is not None
+    finally:
+        for process in (store, node):
+            if process is not None:
+                process.kill()
+                process.wait(PATIENCE)
+
+
 def test_nonsense_at_an_fdstore(tmp_path: Path) -> None:
     base = tmp_path
     script = _ROOT / "envstore/fuse/fdstore.py"
