@@ -53,12 +53,14 @@ def nothing_is_left(node: Node) -> None:
 
 def end_node_server(node: Node) -> None:
     """Kill holder and servers at once: what they served is dead for ever."""
-    pids = node.processes()
-    for pid in pids:
-        kill(pid, signal.SIGSTOP)
-    for pid in pids:
+    stopped: set[int] = set()
+    while more := {*node.processes()} - stopped:  # one of them may just have started another
+        for pid in more:
+            kill(pid, signal.SIGSTOP)
+        stopped |= more
+    for pid in stopped:
         kill(pid)
-    until(lambda: gone(*pids), "the end of the node server")
+    until(lambda: gone(*stopped), "the end of the node server")
 
 
 def start_node_server(node: Node) -> None:
