@@ -18,6 +18,7 @@ from envstore.csi.config import DriverConfig, Rule
 from envstore.csi.nodeserver import NodeServer, Wanted
 from envstore.csi.records import Records
 from envstore.fuse.mount import clear_dead
+from envstore.fuse.records import RecordFiles
 from tests.csi.nodes import Node, inline, made_node, refused
 from tests.fuse.lives import PATIENCE, ROOT, gone, kill, until
 
@@ -57,10 +58,21 @@ def end_node_server(node: Node) -> None:
     while more := {*node.processes()} - stopped:  # one of them may just have started another
         for pid in more:
             kill(pid, signal.SIGSTOP)
+        until(lambda: all(state(pid) in "TZX" for pid in more), "a stop")
         stopped |= more
     for pid in stopped:
         kill(pid)
-    until(lambda: gone(*stopped), "the end of the node server")
+    # Their threads may hold files for a moment after they have ended.
+    lock = RecordFiles(str(node.place))
+    until(lambda: gone(*stopped) and not lock.alive(), "the end of the node server")
+
+
+def state(pid: int) -> str:
+    """Return the letter for what a process does."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 def start_node_server(node: Node) -> None:
@@ -296,7 +308,7 @@ def test_statistics_do_not_wait_for_a_server_that_hangs(node: Node) -> None:
         assert [one.usage[0].total for one in found] == [len(b"content#!/bin/sh\necho ran\n")] * 10
         # It was killed meanwhile if these answers took as long as it may hang.
         assert node.stats("pod-1").volume_condition.abnormal
-        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        assert state(pid) == "T"
     finally:
         kill(pid, signal.SIGCONT)
     until(lambda: not node.stats("pod-1").volume_condition.abnormal, "a good condition")
