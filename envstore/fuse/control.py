@@ -7,14 +7,17 @@ import json
 import os
 import select
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
-from envstore.errors import UsageError
+from envstore.errors import EnvstoreError, UsageError
 from envstore.fuse.sockets import MAX_LINE, told
 
 _MOST = 64
 """Connections at a time; the one that has been silent for longest makes way for the next."""
+_PAUSE = 0.01
+"""Seconds after nobody could be let in, as the next try comes at once."""
 
 Ask = Callable[["Connection", dict[str, Any]], None]
 
@@ -64,6 +67,8 @@ class Connection:
                 if not isinstance(question, dict):
                     raise ValueError("not an object")
                 self._ask(self, question)
+            except OSError as error:  # no open file is left, or no memory: others go on
+                self.answer(error=told(EnvstoreError(f"no answer: {error.strerror}")))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 self.answer(error=told(UsageError(f"not a question: {error!r}")))
 
@@ -102,11 +107,13 @@ class Control:
                 connection.close()
 
     def _accept(self) -> None:
-        listener = socket.socket(fileno=os.dup(self._listener))
-        with listener, contextlib.suppress(OSError):
-            client, _ = listener.accept()
+        try:
+            with socket.socket(fileno=os.dup(self._listener)) as listener:
+                client, _ = listener.accept()
             client.setblocking(False)
             self._connections.append(Connection(client, self._ask))
+        except OSError:
+            time.sleep(_PAUSE)
         silent = [one for one in self._connections if one.open and not one.asked]
         if len(silent) > _MOST:
             silent[0].close()

@@ -218,12 +218,12 @@ class Holder:
     def _prepare_standby(self) -> None:
         """Have a server that only waits for its turn."""
         if self._standby is None and self._kept.fuse >= 0 and not self._unmounting:
-            load_server_code()
             try:
+                load_server_code()
                 self._standby = self._start_server()
                 self._standby.channel.send("prepare")
-            except OSError as error:
-                self._standby_failed(f"no standby server: {error.strerror}")
+            except (OSError, ImportError) as error:  # no file can be opened, code among them
+                self._standby_failed(f"no standby server: {error}")
 
     def _standby_failed(self, reason: str) -> None:
         """Try again to have a standby, later and later; an upgrade cannot do without."""
@@ -670,7 +670,6 @@ class Holder:
             )
             connection.answer(error=told(refused))
             return
-        self._checking = True
 
         def check() -> int:
             return succession.try_program(program)
@@ -699,6 +698,7 @@ class Holder:
             self._standby_at = time.monotonic()
 
         self._help(check, checked)
+        self._checking = True
 
     def _become(self, program: Sequence[str], asking: Connection) -> NoReturn:
         """Replace this process's code. Raises ``OSError`` if that cannot be done."""
@@ -763,8 +763,7 @@ class Holder:
 
         The child has the descriptors ``keep``; returns its own, which is the loop's to close.
         """
-        pid = fork(work, keep)
-        pidfd = os.pidfd_open(pid)
+        pid, pidfd = fork(work, keep)
         self._helpers[pidfd] = (pid, done)
         return pidfd
 

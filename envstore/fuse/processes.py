@@ -82,8 +82,8 @@ def start_server() -> ServerProcess:
         return run_server(theirs)
 
     try:
-        pid = fork(serve, keep=(theirs.fileno(),))
-        return ServerProcess(pid, os.pidfd_open(pid), ours, time.monotonic())
+        pid, pidfd = fork(serve, keep=(theirs.fileno(),))
+        return ServerProcess(pid, pidfd, ours, time.monotonic())
     except OSError:
         ours.close()
         raise
@@ -113,16 +113,22 @@ def load_server_code() -> None:
     gc.freeze()
 
 
-def fork(work: Callable[[], int], keep: tuple[int, ...] = ()) -> int:
+def fork(work: Callable[[], int], keep: tuple[int, ...] = ()) -> tuple[int, int]:
     """Run ``work`` in a child that has no other open file than ``keep`` and the standard ones.
 
-    Call from a process of one thread. Returns the child's process id.
+    Call from a process of one thread. Returns the child's process id and a descriptor of it.
+    Raises ``OSError``; then nothing runs.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    # Before there is a child: afterwards nobody could wait for its end.
+    room = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        pid = os.fork()
+    finally:
+        os.close(room)
     if pid:
-        return pid
+        return pid, os.pidfd_open(pid)
     status = 1
     try:
         signal.set_wakeup_fd(-1)

@@ -264,7 +264,11 @@ class Shows:
         self._fork(job, partial(attach, job.target, showing), self._ended)
 
     def _fork(self, job: _Job, work: _Work, ended: Callable[[_Job, int], None]) -> None:
-        job.pipe, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            job.pipe, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            self._finish(job, EnvstoreError(f"no helper can be started: {error.strerror}"))
+            return
         job.turn += 1
         job.deadline = time.monotonic() + self._within
         try:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -31,7 +32,7 @@ from envstore.fuse.mountinfo import list_mounts
 from envstore.fuse.overlay import probe
 from envstore.fuse.sockets import ask, ask_lasting, short_address
 from envstore.fuse.upgrade import upgrade_mount
-from tests.fuse.lives import PATIENCE, ROOT, gone, kill, lived, until, within
+from tests.fuse.lives import PATIENCE, ROOT, alive, gone, kill, lived, until, within
 from tests.fuse.test_node import BIG, Site, same
 
 pytestmark = pytest.mark.skipif(not ROOT, reason="a node server takes root")
@@ -411,6 +412,7 @@ def states(pid: int) -> list[str]:
 
 _NEVER_SERVES = """
 import os
+import resource
 from envstore.fuse import serving
 attach = serving._attach
 def dying(*arguments):
@@ -506,3 +508,31 @@ def test_nonsense_at_the_control_socket(shared: Pods) -> None:
             end.sendall(line)
             assert b"error" in end.recv(1 << 16), line
     assert shared.settled() == before
+
+
+def test_a_holder_without_a_free_descriptor_gives_nothing_up(pods: Pods) -> None:
+    target = pods.pods / "kept"
+    lease = pods.take()
+    pods.put(lease, target)
+    status = pods.settled()
+    holder = status["holder_pid"]
+    limits = resource.prlimit(holder, resource.RLIMIT_NOFILE)
+    assert pods.record is not None
+    for spare in range(8):
+        taken = max(map(int, os.listdir(f"/proc/{holder}/fd"))) + 1
+        resource.prlimit(holder, resource.RLIMIT_NOFILE, (taken + spare, limits[1]))
+        for what in ("look", "status"):
+            with contextlib.suppress(EnvstoreError):
+                ask(pods.record.control, 0.5, ask=what)
+        for question in ({"ask": "show", **lease}, {"ask": "hide"}):
+            with contextlib.suppress(EnvstoreError):
+                ask(pods.record.control, 0.5, target=str(pods.pods / "other"), **question)
+    kill(status["standby_pid"])
+    until(lambda: not alive(status["standby_pid"]), "the end of the standby")
+    resource.prlimit(holder, resource.RLIMIT_NOFILE, limits)
+    assert alive(holder)
+    pods.hide(pods.pods / "other")
+    assert (target / "file").read_bytes() == b"content"
+    assert pods.settled()["holder_pid"] == holder
+    pods.hide(target)
+    assert mounted(pods.pods) == []
