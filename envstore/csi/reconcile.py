@@ -22,7 +22,7 @@ from envstore.fuse.complaints import Complaints
 EVERY = 60.0
 """Seconds between two looks while all is as it should be."""
 
-_SOONEST, _LATEST = 1.0, 30.0
+_SOONEST, _LATEST = 1.0, 10.0
 _STEP_WITHIN = 30.0
 _PASSING = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
 
@@ -55,15 +55,16 @@ class Keeper:
         self._thread.join(within)
 
     def _run(self) -> None:
-        delay = _SOONEST
+        soonest, latest = min(_SOONEST, self._every), min(_LATEST, self._every)
+        delay = soonest
         while not self._stopping.is_set():
             self._wake.clear()
             if self._swept():
-                delay = _SOONEST
+                delay = soonest
                 self._wake.wait(self._every)
             else:
                 self._stopping.wait(delay)
-                delay = min(_LATEST, 2 * delay)
+                delay = min(latest, 2 * delay)
 
     def _swept(self) -> bool:
         try:
