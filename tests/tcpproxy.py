@@ -53,12 +53,12 @@ class TcpProxy:
     goes back by itself once it has broken that many connections.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         split = urlsplit(target)
         assert split.hostname is not None
         assert split.port is not None
         self._target = (split.hostname, split.port)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listener = socket.create_server(address, backlog=128)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._open: set[socket.socket] = set()
@@ -70,7 +70,7 @@ class TcpProxy:
         self._status = 0
         self._told = 0
         self.connections = 0
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.endpoint = f"http://{address[0]}:{self._listener.getsockname()[1]}"
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
