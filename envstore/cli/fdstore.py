@@ -25,7 +25,7 @@ from envstore.cli.base import Command
     help="Where it listens, for this user alone.",
 )
 def fdstore(socket: str) -> NoReturn:
-    """Keep the mounts of a node server whose processes are all killed.
+    """Keep a node server's mounts when all of it is killed.
 
     Run it beside `envstore node --fdstore PATH`, in a container or service of its own: it has
     copies of what the node server has open, and gives them to the next one that is started.

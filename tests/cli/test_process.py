@@ -43,7 +43,7 @@ def test_all_the_promised_commands_are_there() -> None:
         "init", "push", "pull", "hydrate", "mount", "umount", "mounts", "stats", "remount", "node",
         "run", "profile", "repack", "ls", "show", "log", "tag", "diff", "rm", "du", "verify",
         "cache", "doctor", "completion", "lock", "update", "explain", "activate", "check", "csi",
-        "k8s",
+        "k8s", "fdstore",
     }  # fmt: skip
 
 
@@ -162,12 +162,15 @@ def test_interrupting_a_push_at_any_moment(stored: Cli, tree: Path) -> None:
             "push", "tree", tree, "--kind", "dir", stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         with push:
+            # An interpreter that is interrupted while it starts does not end as envstore does.
+            while "/blake3/" not in Path(f"/proc/{push.pid}/maps").read_text():
+                assert push.poll() is None
             try:
-                _, err = push.communicate(timeout=moments.uniform(0.2, 1.0) * usual)
+                _, err = push.communicate(timeout=moments.uniform(0.0, 0.8) * usual)
             except subprocess.TimeoutExpired:
                 push.send_signal(signal.SIGINT)
                 _, err = push.communicate(timeout=120)
-        # Python may die of the signal itself while it starts, ends or imports: the same to a shell.
+        # Python may die of the signal itself while it ends or imports: the same to a shell.
         if push.returncode in (130, -signal.SIGINT):
             assert err in (b"envstore: interrupted\n", b""), err
             after = stored.refs()
