@@ -100,6 +100,14 @@ class Forest:
             raise KeyError(node_id)
         return slot, node
 
+    def knows(self, node_id: int) -> bool:
+        """Return whether it can be told what is behind an id."""
+        try:
+            self.kind(node_id)
+        except KeyError:
+            return False
+        return True
+
     def node(self, slot: int, node: int) -> int | None:
         """Return ``node`` if the slot has a file of that number."""
         tree = self._trees[slot]

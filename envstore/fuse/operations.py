@@ -53,8 +53,8 @@ class Files(Protocol):
         """Learn that a file was opened."""
         ...
 
-    async def revive(self, slot: int) -> None:
-        """Bring back, if possible, a snapshot that was dropped while the kernel knew of it."""
+    async def revive(self, slot: int, known: Callable[[], bool]) -> None:
+        """Bring back, if possible, what makes true that something is ``known``."""
         ...
 
 
@@ -150,7 +150,7 @@ class SnapshotOperations(pyfuse3.Operations):
             if self._forest.node(slot, node) is None:
                 raise FUSEError(errno.EINVAL)
         except KeyError:
-            await self._files.revive(slot)
+            await self._files.revive(slot, lambda: slot in self._forest.slots)
             if slot not in self._forest.slots or self._forest.node(slot, node) is None:
                 raise FUSEError(errno.ESTALE) from None
         try:
@@ -215,7 +215,7 @@ class SnapshotOperations(pyfuse3.Operations):
         try:
             found = self._forest.kind(node)
         except KeyError:
-            await self._files.revive(node >> _SLOT_SHIFT)
+            await self._files.revive(node >> _SLOT_SHIFT, lambda: self._forest.knows(node))
             try:
                 found = self._forest.kind(node)
             except KeyError:

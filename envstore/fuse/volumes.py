@@ -259,14 +259,15 @@ class Volumes:
             self.forest.recall(Plot(b"", content.tree, domain, told))
         return fd
 
-    async def revive(self, slot: int) -> None:
+    async def revive(self, slot: int, known: Callable[[], bool]) -> None:
         """Bring back a snapshot that was dropped while the kernel still knew of it.
 
-        Of an id that snapshots share it cannot be told which, so all that were dropped come back.
+        Of an id that snapshots share it cannot be told which, so one after another comes back, the
+        last that was dropped first, until what is looked for is ``known``.
         """
-        if slot in self._volumes:
-            return
-        for one in [slot] if slot in self._dormant else [*self._dormant]:
+        for one in [slot] if slot in self._dormant else [*reversed(self._dormant)]:
+            if known():
+                return
             async with self._reviving.of(one):
                 if one in self._dormant:
                     await self._revive(one, self._dormant[one].body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -185,6 +186,22 @@ def test_a_shared_file_outlives_the_snapshot_it_was_opened_through(site: Site) -
     assert out == BIG + noise("own", 2 << 20)
     assert (second / "big").read_bytes() == BIG
     unmount(second)
+
+
+def test_of_dropped_snapshots_that_share_a_file_one_comes_back(site: Site) -> None:
+    names = ("one", "two", "three")
+    for name in names:
+        site.add(name, {"big": BIG, "own": name.encode()})
+    first, *others = [site.show(name) for name in names]
+    with open(first / "big", "rb") as file:
+        subprocess.run(["umount", "-l", first], check=True, timeout=30)
+        for place in others:
+            unmount(place)
+        until(lambda: site.told()["snapshots"] == 0, "the end of the leases")
+        drop_caches()
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        assert within(PATIENCE, "sha256sum", path).split()[0] == hashlib.sha256(BIG).hexdigest()
+    assert site.log().count("bringing back") == 1
 
 
 def test_a_file_of_a_dropped_snapshot_whose_store_has_gone(site: Site) -> None:
