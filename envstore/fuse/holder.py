@@ -505,7 +505,12 @@ class Holder:
         if self._kept.fuse < 0 or self._unmounting:
             self._status = 1
             return
-        if self._deposit is not None and self._deposit.possible and not self._leaving:
+        if (
+            self._deposit is not None
+            and self._deposit.possible
+            and self._lent
+            and not self._leaving
+        ):
             self._leaving = True
             _log.info("leaving %s to the fdstore", self._kept.request.mountpoint)
             if not self._deposit.complete:
@@ -515,6 +520,11 @@ class Holder:
         mountpoint = self._kept.request.mountpoint
         _log.info("unmounting %s", mountpoint)
         self._help(partial(sessions.detach, mountpoint), lambda status: None)
+
+    @property
+    def _lent(self) -> int:
+        """How many mounts there are for which somebody has a lease."""
+        return sum(key.startswith(LEASE) for key in self._kept.keepsakes)
 
     def _leave(self, deposit: Deposit) -> None:
         """End all servers, but not the mount: the fdstore has it for the next node server."""
@@ -645,7 +655,7 @@ class Holder:
             "server_pid": self._active.pid if self._active else None,
             "standby_pid": self._standby.pid if self._standby and self._standby.ready else None,
             "restarts": self._kept.restarts,
-            "leases": sum(key.startswith(LEASE) for key in self._kept.keepsakes),
+            "leases": self._lent,
             "last_failure": self._failure,
             "deposited": self._deposit is not None and self._deposit.complete,
             "version": envstore.__version__,

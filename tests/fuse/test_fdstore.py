@@ -423,6 +423,18 @@ def test_ending_without_an_fdstore_waits_for_one(kept: Kept) -> None:
     assert kept.pids() == []
 
 
+@pytest.mark.parametrize("first", ["node", "fdstore"])
+def test_a_node_server_without_mounts_leaves_nothing_to_anybody(kept: Kept, first: str) -> None:
+    node = kept.serve()
+    kept.settled()
+    ending = [node, kept.stores[0]]
+    for process in ending if first == "node" else reversed(ending):
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    assert find_mount(str(kept.place)) is None
+    assert kept.pids() == []
+
+
 def test_an_fdstore_that_alone_keeps_mounts_waits_for_a_taker(kept: Kept) -> None:
     kept.serve()
     target = kept.pods / "one"
