@@ -381,9 +381,15 @@ def _print_warm(settings: Settings, outcomes: list[Outcome], what: str) -> None:
 
 def _resolve(settings: Settings, ref: str) -> tuple[str, str]:
     """Return the name of REF in full and the digest, in hex, of what it is now."""
-    name = _unpinned(ref.partition("@")[0])
+    bare, pin, _ = ref.partition("@")
+    name = _unpinned(bare)
     with settings.open() as repository:
-        return name, repository.resolve(ref).hex()
+        snapshot = repository.resolve(ref)
+        if pin:
+            from envstore.store.lineage import check_lineage
+
+            check_lineage(repository, repository.resolve(name), snapshot, name)
+        return name, snapshot.hex()
 
 
 def _unpinned(ref: str) -> str:

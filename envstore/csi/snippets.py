@@ -229,8 +229,10 @@ def _dynamic(wish: Wish) -> str:
     )
     given = attributes(volume)
     if wish.secret:
-        given["csi.storage.k8s.io/node-publish-secret-name"] = wish.secret
-        given["csi.storage.k8s.io/node-publish-secret-namespace"] = "${pvc.namespace}"
+        # Whoever makes the volume looks the ref up, with the same keys as whoever mounts it.
+        for use in ("provisioner", "node-publish"):
+            given[f"csi.storage.k8s.io/{use}-secret-name"] = wish.secret
+            given[f"csi.storage.k8s.io/{use}-secret-namespace"] = "${pvc.namespace}"
     return (
         "# Claims of this class are volumes of one snapshot; no data is moved to make one.\n"
         "# Making a class takes an administrator of the cluster, and the driver's controller.\n"

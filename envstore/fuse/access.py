@@ -14,11 +14,11 @@ import threading
 import time
 from typing import Any
 
-from envstore.errors import AccessDeniedError
 from envstore.fuse.opened import Opened
 from envstore.fuse.supplies import Source, Supplies
 from envstore.store.cache import BlobCache
 from envstore.store.digest import parse_hex
+from envstore.store.lineage import check_lineage
 from envstore.store.objects import Credentials, KeyRing
 from envstore.store.refs import RefName, read_ref
 from envstore.store.repository import Repository
@@ -26,9 +26,6 @@ from envstore.store.snapshots import load_snapshot
 
 REMEMBERED = 300.0
 """Seconds that a proof is good for."""
-
-MAX_ANCESTORS = 1000
-"""How many snapshots are looked at to find one among the ancestors of another."""
 
 _PROOFS, _STORES, _LINEAGES = 4096, 32, 4096
 
@@ -97,16 +94,10 @@ class Access:
         head = read_ref(repository.objects, name).snapshot
         if head == snapshot or (head, snapshot) in self._lineages:
             return
-        for ancestor, _ in repository.history(head, MAX_ANCESTORS):
-            if ancestor == snapshot:
-                with self._lock:
-                    self._lineages[head, snapshot] = None
-                    _shorten(self._lineages, _LINEAGES)
-                return
-        raise AccessDeniedError(
-            f"@{snapshot.hex()[:12]} is not a snapshot of {name}",
-            hint=f"neither what it is now nor one of the {MAX_ANCESTORS} before",
-        )
+        check_lineage(repository, head, snapshot, str(name))
+        with self._lock:
+            self._lineages[head, snapshot] = None
+            _shorten(self._lineages, _LINEAGES)
 
     def _hashed(self, url: str, credentials: Credentials | None, *words: str) -> bytes:
         keys = None if credentials is None else credentials.encode()

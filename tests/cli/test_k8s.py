@@ -158,6 +158,21 @@ def test_a_pinned_ref_stays_what_it_was(stored: Cli, tree: Path) -> None:
     assert f'"tree:latest@{before}"' in found["yaml"]
 
 
+def test_a_pin_is_to_a_snapshot_of_its_ref(stored: Cli, tree: Path) -> None:
+    stored.ok("push", "other", tree, "--kind", "dir", "-m", "another history")
+    digest = stored.json("show", "other")["digest"]
+    says = [f"@{digest[:12]} is not a snapshot of tree:latest"]
+    stored.fails(1, "k8s", "manifest", f"tree@{digest[:12]}", says=says)
+
+
+def test_who_makes_a_volume_has_the_same_keys(stored: Cli) -> None:
+    made, _ = documents(stored, "tree", "--kind", "pvc", "--secret", "keys")
+    for use in ("provisioner", "node-publish"):
+        key = f"csi.storage.k8s.io/{use}-secret"
+        assert made["parameters"][f"{key}-name"] == "keys"
+        assert made["parameters"][f"{key}-namespace"] == "${pvc.namespace}"
+
+
 def test_a_manifest_without_a_store(cli: Cli) -> None:
     assert "ref: " in cli.ok("k8s", "manifest", "no/where:1", "--no-pin")
     cli.fails(1, "k8s", "manifest", "no/where:1", says=["does not exist"])

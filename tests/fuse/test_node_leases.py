@@ -30,6 +30,7 @@ from envstore.fuse.overlay import probe
 from envstore.fuse.sockets import ask
 from envstore.fuse.supplies import Source
 from envstore.fuse.warming import Warmer
+from envstore.store import lineage
 from envstore.store.snapshots import save_snapshot
 from tests.fuse.lives import PATIENCE, ROOT, lived, until
 from tests.fuse.test_node import BIG, Site
@@ -220,7 +221,7 @@ def test_only_so_many_ancestors_are_looked_at(
         site.add("one", {"file": b"%d" % number})
     history = [name for name, _ in site.store.repository.history(
         site.store.repository.resolve("one"))]  # fmt: skip
-    monkeypatch.setattr(access, "MAX_ANCESTORS", 2)
+    monkeypatch.setattr(lineage, "MAX_ANCESTORS", 2)
     found = access.Access(site.store.repository.cache, _Only(site))  # type: ignore[arg-type]
     source = Source(site.store.url)
     for name in history[:2]:
