@@ -63,9 +63,9 @@ class Cluster:
         The file is the one that ``KUBECONFIG`` names, else ``~/.kube/config``. It is never
         written to. No request. Raises ``NotFoundError``, ``UsageError``.
         """
-        import yaml
         from kubernetes import config
         from kubernetes.client import ApiClient, Configuration
+        from yaml import YAMLError
 
         # The client looks at KUBECONFIG only when it is imported.
         files = os.environ.get("KUBECONFIG") or "~/.kube/config"
@@ -80,7 +80,7 @@ class Cluster:
             what = f"the cluster is not known: {_line(error)}"
             hint = "name a kubeconfig in KUBECONFIG, and a context in it with --context"
             raise NotFoundError(what, hint=hint) from None
-        except (yaml.YAMLError, OSError, TypeError, AttributeError) as error:
+        except (YAMLError, OSError, TypeError, AttributeError) as error:
             raise UsageError(f"the kubeconfig cannot be read: {_line(error)}") from None
         chosen = next((one for one in contexts if one["name"] == context), current)
         return cls(ApiClient(configuration), chosen["context"].get("namespace") or "default")

@@ -8,6 +8,7 @@ line of JSON, with the mount's record or an error.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -32,6 +33,8 @@ from envstore.fuse.sockets import claim, listen, raised, told
 
 __all__ = ["MountRequest", "hold", "start_background", "start_mount"]
 
+_MODULES = ("pyfuse3", "trio")
+
 _log = logging.getLogger(__name__)
 
 
@@ -44,6 +47,7 @@ def start_background(request: MountRequest) -> MountRecord:
     """
     request = request.placed()
     mountpoint = check_mountpoint(request.mountpoint)
+    _check_modules()
     check_device()
     files = RecordFiles(mountpoint)
     files.prepare()
@@ -118,6 +122,7 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
             return _inherit(kept, request, life, fdstore, say)
         prepare_places(request)
     mountpoint = check_mountpoint(request.mountpoint)
+    _check_modules()
     check_device()
     files = RecordFiles(mountpoint)
     files.prepare()
@@ -140,6 +145,16 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
     holder = Holder(Kept(request, descriptors), files, say, fdstore)
     holder.begin()
     return holder.run()
+
+
+def _check_modules() -> None:
+    """See that there is what servers are made of, which nobody but they imports.
+
+    Raises ``ModuleNotFoundError``.
+    """
+    for name in _MODULES:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _inherit(

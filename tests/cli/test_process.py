@@ -288,3 +288,30 @@ def test_what_an_extra_is_needed_for_is_said(cli: Cli, name: str, module: str) -
     assert done.returncode == 1
     assert f"needs the Python module {module}, which is not installed" in done.stderr
     assert "pip install 'envstore[resolver]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        (["mount", "x", "m"], "pyfuse3", "fuse"),
+        (["mount", "x", "m", "--foreground"], "trio", "fuse"),
+        (["k8s", "status"], "kubernetes", "csi"),
+    ],
+)
+def test_commands_name_the_extra_that_they_need(
+    cli: Cli, command: list[str], module: str, extra: str
+) -> None:
+    cli.ok("init")
+    (cli.root / "m").mkdir()
+    (cli.root / "leaf").mkdir()
+    cli.ok("push", "x", cli.root / "leaf", "--kind", "dir")
+    without = f"import sys; sys.modules.update(dict.fromkeys(({module!r}, 'yaml')))\n"
+    without += "from envstore.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", without, *command],
+        cwd=cli.root, env=cli.env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"needs the Python module {module}, which is not installed" in done.stderr
+    assert f"pip install 'envstore[{extra}]'" in done.stderr
