@@ -135,7 +135,7 @@ def serve(
             format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO
         )
     settings.export_cache()
-    from envstore.csi.options import DriverOptions, endpoint_path
+    from envstore.csi.options import DriverOptions, check_seen, endpoint_path
 
     options = DriverOptions(
         path=endpoint_path(endpoint),
@@ -145,7 +145,7 @@ def serve(
         config=config,
         credentials=credentials,
         register=register and os.path.abspath(register),
-        kubelet_endpoint=kubelet_endpoint,
+        kubelet_endpoint=kubelet_endpoint and check_seen(kubelet_endpoint),
         metrics=metrics,
     )
     if options.node is None:

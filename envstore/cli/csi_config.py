@@ -25,8 +25,8 @@ _SOURCES = {
     "check-config",
     cls=Command,
     examples="""
-        envstore csi check-config deploy/config.yaml
-        envstore --json csi check-config deploy/config.yaml
+        envstore csi check-config deploy/overlays/default/config.yaml
+        envstore --json csi check-config config.yaml
     """,
 )
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))

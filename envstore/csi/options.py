@@ -38,6 +38,13 @@ def check_path(path: str) -> str:
     return path
 
 
+def check_seen(path: str) -> str:
+    """Return what the kubelet sees a socket as, if it is a path; ``UsageError`` if not."""
+    if not path.startswith("/") or path.endswith("/") or not path.isprintable():
+        raise UsageError(f"{path!r} is no absolute path of a socket, for the kubelet to call at")
+    return check_path(path)
+
+
 def check_node_id(name: str) -> str:
     """Return a node's name if it is one; ``UsageError`` if not."""
     if not name.isprintable() or not 0 < len(name.encode()) <= LONGEST_NODE_ID:

@@ -339,7 +339,9 @@ def main(path: str) -> int:
     try:
         listener = listen(path)
     except OSError as error:
-        os.write(2, f"cannot listen at {path}: {error.strerror}\n".encode(errors="replace"))
+        os.write(
+            2, f"envstore: cannot listen at {path}: {error.strerror}\n".encode(errors="replace")
+        )
         return 1
     _say(f"listening at {path}")
     FdStore(listener).run()

@@ -280,6 +280,8 @@ def test_a_path_that_no_socket_can_have_is_refused(fails: Failing, tmp_path: Pat
         (["--controller", "--register", "r"], "for a node"),
         (["--controller", "--node-socket", "r"], "for a node"),
         (["--controller", "--config", "missing.yaml"], "missing.yaml"),
+        (["--controller", "--kubelet-endpoint", "csi.sock"], "no absolute path"),
+        (["--controller", "--kubelet-endpoint", "unix:///csi.sock"], "no absolute path"),
         (["--node-id", "n", "--state-dir", "s", "--node-socket", "x", "--start-node"], "not at"),
     ],
 )
