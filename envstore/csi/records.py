@@ -131,8 +131,7 @@ class Records:
         self._lock = threading.Lock()
         self._known: dict[str, Publication] = {}
         with self._errors():
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._directory.chmod(0o700)
+            self._make()
             for path in sorted(self._directory.iterdir()):
                 if path.suffix == ".tmp":
                     with contextlib.suppress(OSError):
@@ -168,7 +167,11 @@ class Records:
         partial = path.with_suffix(".tmp")
         with self._errors():
             try:
-                fd = os.open(partial, _WRITE, 0o600)
+                try:
+                    fd = os.open(partial, _WRITE, 0o600)
+                except FileNotFoundError:  # somebody has removed the directory
+                    self._make()
+                    fd = os.open(partial, _WRITE, 0o600)
                 with os.fdopen(fd, "wb") as file:
                     file.write(record.encode())
                     file.flush()
@@ -190,9 +193,14 @@ class Records:
         """Forget a target. Raises ``AccessDeniedError``, ``EnvstoreError``."""
         with self._errors():
             self._path(target).unlink(missing_ok=True)
-            self._sync()
+            with contextlib.suppress(FileNotFoundError):  # of the directory: so has the record
+                self._sync()
         with self._lock:
             self._known.pop(target, None)
+
+    def _make(self) -> None:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory.chmod(0o700)
 
     def _path(self, target: str) -> Path:
         return self._directory / f"{digest(os.fsencode(target)).hex()[:32]}.json"

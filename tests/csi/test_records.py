@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -194,3 +195,16 @@ def test_a_full_or_forbidden_disk_is_said_so_and_nothing_changes(place: Path) ->
         place.chmod(0o500)
         with pytest.raises(AccessDeniedError):
             records.save(RECORD)
+
+
+def test_a_directory_that_somebody_removes_keeps_nothing_from_ending_or_beginning(
+    place: Path,
+) -> None:
+    records = Records(place)
+    records.save(RECORD)
+    shutil.rmtree(place.parent)
+    records.remove(RECORD.target)
+    assert records.find(RECORD.target) is None
+    records.save(FULL)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    assert Records(place).all() == [FULL]
