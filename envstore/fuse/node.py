@@ -32,7 +32,6 @@ from envstore.fuse.records import RecordFiles
 from envstore.fuse.sockets import MAX_LINE, told
 from envstore.fuse.turns import Turns
 from envstore.fuse.volumes import Volume, Volumes, subtree
-from envstore.fuse.warming import Warmer
 
 _CHECK_SECONDS = 10.0
 _ASK_WITHIN = 10.0
@@ -67,9 +66,7 @@ class Node:
         self._restarts = restarts
         self._control = str(RecordFiles(root).control)
         self._bringer = Bringer(volumes)
-        self._warmer = Warmer(volumes, self._bringer)
         self._turns = Turns()
-        self._nursery: trio.Nursery
 
     def restore(self, key: str, keepsake: Keepsake) -> None:
         """Take over a lease that another server has given."""
@@ -80,7 +77,6 @@ class Node:
     async def run(self, listener: trio.SocketListener) -> None:
         """Answer until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
             nursery.start_soon(self._check_leases)
             await trio.serve_listeners(self._converse, [listener], handler_nursery=nursery)
 
@@ -112,12 +108,6 @@ class Node:
                 async with self._turns.of(identity):
                     self._end(identity, lazy=bool(question.get("lazy")))
                 return {}
-            case "warm":
-                asked = Asked.parse({**question, "target": "", "namespace": KEPT})
-                whole = bool(question.get("whole"))
-                return {"id": self._warmer.begin(self._nursery, asked, whole=whole)}
-            case "warming":
-                return self._warmer.report(str(question["id"]))
             case "state":
                 return {"state": self._state(), "control": self._control}
             case "status":

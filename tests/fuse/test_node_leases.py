@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-import trio.testing
 
 from envstore.errors import (
     AccessDeniedError,
     ConflictError,
     EnvstoreError,
     NotFoundError,
-    UnavailableError,
     UsageError,
 )
 from envstore.fuse import access
@@ -29,10 +26,9 @@ from envstore.fuse.mount import unmount
 from envstore.fuse.overlay import probe
 from envstore.fuse.sockets import ask
 from envstore.fuse.supplies import Source
-from envstore.fuse.warming import Warmer
 from envstore.store import lineage
 from envstore.store.snapshots import save_snapshot
-from tests.fuse.lives import PATIENCE, ROOT, lived, until
+from tests.fuse.lives import PATIENCE, ROOT, lived
 from tests.fuse.test_node import BIG, Site
 from tests.stores import Store
 from tests.trees import noise
@@ -59,20 +55,6 @@ class Asking(Site):
 
     def ids(self) -> list[str]:
         return [one["id"] for one in self.told()["mounts"]]
-
-    def warmed(self, **words: object) -> dict[str, Any]:
-        """Fetch something ahead; returns how that went."""
-        question = {"store": self.store.url, "ref": "one", "prefix": "", "profile": "none"}
-        identity = self.ask("warm", **{**question, **words})["id"]
-        found: dict[str, Any] = {}
-
-        def ended() -> bool:
-            nonlocal found
-            found = self.ask("warming", id=identity)
-            return found["state"] in ("done", "failed")
-
-        until(ended, "the end of the warming")
-        return found
 
 
 @pytest.fixture
@@ -302,89 +284,3 @@ def test_what_each_snapshot_has_fetched_is_told(site: Asking) -> None:
     assert after[LEASE] == first["bytes_fetched"]
     assert after["f" * 16] >= 1 << 20
     assert site.told()["restarts"] == 1
-
-
-def test_a_snapshot_is_fetched_ahead(site: Asking) -> None:
-    site.add("one", {"a": BIG, "b": noise("b", 1 << 20)})
-    done = site.warmed(whole=True)
-    assert (done["state"], done["bytes"], done["left_out"]) == ("done", done["of"], 0)
-    assert done["of"] >= len(BIG) + (1 << 20)
-    assert site.told()["mounts"] == []
-    assert site.names() == []
-    found = site.take("one")
-    site.store.path("packs").rename(site.base / "away")
-    assert (inside(found) / "a").read_bytes() == BIG
-    assert (inside(found) / "b").read_bytes() == noise("b", 1 << 20)
-    # Of what is here already, and served, nothing is fetched.
-    assert site.warmed(whole=True) == done
-    assert site.warmed()["of"] == 0
-    (site.base / "away").rename(site.store.path("packs"))
-
-
-def test_what_cannot_be_fetched_ahead_says_why(site: Asking) -> None:
-    site.add("one", {"a": BIG})
-    assert "no ref" in site.warmed(ref="nothing")["reason"]
-    digest = "@" + site.store.repository.resolve("one").hex()
-    site.add("two", {"a": b"two"})
-    assert "is not a snapshot of two" in site.warmed(ref=digest, of="two")["reason"]
-    site.store.path("packs").rename(site.base / "away")
-    failed = site.warmed(whole=True)
-    assert failed["state"] == "failed"
-    assert failed["reason"]
-    (site.base / "away").rename(site.store.path("packs"))
-    assert site.warmed(whole=True)["state"] == "done"
-    with pytest.raises(NotFoundError):
-        site.ask("warming", id=LEASE)
-    with pytest.raises(UsageError):
-        site.ask("warm", store=site.store.url)
-
-
-def test_only_so_much_is_fetched_ahead_at_once() -> None:
-    asked = Asked.parse(
-        {"store": "/a/store", "ref": "one", "target": "", "namespace": 0, "id": LEASE}
-    )
-    bringer = _Slow()
-    warmer = Warmer(None, bringer)  # type: ignore[arg-type]
-
-    async def warm() -> None:
-        async with trio.open_nursery() as nursery:
-            ids = [warmer.begin(nursery, asked, whole=False) for _ in range(32)]
-            with pytest.raises(UnavailableError, match="are being fetched ahead"):
-                warmer.begin(nursery, asked, whole=False)
-            await trio.testing.wait_all_tasks_blocked()
-            states = [warmer.report(one)["state"] for one in ids]
-            assert (states.count("loading"), states.count("waiting")) == (2, 30)
-            bringer.go.set()
-        assert {warmer.report(one)["reason"] for one in ids} == {"it is not there"}
-        async with trio.open_nursery() as nursery:
-            for _ in range(1000):
-                ids.append(warmer.begin(nursery, asked, whole=False))
-                await trio.testing.wait_all_tasks_blocked()
-        assert warmer.report(ids[-1])["state"] == "failed"
-        with pytest.raises(NotFoundError):
-            warmer.report(ids[0])
-
-    trio.run(warm)
-
-
-class _Slow:
-    """A store that takes its time."""
-
-    def __init__(self) -> None:
-        self.go = trio.Event()
-
-    async def prove(self, asked: Asked) -> bytes:
-        await self.go.wait()
-        raise NotFoundError("it is not there")
-
-
-def test_a_cache_too_small_for_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENVSTORE_CACHE_SIZE", "6M")
-    with lived(tmp_path, monkeypatch, Asking) as site:
-        site.mount()
-        site.add("one", {f"f{n}": noise(f"f{n}", 1 << 20) for n in range(10)})
-        found = site.warmed(whole=True)
-        assert found["state"] == "done"
-        assert 0 < found["of"] <= 5 << 20
-        assert found["left_out"] >= 5 << 20
-        assert site.told()["cache"]["bytes"] <= 6 << 20
