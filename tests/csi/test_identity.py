@@ -292,6 +292,14 @@ def test_options_that_make_no_driver_are_refused(
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_driver_that_starts_no_node_server_needs_nothing_that_mounts() -> None:
+    without = "import sys; sys.modules.update(dict.fromkeys(('pyfuse3', 'trio')))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{without}import envstore.csi.driver"], check=False
+    )
+    assert done.returncode == 0
+
+
 def test_the_missing_extra_is_named(tmp_path: Path) -> None:
     without = "import sys; sys.modules['grpc'] = None\n"
     without += "from envstore.cli.main import main; sys.exit(main(sys.argv[1:]))"

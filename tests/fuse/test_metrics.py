@@ -19,8 +19,9 @@ from envstore.errors import UsageError
 from envstore.fuse.histogram import BUCKETS, Histogram, bound
 from envstore.fuse.ledger import SLOT, read_counts, write_counts
 from envstore.fuse.metrics import Metrics
-from envstore.fuse.prometheus import CONTENT_TYPE, check_address, render, serve_metrics
+from envstore.fuse.prometheus import CONTENT_TYPE, check_address, render
 from envstore.fuse.reader import Reader
+from envstore.fuse.scraping import serve_metrics
 from tests.site import Site
 
 # Histograms.
