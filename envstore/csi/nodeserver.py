@@ -178,5 +178,5 @@ class NodeServer:
 
 def _silent(error: SilentError) -> UnavailableError:
     return UnavailableError(
-        f"the node server does not answer: {error.message}", hint="it is started again"
+        f"the node server does not answer: {error.message}", hint="see: envstore node --help"
     )

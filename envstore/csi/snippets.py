@@ -228,6 +228,8 @@ def _dynamic(wish: Wish) -> str:
         else "# The tag is looked up when a claim is made, and stays what it is for that claim.\n"
     )
     given = attributes(volume)
+    # What a class gives its claims cannot be changed: one of another digest is another class.
+    name = "-".join(filter(None, [wish.name, volume.digest[:_SHORT]]))
     if wish.secret:
         # Whoever makes the volume looks the ref up, with the same keys as whoever mounts it.
         for use in ("provisioner", "node-publish"):
@@ -237,10 +239,10 @@ def _dynamic(wish: Wish) -> str:
         "# Claims of this class are volumes of one snapshot; no data is moved to make one.\n"
         "# Making a class takes an administrator of the cluster, and the driver's controller.\n"
         "apiVersion: storage.k8s.io/v1\nkind: StorageClass\n"
-        f"metadata:\n  name: {_text(wish.name)}\n"
+        f"metadata:\n  name: {_text(name)}\n"
         f"provisioner: {NAME}\nreclaimPolicy: Delete\nvolumeBindingMode: Immediate\n"
         f"parameters:\n{indent(comment, '  ')}{_listed(given, 2)}"
-        f"{_claim(wish, wish.name)}"
+        f"{_claim(wish, name)}"
     )
 
 
