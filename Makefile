@@ -40,7 +40,7 @@ bench-setup: setup ## Install the peers and the plotting that only `make bench` 
 image: setup ## Build the container image (ARGS="NAME:TAG ARCHIVE")
 	scripts/build-image.sh $(ARGS)
 
-e2e-k8s: setup ## Try all of it on a real Kubernetes, made here of Debian's packages (root, 20 minutes the first time)
+e2e-k8s: setup ## Try all of it on a real Kubernetes, made here of Debian's packages (root; 20 minutes the first time)
 	scripts/e2e-k8s.sh $(ARGS)
 
 lock: setup ## Pin every dependency again by version and hash (ARGS=--upgrade for newer ones)

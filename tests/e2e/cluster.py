@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,9 @@ from tests.e2e.parts import (
     containerd_config,
     kubelet_config,
     make_certificates,
+    mounts_below,
     run,
+    wait_until,
 )
 
 BASE = Path("/var/lib/envstore-e2e")  # as in deploy/overlays/e2e
@@ -45,39 +46,15 @@ _ETCD_PEER = "http://127.0.0.1:18380"
 _GATES = "CSIServiceAccountToken=true"  # requiresRepublish, an alpha feature of 1.20
 _DAEMONS = ("kubelet", "kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd")
 _FORWARDING = Path("/proc/sys/net/ipv4/ip_forward")
+_ELSEWHERE = [
+    Path(path)
+    for path in ("/var/log/pods", "/var/log/containers", "/var/lib/cni", "/run/containerd")
+]
 # The kernel kills every daemon with the test run, however that ends.
 _DIE_WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 )
 _UMOUNT_DETACH = 2
-
-
-def wait_until(
-    true: Callable[[], Any], what: str, *, within: float = 120.0, every: float = 0.3
-) -> Any:
-    """Return what ``true`` returns once it is something; fail after ``within`` seconds."""
-    end = time.monotonic() + within
-    while not (found := true()):
-        if time.monotonic() > end:
-            raise ClusterError(f"after {within:.0f} s there is still not: {what}")
-        time.sleep(every)
-    return found
-
-
-def mounts_below(directory: Path) -> list[str]:
-    """Return the mount points below ``directory``, the deepest first; touches none of them."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        path = line.split()[4].encode().decode("unicode_escape")
-        if path == str(directory) or path.startswith(f"{directory}/"):
-            found.append(path)
-    return sorted(found, reverse=True)
-
-
-def mount_options(target: str) -> list[str]:
-    """Return the options of the mount on ``target``, as the kernel has them."""
-    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    return next(line[5] for line in lines if line[4] == target).split(",")
 
 
 class Cluster:
@@ -90,6 +67,8 @@ class Cluster:
         self._up = False
         self._lock = os.open("/run/lock/envstore-e2e", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._forwarding = _FORWARDING.read_text()
+        # What the kubelet and network plugins cannot be told to put below a directory of ours.
+        self._made = [path for path in _ELSEWHERE if not path.exists()]
         self._kubectl = Path(sys.executable).parent / "kubectl"
         self._config = BASE / "pki" / "admin.kubeconfig"
 
@@ -243,7 +222,8 @@ class Cluster:
         _FORWARDING.write_text(self._forwarding)
         if left := mounts_below(BASE):
             raise ClusterError(f"these are still mounted: {left}")
-        shutil.rmtree(BASE, ignore_errors=True)
+        for path in (BASE, *self._made):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _refuse_company(self) -> None:
         if os.geteuid() != 0:

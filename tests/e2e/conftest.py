@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.cluster import NODE_ADDRESS, PAUSE, Cluster, wait_until
+from tests.e2e.cluster import NODE_ADDRESS, PAUSE, Cluster
 from tests.e2e.images import busybox_layer, write_image
+from tests.e2e.parts import wait_until
 from tests.e2e.pods import APP_IMAGE, SYSTEM, Pods
 from tests.s3server import ACCESS_KEY, SECRET_KEY, S3Server, running_s3
 from tests.tcpproxy import TcpProxy

@@ -1,9 +1,11 @@
-"""What the parts of a cluster are told: certificates and configuration."""
+"""What a cluster is made of: certificates, configuration, and ways to look at it."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,34 @@ def run(*command: str, check: bool = True) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if check and done.returncode:
         raise ClusterError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def wait_until(
+    true: Callable[[], Any], what: str, *, within: float = 120.0, every: float = 0.3
+) -> Any:
+    """Return what ``true`` returns once it is something; fail after ``within`` seconds."""
+    end = time.monotonic() + within
+    while not (found := true()):
+        if time.monotonic() > end:
+            raise ClusterError(f"after {within:.0f} s there is still not: {what}")
+        time.sleep(every)
+    return found
+
+
+def mounts_below(directory: Path) -> list[str]:
+    """Return the mount points below ``directory``, the deepest first; touches none of them."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        path = line.split()[4].encode().decode("unicode_escape")
+        if path == str(directory) or path.startswith(f"{directory}/"):
+            found.append(path)
+    return sorted(found, reverse=True)
+
+
+def mount_options(target: str) -> list[str]:
+    """Return the options of the mount on ``target``, as the kernel has them."""
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return next(line[5] for line in lines if line[4] == target).split(",")
 
 
 def make_certificates(pki: Path, addresses: tuple[str, str], node: str) -> None:

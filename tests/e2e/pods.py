@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from tests.e2e.cluster import KUBELET, Cluster, mounts_below, wait_until
-from tests.e2e.parts import ClusterError
+from tests.e2e.cluster import KUBELET, Cluster
+from tests.e2e.parts import ClusterError, mounts_below, wait_until
 
 SYSTEM = "envstore-system"
 ALLOWED, FOREIGN = "allowed", "foreign"

@@ -20,17 +20,9 @@ import yaml
 
 from envstore.csi.proto import csi_pb2, csi_pb2_grpc
 from envstore.fuse.sockets import short_address
-from tests.e2e.cluster import (
-    BASE,
-    KUBELET,
-    NODE,
-    STATE,
-    Cluster,
-    mount_options,
-    mounts_below,
-    wait_until,
-)
+from tests.e2e.cluster import BASE, KUBELET, NODE, STATE, Cluster
 from tests.e2e.conftest import OVERLAY, REPOSITORY, STORE_URL
+from tests.e2e.parts import mount_options, mounts_below, wait_until
 from tests.e2e.pods import (
     ALLOWED,
     APP_IMAGE,
