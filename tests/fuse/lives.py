@@ -50,12 +50,18 @@ def until(true: Callable[[], object], what: str = "it") -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and more than a zombie."""
+    """Whether a process is there and more than a zombie, any of its threads included.
+
+    One whose first thread has ended has its files open as long as another has not.
+    """
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        for task in os.listdir(f"/proc/{pid}/task"):
+            state = Path(f"/proc/{pid}/task/{task}/stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "ZX":
+                return True
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
+        return os.path.exists(f"/proc/{pid}") and alive(pid)  # a thread ended just now
+    return False
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
