@@ -418,7 +418,8 @@ def test_fifty_volumes_at_once(node: Node) -> None:
             if not turn:
                 descriptors, processes = node.descriptors(), len(node.processes())
     until(lambda: len(node.processes()) <= processes, "the end of all helpers")
-    until(lambda: node.descriptors() <= descriptors, "the end of all open files")
+    # Libraries open a few when they please (a clock, a module's data); a leak is one a volume.
+    until(lambda: node.descriptors() < descriptors + 25, "the end of all open files")
 
 
 def test_one_target_at_once(node: Node) -> None:
