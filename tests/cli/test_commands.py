@@ -13,7 +13,7 @@ import pytest
 from tests.commands import Cli
 from tests.faulty import FaultyStore
 from tests.s3server import S3Server
-from tests.trees import describe, noise
+from tests.trees import describe, noise, settle
 
 _PUSH = {
     "ref", "digest", "manifest", "kind", "files", "logical_bytes", "read_bytes", "new_chunk_bytes",
@@ -62,6 +62,7 @@ def test_init(cli: Cli) -> None:
 def test_push_says_what_it_did(cli: Cli, tree: Path) -> None:
     cli.ok("init")
     (tree / "noise").write_bytes(noise(3, 1 << 20))
+    settle(tree)
     first = cli.json("push", "team/tree:1", tree, "--kind", "dir", "-m", "the first")
     assert set(first) == _PUSH
     assert first["ref"] == "team/tree:1"
