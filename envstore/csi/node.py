@@ -128,7 +128,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 
         At one that says that all is over, most kubelets delete what they know of a volume that is
         not mounted any more. Then they never unpublish it, and the pod does not end (Kubernetes
-        issue 121271, mended in some releases of 1.34 and in 1.37).
+        kubernetes#121271, mended in some releases of 1.34 and in 1.37).
         """
         try:
             yield

@@ -109,9 +109,9 @@ class NodeServer:
         self._ask(self.socket, _BRIEF, "unmounted", id=lease, lazy=in_use)
 
     def answers(self, within: float) -> bool:
-        """Whether somebody answers; nothing is asked of any store."""
+        """Whether mounts can be made; nothing is asked of any store."""
         try:
-            self._ask(self.socket, within, "state")
+            self.check(within)
         except EnvstoreError:
             return False
         return True
@@ -153,7 +153,7 @@ class NodeServer:
         """Return if mounts are being served, and can be made."""
         found = self._ask(self.socket, within, "state")
         if found["state"] != "serving":
-            raise UnavailableError("the node server is ending", hint="it is started again")
+            raise UnavailableError("the node server is ending", hint="another has to be started")
         self._control = found["control"]
 
     def _ask_holder(self, within: float, what: str, **question: object) -> Any:

@@ -24,6 +24,7 @@ from envstore.csi.policy import Policy
 from envstore.csi.records import Publication, Records
 from envstore.csi.refusal import RefusedError
 from envstore.csi.request import VolumeRequest
+from envstore.csi.resolving import told
 from envstore.csi.turns import Turns
 from envstore.errors import ConflictError, EnvstoreError, UnavailableError, UsageError
 from envstore.store.objects.credentials import Credentials
@@ -254,12 +255,16 @@ class Publisher:
         within, began = left(TAKE_WITHIN), time.monotonic()
         try:
             served = self.server.take(wanted, within)
-        except UnavailableError as error:
-            if time.monotonic() - began < within:
-                raise
+        except ConflictError:
+            raise  # the lease is there with other words: the caller knows why
+        except EnvstoreError as error:
+            refused = told(grant.store, request, error)
+            late = time.monotonic() - began >= within
+            if not late or not isinstance(error, UnavailableError):
+                raise refused from None
             raise RefusedError(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
-                f"{request.ref} is not there after {within:.1f} s: {error.message}",
+                f"{request.ref} is not there after {within:.1f} s: {refused.message}",
             ) from None
         self._given[record.lease] = grant.credentials
         record = replace(record, digest=served.snapshot, entries=served.entries, size=served.bytes)

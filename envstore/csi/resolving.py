@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import grpc
 
@@ -11,6 +12,7 @@ from envstore.csi.config import NamedStore
 from envstore.csi.refusal import RefusedError
 from envstore.csi.request import VolumeRequest
 from envstore.errors import AccessDeniedError, EnvstoreError, NotFoundError
+from envstore.store.objects import FileLocation, parse_url
 from envstore.store.objects.credentials import Credentials, KeyRing
 from envstore.store.repository import Repository
 
@@ -44,6 +46,24 @@ def look_up(store: NamedStore, credentials: Credentials | None, request: VolumeR
         _log.warning("store %s: %s", store.name, error)
         raise _refused(store, request, error) from None
     return Found(snapshot.hex(), min(size, _LARGEST))
+
+
+def told(store: NamedStore, request: VolumeRequest, error: EnvstoreError) -> RefusedError:
+    """Return what a tenant is told of an error: the same, unless it names where the store is."""
+    refused = RefusedError.of(error)
+    if not any(word in refused.message for word in _place(store.url)):
+        return refused
+    _log.warning("store %s: %s", store.name, error)
+    return RefusedError(refused.code, _refused(store, request, error).message)
+
+
+def _place(url: str) -> list[str]:
+    """Return the words that tell where a store is."""
+    location = parse_url(url)
+    if isinstance(location, FileLocation):
+        return [str(location.path)]
+    host = urlsplit(location.endpoint).netloc if location.endpoint else ""
+    return [word for word in (f"s3://{location.bucket}", host) if word]
 
 
 def _refused(store: NamedStore, request: VolumeRequest, error: EnvstoreError) -> RefusedError:

@@ -516,6 +516,8 @@ def test_what_does_not_exist_is_not_found(node: Node) -> None:
     ((pod, message),) = node.told.refusals
     assert (pod.name, pod.uid) == ("pod-1", "uid-of-pod-1")
     assert "nothing" in message
+    # Where the store is, a tenant need not know.
+    assert node.store.url.removeprefix("file://") not in message
 
 
 def test_a_store_that_is_away_is_unavailable(node: Node) -> None:

@@ -100,7 +100,7 @@ def test_each_volume_needs_keys_of_its_own(
         node.publish("pod-2", store="volumes")
     # That this node serves it already gives nobody else a right to it.
     wrong = {**bucket.keys, "secret_access_key": "wrong"}
-    with refused(Code.PERMISSION_DENIED):
+    with refused(Code.PERMISSION_DENIED, "refuses the volume's credentials"):
         node.publish("pod-2", store="volumes", secrets=wrong)
     assert node.mounted() == [str(target)]
     assert len(node.leases()) == len(node.records()) == 1
