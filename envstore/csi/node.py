@@ -127,7 +127,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
         """Refuse what is published already with a code that promises nothing: ``ABORTED``.
 
         At one that says that all is over, most kubelets delete what they know of a volume that is
-        not mounted any more. Then they never unpublish it, and the pod does not end (Kubernetes
+        not mounted any more. Then they never unpublish it, and the pod does not end (see
         kubernetes#121271, mended in some releases of 1.34 and in 1.37).
         """
         try:

@@ -123,6 +123,23 @@ def test_new_keys_are_handed_on_and_wrong_ones_cost_no_mount(bucket: Bucket) -> 
     node.unpublish("pod-1")
 
 
+def test_a_store_that_was_led_elsewhere_gets_no_keys_for_an_old_mount(bucket: Bucket) -> None:
+    node = bucket.node
+    node.serve(keep=False)
+    target = node.publish("pod-1", store="volumes", secrets=bucket.keys)
+    node.stop()
+    moved = NamedStore("volumes", f"{node.stores['volumes'].url}&path_style=1", "volume")
+    node.config = DriverConfig({**node.stores, "volumes": moved}, "main", (Rule(),))
+    try:
+        node.serve(keep=False)
+        with refused(Code.FAILED_PRECONDITION, "was changed since"):
+            node.publish("pod-1", store="volumes", secrets=bucket.keys)
+        assert (target / "file").read_bytes() == b"content"
+    finally:
+        node.config = DriverConfig(node.stores, "main", (Rule(),))
+    node.unpublish("pod-1")
+
+
 def test_the_drivers_own_keys_are_read_anew(bucket: Bucket) -> None:
     node = bucket.node
     node.serve(keep=False)
