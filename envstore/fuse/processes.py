@@ -1,4 +1,4 @@
-"""Children of the holder: how they are started, watched and ended."""
+"""Children of the holder: how they are started, watched and ended; signals that end it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from envstore.errors import EnvstoreError
 from envstore.fuse.channel import Channel
@@ -146,6 +147,26 @@ def fork(work: Callable[[], int], keep: tuple[int, ...] = ()) -> tuple[int, int]
         os._exit(status)
 
 
+@contextlib.contextmanager
+def wakened_by_signals() -> Iterator[int]:
+    """Yield a descriptor that can be read once any of ``SIGNALS`` came, which does nothing else."""
+    wake, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
+    try:
+        yield wake
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(writer)
+        os.close(wake)
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Be there, so that the signal only wakes the loop."""
+
+
 def _close_all_but(keep: tuple[int, ...]) -> None:
     """Close what was inherited: a device held by accident would keep a dead mount waiting."""
     first = 3
@@ -153,3 +174,33 @@ def _close_all_but(keep: tuple[int, ...]) -> None:
         os.closerange(first, fd)
         first = fd + 1
     os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+
+
+class Helpers:
+    """Children that do one thing each, for the holder's loop, which never waits for them."""
+
+    def __init__(self) -> None:
+        """Have none yet."""
+        self._running: dict[int, tuple[int, Callable[[int], None]]] = {}
+
+    def start(
+        self, work: Callable[[], int], done: Callable[[int], None], keep: tuple[int, ...] = ()
+    ) -> int:
+        """Run ``work`` in a child, and ``done`` with its exit status when it has ended.
+
+        The child has the descriptors ``keep``; returns its own, which is the loop's to close.
+        """
+        pid, pidfd = fork(work, keep)
+        self._running[pidfd] = (pid, done)
+        return pidfd
+
+    def watch(self, poller: select.poll, handlers: dict[int, Callable[[], None]]) -> None:
+        """Add what is to be waited for."""
+        for pidfd in self._running:
+            poller.register(pidfd, select.POLLIN)
+            handlers[pidfd] = partial(self._on_end, pidfd)
+
+    def _on_end(self, pidfd: int) -> None:
+        pid, done = self._running.pop(pidfd)
+        os.close(pidfd)
+        done(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))

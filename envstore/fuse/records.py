@@ -15,6 +15,7 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,23 @@ class RecordFiles:
             return True
         finally:
             os.close(fd)
+
+    def describe(self, loaded: dict[str, Any], prefix: str) -> MountRecord:
+        """Return the record of a mount that this process holds, of what a server has loaded."""
+        return MountRecord(
+            mountpoint=self.mountpoint,
+            name=loaded["name"],
+            snapshot=loaded["snapshot"],
+            manifest=loaded["manifest"],
+            holder_pid=os.getpid(),
+            store=loaded["store"],
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            log=str(self.log),
+            stats=str(self.stats),
+            control=str(self.control),
+            fast_path=loaded["fast"],
+            prefix=prefix,
+        )
 
     def load(self) -> MountRecord | None:
         """Return the record, ``None`` if there is none or it is not whole."""

@@ -26,12 +26,12 @@ import trio
 from envstore.errors import EnvstoreError
 from envstore.fuse import stats
 from envstore.fuse.channel import Channel, Message
-from envstore.fuse.holder import BEAT
 from envstore.fuse.keeping import LEASE, Keepsake, Kept, write_state
 from envstore.fuse.node import Node
 from envstore.fuse.operations import SnapshotOperations
 from envstore.fuse.prometheus import render
 from envstore.fuse.scraping import serve_metrics
+from envstore.fuse.servers import BEAT
 from envstore.fuse.session import Session
 from envstore.fuse.sockets import told
 from envstore.fuse.volumes import Volumes

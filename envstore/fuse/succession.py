@@ -7,12 +7,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import envstore
+from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
 from envstore.fuse.channel import Channel
 from envstore.fuse.control import Connection
 from envstore.fuse.keeping import STATE_FORMAT, Kept, write_state
-from envstore.fuse.processes import ServerProcess
+from envstore.fuse.processes import Helpers, ServerProcess
+from envstore.fuse.protocol import Flag
+from envstore.fuse.servers import Servers
+from envstore.fuse.sockets import told
+
+if TYPE_CHECKING:
+    from envstore.fuse.showing import Shows
 
 _TRY_WITHIN = 60.0
 
@@ -68,3 +76,97 @@ def server_left(state: dict[str, Any]) -> ServerProcess | None:
     channel = Channel(socket.socket(fileno=found["channel"]))
     now = time.monotonic()
     return ServerProcess(found["pid"], found["pidfd"], channel, now, serving=now)
+
+
+class Upgrade:
+    """The replacement of a holder and its server by other code, one at a time. For the loop."""
+
+    def __init__(self, kept: Kept, servers: Servers, helpers: Helpers, shows: Shows | None) -> None:
+        """Be ready for one of the holder that has all this."""
+        self._kept = kept
+        self._servers = servers
+        self._helpers = helpers
+        self._shows = shows
+        self._checking = False
+        self._asking: Connection | None = None
+
+    def start(self, connection: Connection, program: Sequence[str], *, settled: bool) -> None:
+        """Become the holder that ``program`` is, once it has shown that it can start.
+
+        ``settled`` is whether the mount is neither being made nor unmade. ``connection`` gets the
+        answer, from the next holder if all goes well.
+        """
+        if not program:
+            connection.answer(error=told(UsageError("there is no program to upgrade to")))
+            return
+        if self._checking or self._asking is not None:
+            connection.answer(error=told(UsageError("an upgrade is under way")))
+            return
+        if not settled:
+            connection.answer(error=told(UsageError("the mount is being made or unmade")))
+            return
+        if not self._kept.flags & Flag.HAS_RESEND:
+            refused = UnsupportedFormatError(
+                "a mount cannot be upgraded in place on this kernel", hint="Linux 6.9 can"
+            )
+            connection.answer(error=told(refused))
+            return
+
+        def check() -> int:
+            return try_program(program)
+
+        def checked(status: int) -> None:
+            if status:
+                self._checking = False
+                refused = EnvstoreError(
+                    f"{program[-1]} does not start, or cannot go on with this mount",
+                    hint="see the mount's log",
+                )
+                connection.answer(error=told(refused))
+            elif self._shows is None:
+                change()
+            else:
+                # A child of this code could tell the next nothing of what it has done.
+                self._shows.when_idle(change)
+
+        def change() -> None:
+            self._checking = False
+            try:
+                self._become(program, connection)
+            except OSError as error:
+                refused = EnvstoreError(f"cannot execute {program[0]}: {error.strerror}")
+                connection.answer(error=told(refused))
+            self._servers.prepare_soon()
+
+        self._helpers.start(check, checked)
+        self._checking = True
+
+    def _become(self, program: Sequence[str], asking: Connection) -> NoReturn:
+        """Replace this process's code. Raises ``OSError`` if that cannot be done."""
+        # It knows neither the new code nor the new holder; the one that serves goes on meanwhile.
+        self._servers.end_standby()
+        become(program, self._kept, self._servers.active, asking, self._servers.failure)
+
+    def adopt(self, connection: Connection) -> None:
+        """Be the holder that was to be; ``connection`` waits for its first server to serve."""
+        self._asking = connection
+
+    def standby_ready(self) -> None:
+        """Let the old server make way for the new one."""
+        if self._asking is not None:
+            self._servers.retire()
+
+    def standby_failed(self) -> None:
+        """Give up: an upgrade cannot do without a standby."""
+        if self._asking is not None:
+            connection, self._asking = self._asking, None
+            refused = EnvstoreError(
+                "the new server does not start; the old one goes on", hint="see the mount's log"
+            )
+            connection.answer(error=told(refused))
+
+    def serving(self, server: ServerProcess) -> None:
+        """Say that it is done."""
+        if self._asking is not None:
+            connection, self._asking = self._asking, None
+            connection.answer(server_pid=server.pid, version=envstore.__version__)

@@ -282,9 +282,9 @@ def test_servers_that_die_at_once_are_started_ever_later(live: Live) -> None:
 
 
 _NO_RESEND = """
-from envstore.fuse.holder import Holder
 from envstore.fuse.protocol import Flag
-retire = Holder._retire
+from envstore.fuse.servers import Servers
+retire = Servers.retire
 def retire_and_forget(self):
     retire(self)
     replace = self._replace
@@ -293,7 +293,7 @@ def retire_and_forget(self):
         self._kept.flags &= ~Flag.HAS_RESEND
         del self._replace
     self._replace = last
-Holder._retire = retire_and_forget
+Servers.retire = retire_and_forget
 """
 
 
@@ -671,13 +671,13 @@ def test_the_fast_path_with_nobody_left(live: Live) -> None:
 
 _NO_FORK = """
 import os
-from envstore.fuse import holder
-start = holder.start_server
+from envstore.fuse import servers
+start = servers.start_server
 def failing():
     if os.path.exists({flag!r}):
         raise OSError(12, "Cannot allocate memory")
     return start()
-holder.start_server = failing
+servers.start_server = failing
 """
 
 
