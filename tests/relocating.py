@@ -82,7 +82,7 @@ def _shebang(line: bytes, placeholder: bytes, prefix: bytes) -> bytes:
 
 
 def _detour(line: bytes) -> bytes:
-    found = re.fullmatch(rb"#! *(/[^ \t\r]*)(.*)", line)
+    found = re.fullmatch(rb"#! *(/(?:\\ |[^ \t\r])*)(.*)", line)
     if found is None:
         return line
     name = found[1].rpartition(b"/")[2]

@@ -13,6 +13,7 @@ Whatever a test leaves behind is killed and unmounted; a reader that hangs fails
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -61,6 +62,20 @@ def alive(pid: int) -> bool:
                 return True
     except (FileNotFoundError, ProcessLookupError):
         return os.path.exists(f"/proc/{pid}") and alive(pid)  # a thread ended just now
+    return False
+
+
+def disconnected(place: Path) -> bool:
+    """Whether the kernel tells everybody that a mount's last process has gone.
+
+    Who asked while that was going is told that it was aborted.
+    """
+    try:
+        os.listdir(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+            raise
+        return error.errno == errno.ENOTCONN
     return False
 
 

@@ -30,7 +30,7 @@ from envstore.fuse.overlay import probe
 from envstore.fuse.records import RecordFiles
 from envstore.fuse.sockets import ask, short_address
 from envstore.fuse.upgrade import upgrade_mount
-from tests.fuse.lives import PATIENCE, ROOT, gone, kill, lived, until, within
+from tests.fuse.lives import PATIENCE, ROOT, disconnected, gone, kill, lived, until, within
 from tests.fuse.test_node import drop_caches
 from tests.fuse.test_showing import Pods, same
 
@@ -468,8 +468,7 @@ def test_both_die(kept: Kept) -> None:
         kept.stores[0].terminate()
         kept.store_says(said)
     assert kept.stores[0].wait(PATIENCE) == 1
-    with pytest.raises(OSError, match="not connected"):
-        os.listdir(target)
+    until(lambda: disconnected(target))
     kept.start_fdstore()
     kept.serve()
     (found,) = kept.look()

@@ -30,7 +30,18 @@ from envstore.fuse.overview import overview
 from envstore.fuse.sockets import ask, short_address
 from envstore.fuse.upgrade import upgrade_mount
 from envstore.fuse.volumes import Volumes
-from tests.fuse.lives import PATIENCE, ROOT, Live, alive, gone, kill, lived, until, within
+from tests.fuse.lives import (
+    PATIENCE,
+    ROOT,
+    Live,
+    alive,
+    disconnected,
+    gone,
+    kill,
+    lived,
+    until,
+    within,
+)
 from tests.stores import Store
 from tests.trees import noise
 
@@ -433,8 +444,7 @@ def test_all_node_processes_killed(site: Site) -> None:
     dead = {str(site.place): "dead", str(place): "dead"}
     # A process has let go of its locks a moment after it has closed its files.
     until(lambda: {one.mountpoint: one.state for one in overview()} == dead)
-    with pytest.raises(OSError, match="not connected"):
-        os.listdir(place)
+    until(lambda: disconnected(place))
     with pytest.raises(NotFoundError):
         site.show("one", "new")
     unmount(place)

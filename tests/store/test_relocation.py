@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,9 @@ _SCRIPTS = st.builds(
 )
 
 
+_INTERPRETER = re.compile(rb"#! *(?:(?:\\ |[^ \n\r\t])*/)?((?:\\ |[^ \n\r\t/])*)")
+
+
 def _oracle(data: bytes, mode: Mode, prefix: bytes) -> bytes | None:
     """Return what an installer writes; ``None`` where that says nothing to us."""
     if mode is Mode.TEXT and data.startswith(b"#!"):
@@ -59,6 +63,9 @@ def _oracle(data: bytes, mode: Mode, prefix: bytes) -> bytes | None:
             line.decode()
         except UnicodeDecodeError:
             return None  # what becomes of such lines is compared with the installer itself
+        name = _INTERPRETER.match(line.replace(_PH, b"\0"))
+        if b" " in prefix and name is not None and b"\0" in name[1]:
+            return None  # an interpreter called like the directory: whatever is written is nonsense
     return installed(data, _PH, mode, prefix)
 
 
