@@ -1,0 +1,1 @@
+"""Envstore checkpoints where other frameworks expect theirs."""
