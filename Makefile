@@ -7,7 +7,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 	--no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-setup image e2e-k8s lock clean
+.PHONY: help setup demo test lint format frameworks bench bench-setup image e2e-k8s lock clean
 
 help: ## List these commands
 	@echo "envstore: push an environment once, mount it anywhere"
@@ -19,7 +19,7 @@ setup: ## Install system packages, .venv and envstore (PYTHON=... chooses the in
 demo: setup ## Push a real environment, mount it, run in it (STORE=file or STORE=s3)
 	$(BIN)/python examples/demo.py --store $(STORE) $(ARGS)
 
-test: lint ## Check style and types, then run the tests (ARGS="-k push" chooses some)
+test: lint frameworks ## Check style and types, then run the tests (ARGS="-k push" chooses some)
 	scripts/test.sh $(ARGS)
 
 lint: setup ## Check formatting, style and types
@@ -34,7 +34,10 @@ format: setup ## Format the code and mend what can be mended by itself
 bench: bench-setup ## Measure envstore beside its peers (ARGS=... goes to the benchmark)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-setup: setup ## Install the peers and the plotting that only `make bench` needs
+frameworks: setup ## Install torch and the frameworks that checkpoints plug into, for the tests (200 MB and more)
+	@scripts/setup-frameworks.sh
+
+bench-setup: frameworks ## Install the peers and the plotting that only `make bench` needs
 	@scripts/setup-bench.sh
 
 image: setup ## Build the container image (ARGS="NAME:TAG ARCHIVE")
@@ -48,6 +51,8 @@ lock: setup ## Pin every dependency again by version and hash (ARGS=--upgrade fo
 	$(COMPILE) --group build --output-file requirements-build.lock
 	$(COMPILE) --extra fuse --extra csi --constraint requirements.lock pyproject.toml --output-file requirements-image.lock
 	$(COMPILE) --group bench --constraint requirements.lock --output-file requirements-bench.lock
+	echo "torch ; python_version < '3'" >.venv/without-torch # see scripts/setup-frameworks.sh
+	$(COMPILE) --group frameworks --constraint requirements.lock --override .venv/without-torch --output-file requirements-frameworks.lock
 	@! grep -nE '://|^-' requirements*.lock || { echo "error: a lock file names an index" >&2; exit 1; }
 
 clean: ## Remove .venv and everything that was built or cached here

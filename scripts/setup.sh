@@ -67,7 +67,7 @@ fi
 # that use volumes as a kubelet's containers do; the rest compiles pyfuse3 (gcc by itself only recommends the C library's headers).
 scripts/system-packages.sh fuse3 erofs-utils runc busybox-static ca-certificates gcc libc6-dev libfuse3-dev pkg-config
 make_venv
-rm -f .venv/.setup-* .venv/.bench-*
+rm -f .venv/.setup-* .venv/.bench-* .venv/.frameworks-*
 install_locked
 .venv/bin/envstore --help >/dev/null
 touch "$stamp"
