@@ -53,6 +53,7 @@ lock: setup ## Pin every dependency again by version and hash (ARGS=--upgrade fo
 	$(COMPILE) --group bench --constraint requirements.lock --output-file requirements-bench.lock
 	echo "torch ; python_version < '3'" >.venv/without-torch # see scripts/setup-frameworks.sh
 	$(COMPILE) --group frameworks --constraint requirements.lock --override .venv/without-torch --output-file requirements-frameworks.lock
+	$(COMPILE) --group peers --override .venv/without-torch --output-file requirements-peers.lock
 	@! grep -nE '://|^-' requirements*.lock || { echo "error: a lock file names an index" >&2; exit 1; }
 
 clean: ## Remove .venv and everything that was built or cached here
