@@ -33,7 +33,9 @@ class Settings:
     @property
     def url(self) -> str:
         """The store to use: ``--store``, else ``ENVSTORE_URL``, else the user's own."""
-        return self._named() or str(_default_store())
+        from envstore.store.objects.url import default_store
+
+        return self._named() or str(default_store())
 
     @property
     def is_default(self) -> bool:
@@ -127,8 +129,3 @@ class Settings:
 
     def _named(self) -> str | None:
         return self.store or os.environ.get("ENVSTORE_URL") or None
-
-
-def _default_store() -> Path:
-    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return Path(base) / "envstore" / "store"

@@ -79,7 +79,8 @@ def run(
 ) -> Ran:
     """Mount ``ref`` in a private directory, run ``command`` in it, wait, and unmount.
 
-    ``surroundings`` says which environment variables it gets in the tree mounted at a path.
+    ``surroundings`` says which environment variables it gets in the tree mounted at a path;
+    ``ENVSTORE_SNAPSHOT`` is added, the digest of what is mounted.
     ``profile`` names the start profile to follow, see ``MountRequest``. With ``record`` none is
     followed, and the stats hold a ``recording`` of what was read (see ``Recorder.report``).
 
@@ -95,7 +96,7 @@ def run(
         mounted = time.monotonic()
         space = os.statvfs(prefix)
         size = space.f_blocks * space.f_frsize
-        environment = surroundings(prefix)
+        environment = {**surroundings(prefix), "ENVSTORE_SNAPSHOT": mount.snapshot}
         program = find_program(command[0], environment)
         status = run_process(program, command, environment)
         ended = time.monotonic()

@@ -69,6 +69,12 @@ class S3Location:
         return f"s3://{self.bucket}{path}{'?' + query if query else ''}"
 
 
+def default_store() -> Path:
+    """Return where the user's own store lies, which is meant if nobody names one."""
+    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(base) / "envstore" / "store"
+
+
 def parse_url(url: str) -> FileLocation | S3Location:
     """Return the place that a store URL names. Raises ``UsageError``; contacts nothing."""
     if not url or "\0" in url or not _is_encodable(url):

@@ -1,0 +1,72 @@
+"""Which store and run a text names, and where on this node its slots lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from envstore.checkpoint.layout import RunName
+from envstore.errors import UsageError
+from envstore.store.digest import digest
+from envstore.store.objects.url import FileLocation, default_store, parse_url
+
+_MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of one's own is made in it, see slots
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlace:
+    """A run and the canonical URL of the store that it is in.
+
+    ``default`` is whether nobody named a store, so that the user's own one is meant and made if
+    missing.
+    """
+
+    run: RunName
+    store: str
+    default: bool
+
+
+def find_place(name: str, store: str | None, environ: Mapping[str, str]) -> RunPlace:
+    """Return what ``name`` stands for: ``[namespace/]run``, or ``URL#[namespace/]run``.
+
+    Without a URL in ``name`` or ``store``: ``ENVSTORE_URL``, else the user's own store.
+    Raises ``UsageError``.
+    """
+    url, hash_sign, run = name.rpartition("#")
+    if hash_sign and store is not None:
+        raise UsageError(f"{name!r:.100} names a store, and store= too", hint="give one of them")
+    if hash_sign and not url:
+        raise UsageError(f"{name!r:.100} has nothing before the #", hint="write URL#namespace/run")
+    if not hash_sign and "://" in name:
+        raise UsageError(
+            "the URL of a store is given without the name of a run",
+            hint="write URL#namespace/run, as in s3://bucket/prefix#team/llm",
+        )
+    named = url or store or environ.get("ENVSTORE_URL") or None
+    location = FileLocation(default_store()) if named is None else parse_url(named)
+    return RunPlace(RunName.parse(run), location.url, named is None)
+
+
+def slots_root(directory: str | Path | None, environ: Mapping[str, str]) -> Path:
+    """Return below what all slots of this user lie: ``directory``, else ``ENVSTORE_SLOTS``.
+
+    Without either, it is a directory in ``/dev/shm``.
+    """
+    given = directory or environ.get("ENVSTORE_SLOTS")
+    return Path(given).absolute() if given else _MEMORY / f"envstore-{os.getuid()}"
+
+
+def slots_of_run(root: Path, place: RunPlace) -> Path:
+    """Return below what the slots of a run lie, a directory for each rank.
+
+    The store's URL is part of the name: equal names in two stores are two runs.
+    """
+    key = digest(f"{place.store}\0{place.run}".encode()).hex()[:16]
+    return root / str(os.getuid()) / key
+
+
+def slots_of_rank(of_run: Path, rank: int) -> Path:
+    """Return the slot directory of one rank."""
+    return of_run / f"{rank:05d}"
