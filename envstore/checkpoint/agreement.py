@@ -124,58 +124,74 @@ class Decision:
 class Decisions:
     """What this call of ``Run.step`` does, the same on all ranks.
 
-    Rank 0 decides one call ahead and posts it; a rank that is earlier than rank 0 waits, which
-    ranks that train in step with each other never do. A rank that was told to go (a signal) posts
-    that too, and rank 0 decides on it. Costs one or two messages to the board for each call.
-    Not safe to use from several threads.
+    Calls that are due by the number of the step are due on every rank, so that rank 0 need only
+    say whether it is free to save; the others wait for that. What depends on the time, or on a
+    signal, rank 0 decides one call ahead, so that ranks which train in step with each other never
+    wait for it. A rank that was told to go posts that, and rank 0 decides on it.
+
+    With ``every_call`` (time, signals) each call costs one or two messages to the board, without
+    only the calls that are due. Not safe to use from several threads.
     """
 
     def __init__(
-        self, board: Board, ranks: Ranks, incarnation: str, *, patience: float = PATIENCE
+        self,
+        board: Board,
+        ranks: Ranks,
+        incarnation: str,
+        *,
+        every_call: bool,
+        patience: float = PATIENCE,
     ) -> None:
         self._board = board
         self._ranks = ranks
         self._key = f"saves/{incarnation}"
         self._going = f"going/{incarnation}"
+        self._every_call = every_call
         self._patience = patience
         self._told = False
         self._call = 0
         self._saves: list[int] = []
         self._leave = -1
         if ranks.rank == 0:
-            self._post(0)
+            self._post(-1)
 
-    def step(self, wanted: bool, leaving: bool) -> Decision:
+    def step(self, *, due: bool, free: bool, wanted: bool, leaving: bool) -> Decision:
         """Return what this call does.
 
+        ``due`` is whether its step number asks for a save: it happens if rank 0 is ``free``.
         ``wanted`` (of rank 0) asks for a save at the next call, ``leaving`` (of any rank) for one
         after which all ranks leave. Raises ``CheckpointError`` if rank 0 does not answer.
         """
         call, self._call = self._call, self._call + 1
+        if not due and not self._every_call:
+            return Decision(save=False, leave=False)
         if leaving and not self._told:
             self._told = True
             self._board.set(self._going, "1")
         if self._ranks.rank == 0:
-            if self._leave < 0 and (self._told or self._board.check([self._going])):
+            going = self._told or (self._every_call and self._board.check([self._going]))
+            if self._leave < 0 and going:
                 self._leave = call + 1
                 wanted = True
-            if wanted:
-                self._saves = [*self._saves, call + 1][-_REMEMBERED:]
-            self._post(call + 1)
+            now = [call] if due and free and call not in self._saves else []
+            later = [call + 1] if wanted else []
+            self._saves = [*self._saves, *now, *later][-_REMEMBERED:]
+            self._post(call)
         else:
-            self._read(call)
+            self._read(call if due else call - 1)
         return Decision(call in self._saves, 0 <= self._leave <= call)
 
-    def _post(self, decided: int) -> None:
-        value = {"decided": decided, "saves": self._saves, "leave": self._leave}
+    def _post(self, call: int) -> None:
+        value = {"call": call, "saves": self._saves, "leave": self._leave}
         self._board.set(self._key, json.dumps(value))
 
     def _read(self, call: int) -> None:
+        """Wait until rank 0 has made its call number ``call``."""
         deadline = time.monotonic() + self._patience
         _wait(self._board, self._key, deadline, "rank 0")
         while True:
             value = json.loads(self._board.get(self._key))
-            if value["decided"] >= call:
+            if value["call"] >= call:
                 self._saves, self._leave = value["saves"], value["leave"]
                 return
             if time.monotonic() > deadline:

@@ -1,0 +1,148 @@
+"""What a run may be told, checked once, before anything is opened or started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from envstore.checkpoint.lineage import checked
+from envstore.checkpoint.signals import parse_signals
+from envstore.errors import UsageError
+
+_PERSISTERS = ("auto", "external")
+_BUSY = ("skip", "wait")
+_ERRORS = ("warn", "raise")
+_PREEMPT = ("flush", "snapshot", "none")
+_CODECS = ("raw", "split", "xor")
+_FINITE = ("off", "record", "refuse")
+_MIN_SLOT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Where, and how, states are copied to before they are uploaded.
+
+    ``dir`` is a directory in memory (a tmpfs volume; ``ENVSTORE_SLOTS``, else one's own in
+    ``/dev/shm``). ``slots`` states fit at once, each as large as the state, or ``max_bytes``:
+    larger ones go in waves. With ``overlap`` ``save()`` returns earlier and tensors that an
+    optimizer changes are copied until its next step.
+    """
+
+    dir: str | Path | None = None
+    slots: int = 2
+    overlap: bool = False
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ``UsageError`` for what cannot be."""
+        whole("Staging(slots=)", self.slots, 2, 16)
+        flag("Staging(overlap=)", self.overlap)
+        if self.max_bytes is not None:
+            whole("Staging(max_bytes=)", self.max_bytes, _MIN_SLOT, 1 << 50)
+        if self.dir is not None and (not isinstance(self.dir, str | Path) or not str(self.dir)):
+            raise UsageError(f"Staging(dir=) is not a directory: {self.dir!r:.80}")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of a ``Run``, as they were checked; see there."""
+
+    save: Any
+    keep: Any
+    staging: Staging
+    persister: str
+    on_busy: str
+    on_error: str
+    max_failures: int
+    on_preempt: str
+    signals: tuple[int, ...]
+    replicated: tuple[str, ...]
+    codec: str
+    bandwidth: int | None
+    lineage: Mapping[str, str]
+    check_finite: str
+    fresh: bool
+    prefetch: bool
+
+
+def check_options(
+    *,
+    save: Any,
+    keep: Any,
+    staging: Staging,
+    persister: str,
+    on_busy: str,
+    on_error: str,
+    max_failures: int,
+    on_preempt: str,
+    signals: Sequence[str | int],
+    replicated: Sequence[str],
+    codec: str,
+    bandwidth: int | str | None,
+    lineage: Mapping[str, str] | None,
+    check_finite: str,
+    fresh: bool,
+    prefetch: bool,
+) -> Options:
+    """Return the options if each of them can be. Raises ``UsageError`` naming the one that not."""
+    from envstore.checkpoint.policies import check_keep, check_save
+
+    if not isinstance(staging, Staging):
+        raise UsageError(f"staging= is not a Staging: {staging!r:.80}")
+    if isinstance(replicated, str) or not all(isinstance(item, str) for item in replicated):
+        raise UsageError("replicated= is not a list of names of items", hint="as in ('model',)")
+    if isinstance(signals, str):
+        signals = (signals,)
+    return Options(
+        check_save(save),
+        check_keep(keep),
+        staging,
+        one_of("persister=", persister, _PERSISTERS),
+        one_of("on_busy=", on_busy, _BUSY),
+        one_of("on_error=", on_error, _ERRORS),
+        whole("max_failures=", max_failures, 1, 1_000_000),
+        one_of("on_preempt=", on_preempt, _PREEMPT),
+        () if on_preempt == "none" else parse_signals(signals),
+        tuple(replicated),
+        one_of("codec=", codec, _CODECS),
+        _bandwidth(bandwidth),
+        checked(lineage),
+        one_of("check_finite=", check_finite, _FINITE),
+        flag("fresh=", fresh),
+        flag("prefetch=", prefetch),
+    )
+
+
+def one_of(what: str, value: Any, choices: Sequence[str]) -> str:
+    """Return ``value`` if it is one of ``choices``. Raises ``UsageError``."""
+    if not isinstance(value, str) or value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise UsageError(f"{what} is {value!r:.80}", hint=f"one of {known}")
+    return value
+
+
+def whole(what: str, value: Any, least: int, most: int) -> int:
+    """Return ``value`` if it is an integer from ``least`` to ``most``. Raises ``UsageError``."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UsageError(f"{what} is {value!r:.80}", hint=f"a whole number from {least} to {most}")
+    return value
+
+
+def flag(what: str, value: Any) -> bool:
+    """Return ``value`` if it is true or false. Raises ``UsageError``."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{what} is {value!r:.80}", hint="True or False")
+    return value
+
+
+def _bandwidth(value: int | str | None) -> int | None:
+    """Return bytes per second."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        from envstore.store.cache import parse_size
+
+        value = parse_size(value)
+    return whole("bandwidth=", value, 1, 1 << 50)
