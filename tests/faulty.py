@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from envstore.errors import CorruptError, NotFoundError
-from envstore.store.objects.base import ObjectInfo, ObjectStore
+from envstore.store.objects.base import ObjectInfo, ObjectStore, ignore
 
 _Change = Callable[[bytes], bytes]
 
@@ -231,6 +231,21 @@ class FaultyStore:
         if len(data) != length:
             raise CorruptError(f"{key} is too short")  # as every backend does
         return data
+
+    def get_range_into(
+        self,
+        key: str,
+        start: int,
+        views: Sequence[memoryview],
+        arrived: Callable[[int], None] = ignore,
+    ) -> None:
+        """The faults of ``get_range`` apply, and it counts as one."""
+        data = memoryview(self.get_range(key, start, sum(map(len, views))))
+        at = 0
+        for view in views:
+            view[:] = data[at : at + len(view)]
+            at += len(view)
+            arrived(len(view))
 
     def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
         """The faults of ``get_range`` apply, and it counts as one."""

@@ -17,13 +17,14 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
 from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError, UsageError
 from envstore.store.binary import U64
+from envstore.store.objects.vectors import read_into
 
 DEFAULT_CAPACITY = 20 << 30
 _TOUCH_NS = 1_000_000_000
@@ -165,6 +166,26 @@ class BlobCache:
         finally:
             os.close(fd)
         return data if len(data) == length else None
+
+    def read_into(self, name: bytes, views: Sequence[memoryview]) -> bool:
+        """Fill ``views``, one after the other, with the blob; whether it is there in full.
+
+        If not, they hold anything.
+        """
+        try:
+            fd = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self._error(error) from error
+        try:
+            got = read_into(fd, 0, views)
+            self._touch(name, fd)
+        except OSError as error:
+            raise self._error(error) from error
+        finally:
+            os.close(fd)
+        return got == sum(map(len, views))
 
     def put(self, name: bytes, data: bytes | memoryview) -> None:
         """Keep ``data``, whose digest the caller has checked to be ``name``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,10 @@ class Traffic:
             self.bytes_out += bytes_out
 
 
+def ignore(_size: int) -> None:
+    """Take no notice of what arrived."""
+
+
 class ObjectStore(Protocol):
     """A flat namespace of immutable-by-convention objects.
 
@@ -57,6 +61,21 @@ class ObjectStore(Protocol):
         """Return exactly ``length`` bytes from ``start``. One request.
 
         Raises ``NotFoundError``; ``CorruptError`` if the object is too short.
+        """
+        ...
+
+    def get_range_into(
+        self,
+        key: str,
+        start: int,
+        views: Sequence[memoryview],
+        arrived: Callable[[int], None] = ignore,
+    ) -> None:
+        """Fill writable ``views`` of bytes, one after the other, with what is there from ``start``.
+
+        One request; when it is sent again, it begins anew. ``arrived`` is told the size of each
+        piece that came, and may raise to give the transfer up. Raises as ``get_range``; the views
+        then hold anything.
         """
         ...
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from envstore.store.objects import open_objects
-from envstore.store.objects.base import ObjectInfo, ObjectStore, Traffic
+from envstore.store.objects.base import ObjectInfo, ObjectStore, Traffic, ignore
 from envstore.store.objects.credentials import KeyRing
 
 
@@ -43,6 +43,16 @@ class DeferredObjects:
     def get_range(self, key: str, start: int, length: int) -> bytes:
         """Return exactly ``length`` bytes from ``start``."""
         return self._store().get_range(key, start, length)
+
+    def get_range_into(
+        self,
+        key: str,
+        start: int,
+        views: Sequence[memoryview],
+        arrived: Callable[[int], None] = ignore,
+    ) -> None:
+        """Fill ``views`` with the bytes from ``start`` on."""
+        self._store().get_range_into(key, start, views, arrived)
 
     def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
         """Yield the ``length`` bytes from ``start`` in pieces as they come."""

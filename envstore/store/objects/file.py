@@ -7,7 +7,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from envstore.errors import (
     UsageError,
 )
 from envstore.store.objects import nofollow
-from envstore.store.objects.base import ObjectInfo, Traffic
+from envstore.store.objects.base import ObjectInfo, Traffic, ignore
 from envstore.store.objects.keys import check_key, check_prefix, is_key
 from envstore.store.objects.url import FileLocation
+from envstore.store.objects.vectors import read_into
 
 # Both begin with a dot, which no key may: they cannot collide with an object.
 _TEMPORARY = ".tmp"
@@ -100,6 +101,29 @@ class FileObjects:
         if len(data) != length:
             raise self._too_short(key, start, length, len(data))
         return data
+
+    def get_range_into(
+        self,
+        key: str,
+        start: int,
+        views: Sequence[memoryview],
+        arrived: Callable[[int], None] = ignore,
+    ) -> None:
+        """Fill ``views`` with the bytes from ``start`` on; see ``get_range``."""
+        if start < 0:
+            raise ValueError(f"negative range from {start}")
+        *folders, name = check_key(key)
+        with (
+            self._errors("read", key),
+            self._directory(folders) as parent,
+            nofollow.open_object(parent, name) as file,
+        ):
+            got = read_into(file.fileno(), start, views)
+        self.traffic.add(requests=1, bytes_in=got)
+        wanted = sum(map(len, views))
+        if got != wanted:
+            raise self._too_short(key, start, wanted, got)
+        arrived(got)
 
     def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
         """Yield exactly ``length`` bytes from ``start``; see ``get_range``."""

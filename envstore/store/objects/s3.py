@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from envstore.errors import (
     UsageError,
 )
 from envstore.store.objects import s3_errors
-from envstore.store.objects.base import ObjectInfo, Traffic
+from envstore.store.objects.base import ObjectInfo, Traffic, ignore
 from envstore.store.objects.credentials import KeyRing
 from envstore.store.objects.keys import check_key, check_prefix
 from envstore.store.objects.s3_client import is_amazon, make_client, shown
@@ -126,6 +126,41 @@ class S3Objects:
             return data
 
         return self._request(f"read {key}", attempt)
+
+    def get_range_into(
+        self,
+        key: str,
+        start: int,
+        views: Sequence[memoryview],
+        arrived: Callable[[int], None] = ignore,
+    ) -> None:
+        """Fill ``views`` with the bytes from ``start`` on; see ``get_range``."""
+        if start < 0:
+            raise ValueError(f"negative range from {start}")
+        name = self._name(key)
+        length = sum(map(len, views))
+        if length == 0:
+            return
+
+        def attempt() -> None:
+            got = 0
+            with closing(self._open_range(key, name, start, length)) as body:
+                for view in views:
+                    at = 0
+                    while at < len(view):
+                        step = body.readinto(view[at : at + _PIECE])
+                        if not step:
+                            raise self._too_short(key, start, length, got)
+                        self.traffic.add(bytes_in=step)
+                        at += step
+                        got += step
+                        arrived(step)
+                # Until the end is seen, for the connection to be free for others.
+                got += len(body.read(1))
+            if got != length:
+                raise self._too_short(key, start, length, got)
+
+        self._request(f"read {key}", attempt)
 
     def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
         """Yield exactly ``length`` bytes from ``start`` as they arrive, in one attempt.
