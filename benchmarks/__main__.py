@@ -1,7 +1,7 @@
 """The command: ``python -m benchmarks [push|store|mount|read|targets ...]``.
 
-``checkpoints``, ``cold-start``, ``environments``, ``survive``, ``volumes`` and ``warm`` are commands
-of their own, with their own options.
+``checkpoints``, ``cold-start``, ``environments``, ``survive``, ``volumes`` and ``warm`` are
+commands of their own, with their own options.
 """
 
 from __future__ import annotations
