@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from envstore.errors import CorruptError, NotFoundError
 from envstore.store.objects.base import ObjectInfo, ObjectStore, ignore
+from envstore.store.objects.body import Body, joined, length
 
 _Change = Callable[[bytes], bytes]
 
@@ -263,10 +264,11 @@ class FaultyStore:
 
         return self._read(Call("get_versioned", key), read), version
 
-    def put(self, key: str, data: bytes) -> None:
-        faults = self._meet(Call("put", key, len(data)))
+    def put(self, key: str, data: Body) -> None:
+        faults = self._meet(Call("put", key, length(data)))
         if not any(fault.drop for fault in faults):
-            self.inner.put(key, _changed(data, faults))
+            changing = any(fault.change is not None for fault in faults)
+            self.inner.put(key, _changed(joined(data), faults) if changing else data)
         _finish(faults)
 
     def put_if(self, key: str, data: bytes, version: str | None) -> str:

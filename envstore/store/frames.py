@@ -13,6 +13,7 @@ import zstandard
 from envstore.errors import CorruptError, UnsupportedFormatError
 from envstore.store.binary import U32, Cursor, inflate, pack_array
 from envstore.store.digest import DIGEST_SIZE, digest
+from envstore.store.objects.body import Buffer
 
 TARGET_SIZE = 1 << 20
 """Raw bytes at which a frame is closed."""
@@ -56,17 +57,19 @@ class Frame:
 
 
 def encode_frame(
-    chunks: Sequence[tuple[bytes, bytes | memoryview]], level: int = LEVEL
-) -> tuple[Frame, bytes]:
-    """Compress ``(digest, data)`` chunks into one frame; returns its table row and its bytes.
+    chunks: Sequence[tuple[bytes, Buffer]], level: int = LEVEL, codec: Codec = Codec.ZSTD
+) -> tuple[Frame, Buffer]:
+    """Make one frame of ``(digest, data)`` chunks; returns its table row and its bytes.
 
-    Kept raw when compression saves less than 5 %, so that reading it costs nothing.
+    Kept raw when compression saves less than 5 %, so that reading it costs nothing. With
+    ``Codec.RAW`` a single chunk is neither copied nor hashed: its own data is returned.
     """
     raw = chunks[0][1] if len(chunks) == 1 else b"".join(data for _, data in chunks)
-    packed = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
-    codec = Codec.ZSTD
-    if len(packed) > _WORTH * len(raw):
-        codec, packed = Codec.RAW, bytes(raw)
+    packed = raw
+    if codec == Codec.ZSTD:
+        packed = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
+        if len(packed) > _WORTH * len(raw):
+            codec, packed = Codec.RAW, bytes(raw)
     sizes = array("I", (len(data) for _, data in chunks))
     name = chunks[0][0] if len(chunks) == 1 else digest(raw)
     names = b"".join(name for name, _ in chunks)

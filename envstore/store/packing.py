@@ -2,8 +2,8 @@
 
 Compression runs on every core while the caller goes on; finished packs are uploaded in parallel.
 Memory is bounded: at most ``4 x cores + 4`` frames wait for compression and ``UPLOADS`` packs for
-the store. The order of writes (packs, then the segment that lists them) means that whatever a
-reader can find is there.
+the store. Of frames that are stored raw only the small ones are copied. The order of writes
+(packs, then the segment that lists them) means that whatever a reader can find is there.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import os
 import secrets
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from envstore.errors import EnvstoreError
 from envstore.store import frames
-from envstore.store.frames import Frame, encode_frame
+from envstore.store.frames import Codec, Frame, encode_frame
 from envstore.store.index import MAX_CHUNKS, DedupIndex, encode_segment, segment_key
 from envstore.store.locations import FrameRef
 from envstore.store.objects.base import ObjectStore
+from envstore.store.objects.body import Buffer
 from envstore.store.packs import Pack, PackBuilder, pack_key
 
 UPLOADS = 4
@@ -42,20 +44,27 @@ class PackWriter:
         *,
         pending: Path | None = None,
         level: int = frames.LEVEL,
+        codec: Codec = Codec.ZSTD,
     ) -> None:
-        """Write to ``objects``. ``pending`` keeps lists of packs no segment names yet."""
+        """Write to ``objects``. ``pending`` keeps lists of packs no segment names yet.
+
+        With ``Codec.RAW`` nothing is compressed and ``level`` means nothing. A chunk of 1 MiB or
+        more is then written from where it lies: its data must stay as it is until ``flush`` has
+        returned, or ``close`` if that comes first.
+        """
         self._objects = objects
         self._index = index
         self._pending_dir = pending
         self._level = level
+        self._codec = codec
         cores = len(os.sched_getaffinity(0))
         self._compressors = ThreadPoolExecutor(cores, thread_name_prefix="compress")
         self._uploaders = ThreadPoolExecutor(UPLOADS, thread_name_prefix="upload")
         self._slots = 4 * cores + 4
-        self._chunks: list[tuple[bytes, bytes | memoryview]] = []
+        self._chunks: list[tuple[bytes, Buffer]] = []
         self._raw = 0
         self._number = -1
-        self._encoding: deque[tuple[int, Future[tuple[Frame, bytes]]]] = deque()
+        self._encoding: deque[tuple[int, Future[tuple[Frame, Buffer]]]] = deque()
         self._uploading: dict[Future[None], Pack] = {}
         self._listed: list[Pack] = []
         self._builder = PackBuilder()
@@ -68,8 +77,8 @@ class PackWriter:
         """Take over packs of an interrupted push, to be listed in the next segment."""
         self._listed += packs
 
-    def add(self, name: bytes, data: bytes | memoryview) -> tuple[int, int]:
-        """Store one chunk; returns its frame number and offset."""
+    def add(self, name: bytes, data: Buffer) -> tuple[int, int]:
+        """Store one chunk, whose digest is ``name``; returns its frame number and offset."""
         if len(data) >= frames.TARGET_SIZE:
             self.end_frame()
         if not self._chunks:
@@ -87,7 +96,7 @@ class PackWriter:
         """Close the current frame: what comes next is fetched separately."""
         if not self._chunks:
             return
-        task = self._compressors.submit(encode_frame, self._chunks, self._level)
+        task = self._compressors.submit(encode_frame, self._chunks, self._level, self._codec)
         self._encoding.append((self._number, task))
         self._chunks, self._raw = [], 0
         while self._encoding and (len(self._encoding) > self._slots or self._encoding[0][1].done()):
@@ -131,10 +140,10 @@ class PackWriter:
         while len(self._uploading) >= UPLOADS:
             self._reap(block=True)
         self._uploading[self._uploaders.submit(self._upload, pack, data)] = pack
-        self.stored_bytes += len(data)
+        self.stored_bytes += pack.size
         self._reap(block=False)
 
-    def _upload(self, pack: Pack, data: bytes) -> None:
+    def _upload(self, pack: Pack, data: Sequence[Buffer]) -> None:
         if not self._failed.is_set():
             self._objects.put(pack_key(pack.digest), data)
             if self._pending_dir is not None:

@@ -1,7 +1,9 @@
 """Packs: immutable objects of many frames that carry their own index at the end.
 
-Layout: ``ESPACK01``, the frames' stored bytes, the sealed frame table, then a footer of the
-table's sealed length (32 bits) and ``ESPKEND1``. The name is the BLAKE3 of the whole object.
+Layout: ``ESPACK02``, the frames' stored bytes, the sealed frame table, then a footer of the
+table's sealed length (32 bits) and ``ESPKEND2``. The name is the BLAKE3 of the table's body, which
+holds the digest of every frame: nothing has to be read a second time to name it. Packs of version
+1, which are read too, are named by the BLAKE3 of the whole object.
 """
 
 from __future__ import annotations
@@ -9,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blake3 import blake3
-
 from envstore.errors import CorruptError
 from envstore.store.binary import U32, seal, unseal
 from envstore.store.digest import digest
 from envstore.store.frames import Frame, decode_table, encode_table
+from envstore.store.objects.body import Buffer
 
 TARGET_SIZE = 32 << 20
 MAX_TABLE = 256 << 20
-HEADER = b"ESPACK01"
-FOOTER = b"ESPKEND1"
+HEADER = b"ESPACK02"
+FOOTER = b"ESPKEND2"
+OLD_HEADER = b"ESPACK01"
+OLD_FOOTER = b"ESPKEND1"
 TABLE_MAGIC = b"ESTABL01"
 FOOTER_SIZE = 4 + len(FOOTER)
 
@@ -48,15 +51,15 @@ class Pack:
 
 
 class PackBuilder:
-    """Collects frames until they fill a pack. Not safe for concurrent use."""
+    """Collects frames until they fill a pack; copies none. Not safe for concurrent use."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = [HEADER]
+        self._parts: list[Buffer] = [HEADER]
         self._frames: list[Frame] = []
         self.size = len(HEADER)
 
-    def add(self, frame: Frame, data: bytes) -> None:
-        """Append one encoded frame."""
+    def add(self, frame: Frame, data: Buffer) -> None:
+        """Append one encoded frame, whose ``data`` must stay as it is until it is written."""
         self._frames.append(frame)
         self._parts.append(data)
         self.size += len(data)
@@ -66,22 +69,26 @@ class PackBuilder:
         """Whether the target size is reached."""
         return self.size >= TARGET_SIZE
 
-    def finish(self) -> tuple[Pack, bytes] | None:
-        """Return the pack and its bytes, or ``None`` if no frame was added."""
+    def finish(self) -> tuple[Pack, list[Buffer]] | None:
+        """Return the pack and its bytes in pieces, or ``None`` if no frame was added."""
         if not self._frames:
             return None
-        table = seal(TABLE_MAGIC, encode_table(self._frames))
-        data = b"".join((*self._parts, table, U32.pack(len(table)), FOOTER))
-        return Pack(blake3(data).digest(), len(data), tuple(self._frames)), data
+        body = encode_table(self._frames)
+        table = seal(TABLE_MAGIC, body)
+        pieces = [*self._parts, table, U32.pack(len(table)), FOOTER]
+        size = self.size + len(table) + FOOTER_SIZE
+        return Pack(digest(body), size, tuple(self._frames)), pieces
 
 
-def read_table(tail: bytes, size: int, what: str) -> tuple[Frame, ...] | int:
-    """Return the frames from the last bytes of a pack of ``size`` bytes.
+def read_table(tail: bytes, size: int, name: bytes) -> tuple[Frame, ...] | int:
+    """Return the frames from the last bytes of the pack ``name``, of ``size`` bytes.
 
     Returns the number of tail bytes needed instead when ``tail`` is too short. Raises
-    ``CorruptError`` naming ``what``.
+    ``CorruptError``; of a pack of version 1, only the whole shows whether it has its name.
     """
-    if len(tail) < FOOTER_SIZE or tail[-len(FOOTER) :] != FOOTER:
+    what = f"pack {name.hex()}"
+    footer = tail[-len(FOOTER) :]
+    if len(tail) < FOOTER_SIZE or footer not in (FOOTER, OLD_FOOTER):
         raise CorruptError(f"{what} does not end as a pack does; it is truncated or altered")
     (length,) = U32.unpack(tail[-FOOTER_SIZE : -len(FOOTER)])
     needed = length + FOOTER_SIZE
@@ -90,7 +97,9 @@ def read_table(tail: bytes, size: int, what: str) -> tuple[Frame, ...] | int:
     if needed > len(tail):
         return int(needed)
     sealed = tail[len(tail) - needed : len(tail) - FOOTER_SIZE]
-    body, _ = unseal(TABLE_MAGIC, sealed, limit=MAX_TABLE, what=f"the table of {what}")
+    body, found = unseal(TABLE_MAGIC, sealed, limit=MAX_TABLE, what=f"the table of {what}")
+    if footer == FOOTER and found != name:
+        raise CorruptError(f"{what} does not match its name")
     frames = tuple(decode_table(body))
     if len(HEADER) + sum(frame.stored for frame in frames) + needed != size:
         raise CorruptError(f"{what} is not as long as its table says")
@@ -98,13 +107,19 @@ def read_table(tail: bytes, size: int, what: str) -> tuple[Frame, ...] | int:
 
 
 def parse_pack(data: bytes, name: bytes) -> Pack:
-    """Check a whole pack against its name and return its frames. Raises ``CorruptError``."""
+    """Check a whole pack against its name and return its frames. Raises ``CorruptError``.
+
+    The name of a pack of version 2 says which frames it holds, and not how they are stored: to
+    see that they can be read, decode them.
+    """
     what = f"pack {name.hex()}"
-    if digest(data) != name:
+    versions = {(HEADER, FOOTER), (OLD_HEADER, OLD_FOOTER)}
+    header, footer = data[: len(HEADER)], data[-len(FOOTER) :]
+    if (header, footer) not in versions:
+        raise CorruptError(f"{what} does not start and end as a pack does")
+    if header == OLD_HEADER and digest(data) != name:
         raise CorruptError(f"{what} does not match its name")
-    if data[: len(HEADER)] != HEADER:
-        raise CorruptError(f"{what} does not start as a pack does")
-    frames = read_table(data, len(data), what)
+    frames = read_table(data, len(data), name)
     if isinstance(frames, int):
         raise CorruptError(f"{what} claims a table longer than itself")
     return Pack(name, len(data), frames)

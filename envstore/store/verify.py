@@ -238,17 +238,16 @@ def _check_pack(
 
 
 def _read_tail(repository: Repository, name: bytes, size: int) -> tuple[tuple[Frame, ...], int]:
-    what = f"pack {name.hex()}"
     length = min(size, _TAIL)
     for _ in range(2):
         if length < FOOTER_SIZE:
             break
         tail = repository.objects.get_range(pack_key(name), size - length, length)
-        found = read_table(tail, size, what)
+        found = read_table(tail, size, name)
         if not isinstance(found, int):
             return found, length
         length = found
-    raise CorruptError(f"{what} is truncated to {size} bytes")
+    raise CorruptError(f"pack {name.hex()} is truncated to {size} bytes")
 
 
 def _check_table(pack: Pack, plan: _Plan) -> list[str]:

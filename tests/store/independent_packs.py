@@ -48,9 +48,14 @@ def read_table(at: Fields) -> list[Frame]:  # 6
 
 def read_pack(data: bytes, name: bytes) -> tuple[list[Frame], dict[bytes, bytes]]:  # 7
     """Return the frames of a pack and its chunks by digest."""
-    need(digest(data) == name and data[:8] == b"ESPACK01" and data[-8:] == b"ESPKEND1", "pack")
     (length,) = struct.unpack("<I", data[-12:-8])
-    table = read_table(unseal(b"ESTABL01", data[-12 - length : -12]))
+    sealed = data[-12 - length : -12]
+    if data[:8] == b"ESPACK01":
+        need(data[-8:] == b"ESPKEND1" and digest(data) == name, "pack")
+        table = read_table(unseal(b"ESTABL01", sealed))
+    else:
+        need(data[:8] == b"ESPACK02" and data[-8:] == b"ESPKEND2", "pack")
+        table = read_table(unseal(b"ESTABL01", sealed, name))
     at, found = 8, {}
     for frame in table:
         stored = data[at : at + frame.stored]

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,19 @@ def test_what_was_put_is_got(objects: ObjectStore, size: int) -> None:
     assert objects.get("packs/aa/x") == data
     assert objects.get_versioned("packs/aa/x")[0] == data
     assert objects.size("packs/aa/x") == size
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 0], [5, 0, 7], [70_000, 1, 3 << 20], [1] * 3000])
+def test_buffers_are_stored_one_after_the_other(objects: ObjectStore, sizes: list[int]) -> None:
+    data = os.urandom(sum(sizes))
+    ends = list(accumulate(sizes))
+    buffers = [memoryview(data)[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    before = objects.traffic.bytes_out
+    objects.put("packs/aa/x", buffers)
+    assert objects.traffic.bytes_out - before == len(data)
+    assert objects.get("packs/aa/x") == data
+    objects.put("packs/aa/x", memoryview(data))
+    assert objects.get("packs/aa/x") == data
 
 
 def test_a_second_put_replaces_the_first(objects: ObjectStore) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import NoReturn
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -25,7 +28,7 @@ from envstore.errors import (
     UnavailableError,
     UsageError,
 )
-from envstore.store.objects import ObjectStore, open_objects
+from envstore.store.objects import ObjectStore, nofollow, open_objects
 
 NOBODY = 65534
 
@@ -338,7 +341,7 @@ def broken(code: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("call", ["writev", "fsync", "rename"])
 @pytest.mark.parametrize(
     ("code", "error"),
     [
@@ -370,6 +373,26 @@ def test_a_write_that_fails_changes_nothing_and_leaves_nothing(
             objects.put_if("refs/x", b"after", version)
     assert objects.get("refs/x") == b"before"
     assert list((root / ".tmp").iterdir()) == []
+
+
+@given(st.lists(st.integers(0, 300), max_size=8), st.lists(st.integers(1, 200), min_size=1))
+def test_a_write_that_takes_less_than_it_was_given(sizes: list[int], takes: list[int]) -> None:
+    data = random.Random(1).randbytes(sum(sizes))
+    ends = list(accumulate(sizes))
+    buffers = [memoryview(data)[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    rhythm = cycle(takes)
+    writev = os.writev
+
+    def lazy(fd: int, given: list[memoryview]) -> int:
+        return writev(fd, [memoryview(b"".join(given))[: next(rhythm)]])
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch("os.writev", lazy),
+        patch.object(nofollow, "_AT_ONCE", 3),
+    ):
+        open_objects(folder).put("x", buffers)
+        assert open_objects(folder).get("x") == data
 
 
 def test_nothing_is_in_place_before_it_is_on_the_disk(

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from envstore.store.objects.body import Body
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -92,8 +94,11 @@ class ObjectStore(Protocol):
         """Return the object and its opaque version, for ``put_if``. Raises ``NotFoundError``."""
         ...
 
-    def put(self, key: str, data: bytes) -> None:
-        """Store ``data`` under ``key``; atomic, and durable once this returns."""
+    def put(self, key: str, data: Body) -> None:
+        """Store ``data`` under ``key``; atomic, and durable once this returns.
+
+        Of several buffers none is copied where the backend can help it.
+        """
         ...
 
     def put_if(self, key: str, data: bytes, version: str | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from envstore.store.objects import open_objects
 from envstore.store.objects.base import ObjectInfo, ObjectStore, Traffic, ignore
+from envstore.store.objects.body import Body
 from envstore.store.objects.credentials import KeyRing
 
 
@@ -62,7 +63,7 @@ class DeferredObjects:
         """Return the object and its opaque version."""
         return self._store().get_versioned(key)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: Body) -> None:
         """Store ``data`` under ``key``."""
         self._store().put(key, data)
 

@@ -25,6 +25,7 @@ from envstore.errors import (
 )
 from envstore.store.objects import nofollow
 from envstore.store.objects.base import ObjectInfo, Traffic, ignore
+from envstore.store.objects.body import Body, length, views
 from envstore.store.objects.keys import check_key, check_prefix, is_key
 from envstore.store.objects.url import FileLocation
 from envstore.store.objects.vectors import read_into
@@ -150,7 +151,7 @@ class FileObjects:
         data = self.get(key)
         return data, _version(data)
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: Body) -> None:
         """Store ``data`` under ``key``; atomic, and durable once this returns."""
         self._write(key, data, conditional=False, version=None)
 
@@ -208,16 +209,16 @@ class FileObjects:
     def close(self) -> None:
         """Do nothing: no file stays open between two calls."""
 
-    def _write(self, key: str, data: bytes, *, conditional: bool, version: str | None) -> None:
+    def _write(self, key: str, data: Body, *, conditional: bool, version: str | None) -> None:
         *folders, name = check_key(key)
-        self.traffic.add(requests=1, bytes_out=len(data))
+        self.traffic.add(requests=1, bytes_out=length(data))
         with (
             self._errors("write", key, writing=True),
             self._directory((_TEMPORARY,), create=True) as temporary,
         ):
             self._sweep(temporary)
             # Written before the lock is taken, so that it is held for a rename and no longer.
-            draft = nofollow.write_new(temporary, data)
+            draft = nofollow.write_new(temporary, views(data))
             placed = False
             try:
                 with self._directory(folders, create=True) as parent, self._locked(key):

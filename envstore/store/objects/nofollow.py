@@ -11,14 +11,19 @@ import io
 import os
 import secrets
 import stat
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO that somebody left there must not hang.
 _OBJECT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# Buffers of one call: what POSIX calls IOV_MAX, 1024 on Linux.
+_AT_ONCE = os.sysconf("SC_IOV_MAX")
 
 
 @contextmanager
@@ -86,8 +91,8 @@ def read_range(file: io.FileIO, start: int, length: int) -> bytes:
     return b"".join(pieces)
 
 
-def write_new(directory: int, data: bytes) -> str:
-    """Write ``data`` to a new file in ``directory``, durable, and return its name.
+def write_new(directory: int, buffers: Sequence[memoryview]) -> str:
+    """Write ``buffers`` to a new file in ``directory``, durable, and return its name.
 
     On failure nothing is left behind.
     """
@@ -95,9 +100,7 @@ def write_new(directory: int, data: bytes) -> str:
     fd = os.open(name, _NEW, 0o666, dir_fd=directory)
     try:
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(fd, rest) :]
+            _write_all(fd, buffers)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -105,6 +108,17 @@ def write_new(directory: int, data: bytes) -> str:
         os.unlink(name, dir_fd=directory)
         raise
     return name
+
+
+def _write_all(fd: int, buffers: Sequence[memoryview]) -> None:
+    waiting = deque(buffers)
+    while waiting:
+        written = os.writev(fd, list(islice(waiting, _AT_ONCE)))
+        # The kernel may take less than it was given, and no more than 2 GiB at a time.
+        while waiting and written >= len(waiting[0]):
+            written -= len(waiting.popleft())
+        if written:
+            waiting[0] = waiting[0][written:]
 
 
 def entries(directory: int) -> Sequence[tuple[str, os.stat_result]]:

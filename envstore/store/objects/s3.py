@@ -26,6 +26,7 @@ from envstore.errors import (
 )
 from envstore.store.objects import s3_errors
 from envstore.store.objects.base import ObjectInfo, Traffic, ignore
+from envstore.store.objects.body import Body, BodyFile, joined, length, views
 from envstore.store.objects.credentials import KeyRing
 from envstore.store.objects.keys import check_key, check_prefix
 from envstore.store.objects.s3_client import is_amazon, make_client, shown
@@ -207,14 +208,17 @@ class S3Objects:
             )
         return answer["Body"]
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: Body) -> None:
         """Store ``data`` under ``key`` in one PUT of at most 5 GiB."""
         name = self._name(key)
         self._check_size(key, data)
+        small = length(data) <= _PIECE
+        whole = joined(data) if small or isinstance(data, bytes) else None
 
         def attempt() -> None:
+            body: Any = BodyFile(data) if whole is None else whole
             self._client.put_object(
-                Bucket=self._location.bucket, Key=name, Body=data, **self._digest(data)
+                Bucket=self._location.bucket, Key=name, Body=body, **self._digest(data)
             )
 
         self._request(f"write {key}", attempt)
@@ -398,22 +402,25 @@ class S3Objects:
             )
         return value
 
-    def _digest(self, data: bytes) -> dict[str, Any]:
+    def _digest(self, data: Body) -> dict[str, Any]:
         # To Amazon, botocore adds a checksum by itself. Elsewhere only Content-MD5 is understood
         # by everybody; without it SeaweedFS 4.48 takes a connection that ends between header and
         # body for an empty object, although length and signature speak of another.
         if self._amazon:
             return {}
-        digest = hashlib.md5(data, usedforsecurity=False).digest()
-        return {"ContentMD5": base64.b64encode(digest).decode()}
+        found = hashlib.md5(usedforsecurity=False)
+        for view in views(data):
+            found.update(view)
+        return {"ContentMD5": base64.b64encode(found.digest()).decode()}
 
     def _name(self, key: str) -> str:
         check_key(key)
         return self._prefix + key
 
-    def _check_size(self, key: str, data: bytes) -> None:
-        if len(data) > _MAX_OBJECT:
-            raise UsageError(f"{key} is too large for one object: {len(data)} bytes, 5 GiB at most")
+    def _check_size(self, key: str, data: Body) -> None:
+        size = length(data)
+        if size > _MAX_OBJECT:
+            raise UsageError(f"{key} is too large for one object: {size} bytes, 5 GiB at most")
 
     def _too_short(self, key: str, start: int, length: int, got: int) -> CorruptError:
         return CorruptError(
