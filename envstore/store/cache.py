@@ -11,6 +11,7 @@ eviction corrects by counting.
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import fcntl
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError, UsageError
 from envstore.store.binary import U64
 from envstore.store.objects.vectors import read_into
+from envstore.store.seals import is_sealed, seal
 
 DEFAULT_CAPACITY = 20 << 30
 _TOUCH_NS = 1_000_000_000
@@ -90,6 +92,17 @@ def default_cache() -> BlobCache:
     """Return the cache that the environment variables describe."""
     size = os.environ.get("ENVSTORE_CACHE_SIZE")
     return BlobCache(default_directory(), parse_size(size) if size else DEFAULT_CAPACITY)
+
+
+class Held(enum.Enum):
+    """Whether the cache has a blob, and if so whether it was verified since the machine started.
+
+    A caller to whom a blob is ``DOUBTFUL`` checks its digest, and then calls ``seal`` or ``drop``.
+    """
+
+    NOT = enum.auto()
+    DOUBTFUL = enum.auto()
+    SEALED = enum.auto()
 
 
 class CacheFullError(NoSpaceError):
@@ -167,25 +180,34 @@ class BlobCache:
             os.close(fd)
         return data if len(data) == length else None
 
-    def read_into(self, name: bytes, views: Sequence[memoryview]) -> bool:
-        """Fill ``views``, one after the other, with the blob; whether it is there in full.
+    def read_into(self, name: bytes, views: Sequence[memoryview]) -> Held:
+        """Fill ``views``, one after the other, with the blob; returns what is known of it.
 
-        If not, they hold anything.
+        If it is absent, or shorter than they are, they hold anything.
         """
         try:
             fd = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return False
+            return Held.NOT
         except OSError as error:
             raise self._error(error) from error
         try:
+            sealed = is_sealed(name, os.fstat(fd).st_mtime_ns)
             got = read_into(fd, 0, views)
             self._touch(name, fd)
         except OSError as error:
             raise self._error(error) from error
         finally:
             os.close(fd)
-        return got == sum(map(len, views))
+        if got != sum(map(len, views)):
+            return Held.NOT
+        return Held.SEALED if sealed else Held.DOUBTFUL
+
+    def seal(self, name: bytes) -> None:
+        """Remember that the blob, if it is still there, was found to be as its name says."""
+        stamp = seal(name, time.time_ns())
+        with self.errors(), contextlib.suppress(FileNotFoundError):
+            os.utime(self.path(name), ns=(stamp, stamp))
 
     def put(self, name: bytes, data: bytes | memoryview) -> None:
         """Keep ``data``, whose digest the caller has checked to be ``name``.
@@ -199,11 +221,11 @@ class BlobCache:
             return
         with self.errors():
             try:
-                self._store(path, data)
+                self._store(name, path, data)
             except FileNotFoundError:
                 # Somebody has removed the cache; a mount that runs must not need a restart.
                 self._make_directories()
-                self._store(path, data)
+                self._store(name, path, data)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -211,7 +233,7 @@ class BlobCache:
                 with self._locked() as lock:
                     if not self._evict(lock, self._total(lock) - 16 * _rounded(len(data))):
                         raise
-                self._store(path, data)
+                self._store(name, path, data)
 
     def drop(self, name: bytes) -> None:
         """Forget one blob, if it is there."""
@@ -275,7 +297,7 @@ class BlobCache:
         with self.errors(), self._locked():
             yield
 
-    def _store(self, path: bytes, data: bytes | memoryview) -> None:
+    def _store(self, name: bytes, path: bytes, data: bytes | memoryview) -> None:
         fd, partial = self._reserve(len(data))
         kept = False
         try:
@@ -283,6 +305,8 @@ class BlobCache:
             at = 0
             while at < len(view):
                 at += os.pwrite(fd, view[at:], at)
+            stamp = seal(name, time.time_ns())
+            os.utime(fd, ns=(stamp, stamp))
             kept = _link(partial, path)
         finally:
             self._settle(fd, partial, len(data), kept=kept)
@@ -444,6 +468,8 @@ class BlobCache:
             if len(self._touched) > 100_000:
                 self._touched.clear()
             self._touched[name] = now
+            if is_sealed(name, os.fstat(fd).st_mtime_ns):
+                now = seal(name, now)
             os.utime(fd, ns=(now, now))
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from envstore.errors import CorruptError, EnvstoreError
+from envstore.store.cache import Held
 from envstore.store.digest import digest
 from envstore.store.entries import HOLE
 from envstore.store.fetch import MAX_GAP
@@ -294,11 +295,14 @@ class _Scatter:
         if raw is None:
             raw = scratch.take(job.frame.raw)
         job.keep = True
-        if not self._cache.read_into(job.frame.digest, (raw,)):
+        held = self._cache.read_into(job.frame.digest, (raw,))
+        if held is Held.NOT:
             return False
-        if digest(raw) != job.frame.digest:
-            self._cache.drop(job.frame.digest)
-            return False
+        if held is Held.DOUBTFUL:
+            if digest(raw) != job.frame.digest:
+                self._cache.drop(job.frame.digest)
+                return False
+            self._cache.seal(job.frame.digest)
         self._place(job, raw, job.frame.digest)
         return True
 
