@@ -1,0 +1,474 @@
+"""The commit protocol of checkpoints: on an object store, without leader, barrier or collectives.
+
+Each rank stores its part, an immutable object, once all that it leads to is stored; then it looks
+whether all parts are there, and whoever sees all of them creates the COMMIT. Its bytes follow from
+the parts, so that several may do so at once. A rank that dies means no COMMIT, never half of one;
+if it dies between its part and the COMMIT, anyone may *roll forward*. What counts is decided by
+the epochs (``epochs``), and what is deleted by ``retention``.
+
+A checkpoint is removed in this order: parts, COMMIT, refs. When the COMMIT is gone no one can roll
+it forward again, and as long as it is there the checkpoint is whole: its own snapshot leads to all
+of its tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from envstore.checkpoint.bodies import (
+    MAX_TEXT,
+    MAX_WORLD,
+    check_id,
+    create,
+    parse_id,
+    parse_rank,
+    rank_name,
+    run_prefix,
+    try_get,
+)
+from envstore.checkpoint.epochs import LAST, Claim, Epoch, Epochs, Line
+from envstore.checkpoint.errors import (
+    CheckpointError,
+    FencedError,
+    NoCheckpointError,
+    RanksDisagreeError,
+)
+from envstore.checkpoint.holds import Holds, Lease
+from envstore.checkpoint.layout import CheckpointId, RunName
+from envstore.checkpoint.merging import merge
+from envstore.checkpoint.naming import Names, step_tag
+from envstore.checkpoint.records import Commit, Part, commit_of, parse_commit, parse_part
+from envstore.errors import (
+    AccessDeniedError,
+    ConflictError,
+    CorruptError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
+from envstore.store.repository import PARALLEL, Repository
+
+_RACES = 32
+
+Choose = Callable[[Sequence[Commit]], CheckpointId | None]
+
+
+class RunStore:
+    """The checkpoints of one run in a store.
+
+    Safe to share between threads, and every method to be called by any number of processes on any
+    number of nodes at once. Epochs, parts and commits never change and are read once by each
+    ``RunStore``. ``warnings`` collects what was passed over. All methods raise the errors of the
+    store: after ``UnavailableError`` each may be called again.
+    """
+
+    def __init__(self, repository: Repository, run: RunName) -> None:
+        self.repository = repository
+        self.run = run
+        self.warnings: list[str] = []
+        self._objects = repository.objects
+        self._prefix = run_prefix(run)
+        self._epochs = Epochs(self._objects, run)
+        self._names = Names(repository, run, self.commits)
+        self._holds = Holds(self._objects, run)
+        self._known: dict[CheckpointId, Commit] = {}
+
+    # Epochs.
+
+    def open_epoch(self, incarnation: str, world_size: int, choose: Choose) -> Epoch:
+        """Join the epoch of ``incarnation``, or begin it.
+
+        The newest epoch is joined if it has this incarnation and nothing was committed in it yet:
+        its ranks begin together, and commit nothing before all have begun. Otherwise a new one
+        begins, and what older ones save no longer counts. ``choose`` is given the commits that
+        count, ascending, and says which of all commits to resume from (``None``: begin anew); it
+        may be called several times, on several ranks. One choice is kept: ``Epoch.resumed_from``.
+
+        Four to six listings, three writes at most. Raises ``RanksDisagreeError`` if the epoch to
+        join has another world size, ``FencedError`` if another incarnation begins at the same
+        time and wins, and what ``choose`` raises, before anything has changed if it does at once.
+        """
+        if not 1 <= len(incarnation) <= MAX_TEXT:
+            raise UsageError("an incarnation is a text of 1 to 4096 characters")
+        if not 1 <= world_size <= MAX_WORLD:
+            raise UsageError(f"world size {world_size} cannot be kept", hint=f"1 to {MAX_WORLD}")
+        self._checked_choice(choose)
+        for _ in range(_RACES):
+            claim = self._claim(incarnation, world_size)
+            if claim is None:
+                continue
+            epoch = self._epochs.start(claim.number)
+            if epoch is None:
+                # Whoever commits from now on sees the claim; whatever was committed before, or
+                # could be, is in the list that is chosen from.
+                self._roll_forward()
+                epoch = self._epochs.begin(claim, self._checked_choice(choose))
+            newest = self._epochs.list().newest_claim
+            if newest == epoch.number:
+                return epoch
+            newer = self._epochs.claim(newest)
+            if newer is None or newer.incarnation != incarnation:
+                break
+        raise FencedError(
+            f"another incarnation of {self.run} has begun at the same time",
+            hint="let one job run it at a time",
+        )
+
+    def _claim(self, incarnation: str, world_size: int) -> Claim | None:
+        """Return the claim to join or the new one; ``None`` if somebody else was faster."""
+        newest = self._epochs.list().newest_claim
+        claim = self._epochs.claim(newest) if newest else None
+        if claim is None or claim.incarnation != incarnation or self._has_commits(newest):
+            if newest + 1 >= LAST:
+                raise CheckpointError(f"{self.run} has no epochs left", hint="use another name")
+            claim = self._epochs.take(newest + 1, incarnation, world_size)
+        if claim.incarnation != incarnation:
+            return None
+        if claim.world_size != world_size:
+            raise RanksDisagreeError(
+                f"{self.run}: one rank says that there are {world_size} of them, another "
+                f"{claim.world_size}",
+                hint="start all ranks alike, and give each start an incarnation of its own",
+            )
+        return claim
+
+    def _has_commits(self, epoch: int) -> bool:
+        return any(checkpoint.epoch == epoch for checkpoint in self._ids("commits/"))
+
+    def _checked_choice(self, choose: Choose) -> CheckpointId | None:
+        chosen = choose(self.commits())
+        if chosen is not None and self._load_commit(chosen) is None:
+            raise NoCheckpointError(
+                f"checkpoint {chosen} of {self.run} is not committed",
+                hint="see: envstore checkpoint ls",
+            )
+        return chosen
+
+    def epoch(self) -> Epoch | None:
+        """Return the newest epoch that has started. One listing and a request."""
+        return self._epochs.start(self._epochs.list().newest)
+
+    # Saving.
+
+    def put_part(self, part: Part) -> Part:
+        """Store the part of one rank; returns it as it is stored.
+
+        All that ``part.snapshot`` leads to must be stored already. A rank that stores the same
+        content again gets what it stored first. One request. Raises ``RanksDisagreeError`` if
+        another process stored something else as this rank.
+        """
+        check_id(part.checkpoint)
+        key = self._part_key(part.checkpoint, part.rank, part.world_size)
+        data, _ = create(self._objects, key, part.encode())
+        found = parse_part(data, part.checkpoint, part.rank, part.world_size)
+        if found.plan != part.plan or not self._same_tree(found.snapshot, part.snapshot):
+            raise RanksDisagreeError(
+                f"two processes have saved different states as rank {part.rank} of step "
+                f"{part.checkpoint.step} of {self.run}",
+                hint="give each process its own rank, and each job its own run",
+            )
+        return found
+
+    def _same_tree(self, one: bytes, other: bytes) -> bool:
+        if one == other:
+            return True
+        return self.repository.snapshot(one).manifest == self.repository.snapshot(other).manifest
+
+    def try_commit(self, checkpoint: CheckpointId) -> Commit | None:
+        """Commit ``checkpoint`` if all its parts are stored, else return ``None``.
+
+        What is returned counts, and goes on to count whatever epoch begins later, unless that is
+        told to resume from something else. Moves the refs too; what keeps them from being moved
+        is a warning, and the next commit moves them.
+
+        Five listings, a request for each part, and the refs'. Raises ``FencedError`` if a newer
+        epoch has begun without it, ``RanksDisagreeError`` if the parts do not fit together.
+        """
+        check_id(checkpoint)
+        self._require_on_line(checkpoint, self._line())
+        commit = self._commit(checkpoint)
+        if commit is None:
+            return None
+        numbers = self._epochs.list()
+        if numbers.newest_claim > max(numbers.newest, checkpoint.epoch):
+            raise FencedError(
+                f"step {checkpoint.step} of {self.run} was committed while a newer incarnation "
+                "was choosing what to resume from",
+                hint="it counts if that has seen it: see envstore checkpoint ls",
+            )
+        self._require_on_line(checkpoint, self._epochs.line(numbers))
+        self._follow([checkpoint.step])
+        return commit
+
+    def _require_on_line(self, checkpoint: CheckpointId, line: Line) -> None:
+        if not line.holds(checkpoint):
+            raise FencedError(
+                f"step {checkpoint.step} of epoch {checkpoint.epoch} of {self.run} does not "
+                f"count: epoch {line.newest} has begun without it",
+                hint="this process belongs to a job that was replaced: stop it",
+            )
+
+    def roll_forward(self) -> list[Commit]:
+        """Commit whatever has all its parts and counts; returns what was committed.
+
+        What a rank that died between its last part and the COMMIT, or its refs, left undone. Three
+        listings, and for each checkpoint as ``try_commit``.
+        """
+        found = self._roll_forward()
+        self._follow([commit.step for commit in found])
+        return found
+
+    def _roll_forward(self) -> list[Commit]:
+        found = []
+        # Parts first: what is removed loses its parts before its COMMIT.
+        complete = [id for id, names in self._listed_parts().items() if _is_complete(names)]
+        committed = set(self._ids("commits/"))
+        pending = sorted(id for id in complete if id not in committed)
+        line = self._line() if pending else None
+        for checkpoint in pending:
+            if line is None or not line.holds(checkpoint):
+                continue
+            try:
+                commit = self._commit(checkpoint)
+            except (RanksDisagreeError, CorruptError, NotFoundError) as error:
+                # One that can never be committed must not keep the others from it.
+                self._warn(f"step {checkpoint.step} of {self.run}: {error.message}")
+                continue
+            if commit is not None:
+                found.append(commit)
+        return found
+
+    def _commit(self, checkpoint: CheckpointId) -> Commit | None:
+        names = self._parts_of(checkpoint)
+        if not _is_complete(names):
+            _check_sizes(checkpoint, names)
+            # Either not complete yet, or committed and being removed.
+            return self._load_commit(checkpoint)
+        parts = self._read_parts(checkpoint, sorted(names))
+        if len({part.plan for part in parts}) > 1:
+            raise RanksDisagreeError(
+                f"the ranks of step {checkpoint.step} of {self.run} have saved states that do not "
+                "belong together",
+                hint="all ranks must run the same program with the same options",
+            )
+        commit = commit_of(checkpoint, merge(self.repository, self.run, checkpoint, parts), parts)
+        data, mine = create(self._objects, self._commit_key(checkpoint), commit.encode())
+        found = parse_commit(data, checkpoint)
+        if found.parts != commit.parts:
+            raise RanksDisagreeError(
+                f"step {checkpoint.step} of {self.run} was committed with other parts",
+                hint="give each job its own run",
+            )
+        if mine and not _is_complete(self._parts_of(checkpoint)):
+            # It was committed and removed in the meantime: do not let it rise again.
+            self._objects.delete(self._commit_key(checkpoint))
+            return None
+        self._known[checkpoint] = found
+        return found
+
+    def _read_parts(self, checkpoint: CheckpointId, names: Sequence[tuple[int, int]]) -> list[Part]:
+        def read(name: tuple[int, int]) -> Part:
+            data = self._objects.get(self._part_key(checkpoint, *name))
+            return parse_part(data, checkpoint, *name)
+
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            return list(pool.map(read, names))
+
+    def _follow(self, steps: Iterable[int]) -> None:
+        try:
+            for warning in self._names.follow(self.commits(), steps):
+                self._warn(warning)
+        except (UnavailableError, AccessDeniedError, ConflictError, CorruptError) as error:
+            # The checkpoint is committed, whatever its name points at.
+            self._warn(f"refs of {self.run} are not moved: {error.message}")
+
+    # What is there.
+
+    def commits(self, *, fenced: bool = False) -> list[Commit]:
+        """Return the commits that count, ascending by step, epoch and attempt.
+
+        With ``fenced`` those that no longer count, instead. Two listings, and a request for each
+        commit, and each epoch on the line, that is not known yet. A damaged COMMIT is left out
+        with a warning.
+        """
+        ids = self._ids("commits/")
+        line = self._line()
+        wanted = sorted(id for id in ids if line.holds(id) is not fenced)
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            return [commit for commit in pool.map(self._read_commit, wanted) if commit is not None]
+
+    def _read_commit(self, checkpoint: CheckpointId) -> Commit | None:
+        known = self._known.get(checkpoint)
+        if known is not None:
+            return known
+        try:
+            return self._load_commit(checkpoint)
+        except CorruptError as error:
+            self._warn(f"passed over: {error.message}")
+            return None
+
+    def _load_commit(self, checkpoint: CheckpointId) -> Commit | None:
+        data = try_get(self._objects, self._commit_key(checkpoint))
+        if data is None:
+            return None
+        found = self._known[checkpoint] = parse_commit(data, checkpoint)
+        return found
+
+    def latest(self) -> Commit | None:
+        """Return the commit to resume from, ``None`` if there is none. As ``commits``."""
+        return next(reversed(self.commits()), None)
+
+    def find(self, step: int) -> Commit:
+        """Return the commit of ``step`` that counts, the last of several.
+
+        As ``commits``. Raises ``NoCheckpointError``.
+        """
+        commits = self.commits()
+        for commit in reversed(commits):
+            if commit.step == step:
+                return commit
+        hint = f"the nearest are {_nearest(commits, step)}" if commits else "it has none"
+        raise NoCheckpointError(f"{self.run} has no checkpoint of step {step}", hint=hint)
+
+    # Keeping and removing.
+
+    def pin(self, commit: Commit, reason: str = "") -> None:
+        """Keep ``commit`` whatever the retention policy says. Raises ``NoCheckpointError``."""
+        self._holds.pin(commit.checkpoint, reason)
+        # A removal takes the parts first and then looks for pins once more.
+        whole = _is_complete(self._parts_of(commit.checkpoint))
+        if not whole or self._objects.size(self._commit_key(commit.checkpoint)) is None:
+            self._holds.unpin(commit.checkpoint)
+            raise NoCheckpointError(
+                f"step {commit.step} of {self.run} is being removed", hint="pin another one"
+            )
+
+    def unpin(self, checkpoint: CheckpointId) -> None:
+        """Let the retention policy decide again; not an error if there is no pin."""
+        self._holds.unpin(checkpoint)
+
+    def pins(self) -> dict[CheckpointId, str]:
+        """Return what is pinned, and why. One listing and a request for each."""
+        return self._holds.pins()
+
+    def lease(self, commit: Commit) -> Lease:
+        """Keep ``commit`` for as long as the returned context lasts: it is being read.
+
+        The context raises ``NoCheckpointError`` when entered if it is gone already.
+        """
+        key = self._commit_key(commit.checkpoint)
+        return Lease(self._holds, commit, lambda: self._objects.size(key) is not None)
+
+    def leases(self, now: float | None = None) -> set[CheckpointId]:
+        """Return what somebody is reading at the Unix time ``now``. One listing, one request each.
+
+        Leases that ran out are removed.
+        """
+        return self._holds.leases(now)
+
+    def remove(self, commit: Commit) -> bool:
+        """Remove ``commit``, first what leads to it; returns whether it was done.
+
+        Not if it is pinned or leased. Its tree stays in the store until that is collected. Two
+        requests for each part and a few more. Doing it again ends one that was interrupted.
+        """
+        checkpoint = commit.checkpoint
+        if self._is_held(checkpoint):
+            return False
+        self._drop_parts(checkpoint, self._parts_of(checkpoint))
+        if self._is_held(checkpoint):
+            return False
+        self._objects.delete(self._commit_key(checkpoint))
+        self._known.pop(checkpoint, None)
+        self._settle([step_tag(commit.step), "latest"])
+        return True
+
+    def sweep(self) -> None:
+        """Remove what nothing needs any more: a few listings, a request or two for each thing.
+
+        That is the parts of older epochs that were never committed, refs of steps that are gone,
+        leases that ran out, and older epochs that nothing was committed in or resumed through.
+        """
+        numbers = self._epochs.list()
+        line = self._epochs.line(numbers)
+        listed = self._listed_parts()
+        committed = set(self._ids("commits/"))
+        for checkpoint, names in listed.items():
+            dead = checkpoint.epoch < line.newest and checkpoint not in committed
+            # What is complete and counts is only waiting to be rolled forward.
+            if dead and not (_is_complete(names) and line.holds(checkpoint)):
+                self._drop_parts(checkpoint, names)
+        used = {checkpoint.epoch for checkpoint in committed} | set(line.limits)
+        for number in sorted(numbers.claimed - used):
+            if number < line.newest:
+                self._epochs.forget(number)
+        self.leases()
+        self._settle(self._names.stray(self.commits()))
+
+    def _is_held(self, checkpoint: CheckpointId) -> bool:
+        return self._holds.is_pinned(checkpoint) or checkpoint in self.leases()
+
+    def _drop_parts(self, checkpoint: CheckpointId, names: Iterable[tuple[int, int]]) -> None:
+        keys = [self._part_key(checkpoint, *name) for name in names]
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(self._objects.delete, keys))
+
+    def _settle(self, tags: Iterable[str]) -> None:
+        for warning in self._names.settle(tags):
+            self._warn(warning)
+
+    # Keys.
+
+    def _line(self) -> Line:
+        return self._epochs.line(self._epochs.list())
+
+    def _ids(self, kind: str) -> list[CheckpointId]:
+        prefix = self._prefix + kind
+        found = (parse_id(info.key.removeprefix(prefix)) for info in self._objects.list(prefix))
+        return [checkpoint for checkpoint in found if checkpoint is not None]
+
+    def _parts_of(self, checkpoint: CheckpointId) -> set[tuple[int, int]]:
+        return self._listed_parts(f"{checkpoint}/").get(checkpoint, set())
+
+    def _listed_parts(self, below: str = "") -> dict[CheckpointId, set[tuple[int, int]]]:
+        """Return the ``(rank, world size)`` of the parts that are there. One listing."""
+        prefix = f"{self._prefix}parts/"
+        found: dict[CheckpointId, set[tuple[int, int]]] = {}
+        for info in self._objects.list(prefix + below):
+            name, _, last = info.key.removeprefix(prefix).partition("/")
+            checkpoint, rank = parse_id(name), parse_rank(last)
+            if checkpoint is not None and rank is not None:
+                found.setdefault(checkpoint, set()).add(rank)
+        return found
+
+    def _part_key(self, checkpoint: CheckpointId, rank: int, world_size: int) -> str:
+        return f"{self._prefix}parts/{checkpoint}/{rank_name(rank, world_size)}"
+
+    def _commit_key(self, checkpoint: CheckpointId) -> str:
+        return f"{self._prefix}commits/{checkpoint}"
+
+    def _warn(self, line: str) -> None:
+        if line not in self.warnings:
+            self.warnings.append(line)
+
+
+def _is_complete(names: set[tuple[int, int]]) -> bool:
+    """Return whether these are all ranks of one world."""
+    sizes = {world_size for _, world_size in names}
+    return len(sizes) == 1 and len(names) == sizes.pop()
+
+
+def _check_sizes(checkpoint: CheckpointId, names: set[tuple[int, int]]) -> None:
+    sizes = sorted({world_size for _, world_size in names})
+    if len(sizes) > 1:
+        raise RanksDisagreeError(
+            f"the ranks of step {checkpoint.step} do not agree how many they are: "
+            + ", ".join(map(str, sizes)),
+            hint="start all ranks alike",
+        )
+
+
+def _nearest(commits: Sequence[Commit], step: int) -> str:
+    steps = sorted({commit.step for commit in commits}, key=lambda found: abs(found - step))
+    return ", ".join(map(str, sorted(steps[:3])))
