@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from envstore.fuse.build import build_tree
 from envstore.fuse.tree import ROOT, Tree
 from envstore.store.digest import EMPTY, digest
-from envstore.store.entries import HOLE, Entry, sort_key
+from envstore.store.entries import HOLE, Entry, composed_entry, sort_key
 from envstore.store.manifest import Part, PartInfo, Root, build_parts, decode_part
 from envstore.store.source import Kind
 
@@ -108,7 +108,10 @@ def trees(draw: st.DrawFn) -> dict[bytes, Entry]:
             whole = digest(b"".join(name + b"%d" % size for name, size in refs)) if refs else EMPTY
             if len(refs) == 1 and refs[0][0] != HOLE:
                 whole = refs[0][0]
-            entry = Entry(path, what, not kept and draw(st.booleans()), size, whole, refs)
+            executable = not kept and draw(st.booleans())
+            entry = Entry(path, what, executable, size, whole, refs)
+            if draw(st.booleans()):
+                entry = composed_entry(path, refs, executable=executable)
         entries[path] = replace(entry, mode=mode, mtime_ns=mtime)
     return entries
 

@@ -19,6 +19,7 @@ from envstore.fuse.sections import RELOCATED, TreeSections
 from envstore.store.digest import DIGEST_SIZE
 from envstore.store.entries import NORMAL_MTIME_NS
 from envstore.store.manifest import HOLE, Part, Root
+from envstore.store.parts import COMPOSED
 from envstore.store.relocated import relocated_size
 from envstore.store.relocation import (
     Relocation,
@@ -222,13 +223,16 @@ class _Builder:
             self.pending = part.sizes[-1]
 
     def _count_digests(self, part: Part, skip: int, starts: array[int], holes: list[int]) -> int:
-        """Return how many files of a part are not named by their one chunk, nor empty."""
+        """Return how many files of a part are not named by their chunks, nor empty."""
         last = len(part.sizes) - 1
         several = compress(count(), map((1).__ne__, part.counts))
         found = {number for number in several if number >= skip and part.sizes[number]}
         found.update(bisect_right(starts, ref) - 1 for ref in holes)
         if part.counts[last] and self.ends[-1] - self.ends[starts[last]] != part.sizes[last]:
             found.add(last)
+        if max(part.kinds) >= COMPOSED:
+            files = compress(part.kinds, part.kinds.translate(_IS_FILE))
+            found -= {number for number, flags in enumerate(files) if flags & COMPOSED}
         return len(found) - (skip and 0 in found)
 
     def _check_pending(self, end: int) -> None:

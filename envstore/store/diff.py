@@ -48,7 +48,7 @@ def diff(old: Iterable[Entry], new: Iterable[Entry]) -> Iterator[Change]:
             yield Change(b.path, None, b)
             b = next(right, None)
         else:
-            if _facts(a) != _facts(b):
+            if _facts(a) != _facts(b) or not _same_content(a, b):
                 yield Change(a.path, a, b)
             a, b = next(left, None), next(right, None)
 
@@ -57,4 +57,9 @@ def _facts(entry: Entry) -> tuple[object, ...]:
     relocation = entry.relocation
     if relocation and entry.kind is Kind.FILE:
         relocation = Relocation.decode(relocation).nameless()
-    return entry.kind, entry.executable, entry.digest, entry.target, entry.mode, relocation
+    return entry.kind, entry.executable, entry.target, entry.mode, relocation
+
+
+def _same_content(one: Entry, other: Entry) -> bool:
+    # The digests of a composed file and of one that is not say nothing of each other.
+    return one.refs == other.refs if one.composed != other.composed else one.digest == other.digest

@@ -9,14 +9,14 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from operator import add, gt
 
 from envstore.errors import CorruptError, UnsupportedFormatError
 from envstore.store.binary import U32, Cursor, pack_array, unpack_array
 from envstore.store.digest import DIGEST_SIZE, EMPTY, digest
-from envstore.store.entries import HOLE, Entry, sort_key
+from envstore.store.entries import Entry, composed_digest, named_by_chunk, sort_key
 from envstore.store.relocation import Relocation, link_relocation
 from envstore.store.source import Kind
 
@@ -24,7 +24,9 @@ MAX_PART_REFS = 16_384
 _MIN_ENTRIES, _MAX_ENTRIES, _CUT_MASK = 128, 4096, 0x1FF
 _MAX_TEXT = 1 << 20
 
-_EXECUTABLE, _CONTINUED = 4, 8
+_EXECUTABLE, _CONTINUED, COMPOSED = 4, 8, 16
+_KNOWN = frozenset(flags for flags in range(32) if flags & 3 == Kind.FILE or flags < COMPOSED)
+_IS_CONTINUED = bytes(flags & _CONTINUED for flags in range(256))
 _KINDS = bytes(flags & 3 for flags in range(256))
 _IS_DIRECTORY = bytes(flags & 3 == Kind.DIRECTORY for flags in range(256))
 
@@ -116,11 +118,6 @@ def build_parts(entries: Iterable[Entry]) -> Iterator[tuple[PartInfo, bytes]]:
         yield _encode_part(batch)
 
 
-def _named_by_chunk(size: int, refs: tuple[tuple[bytes, int], ...]) -> bool:
-    """Whether a file needs no digest of its own: it is empty, or just one chunk."""
-    return not size or (len(refs) == 1 and refs[0][1] == size and refs[0][0] != HOLE)
-
-
 def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
     kinds = bytearray()
     depths, sizes, counts, ref_sizes = array("H"), array("Q"), array("I"), array("I")
@@ -133,6 +130,8 @@ def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
     room = MAX_PART_REFS
     for number, (entry, start) in enumerate(batch):
         flags = _EXECUTABLE if entry.executable else 0
+        if entry.composed:
+            flags |= COMPOSED
         kinds.append(entry.kind | flags | (_CONTINUED if start else 0))
         depths.append(entry.path.count(b"/"))
         names.append(entry.path.rpartition(b"/")[2])
@@ -152,7 +151,7 @@ def _encode_part(batch: list[tuple[Entry, int]]) -> tuple[PartInfo, bytes]:
                 digests.append(name)
                 ref_sizes.append(size)
             if not start:
-                if not _named_by_chunk(entry.size, part):
+                if not entry.composed and not named_by_chunk(entry.size, part):
                     file_digests.append(entry.digest)
                 if entry.link:
                     links += _record(number, entry.link)
@@ -245,12 +244,13 @@ def _check_part(part: Part) -> None:
     count = len(part.kinds)
     what = part.kinds.translate(_KINDS)
     files, links = what.count(Kind.FILE), what.count(Kind.SYMLINK)
-    if len(part.names) != count or len(part.depths) != count or max(part.kinds, default=0) > 15:
+    if len(part.names) != count or len(part.depths) != count:
         raise CorruptError("manifest part: columns of different length")
     if (
         files + links + what.count(Kind.DIRECTORY) != count
         or (part.continued and what[0] != Kind.FILE)
-        or max(part.kinds[1:], default=0) >= _CONTINUED
+        or max(part.kinds[1:].translate(_IS_CONTINUED), default=0)
+        or not _KNOWN.issuperset(part.kinds)
     ):
         raise CorruptError("manifest part: unknown entry kind")
     above = part.base.split(b"/") if part.base else []
@@ -270,6 +270,7 @@ def _check_part(part: Part) -> None:
     refs = sum(part.counts)
     if len(part.ref_sizes) != refs or len(part.ref_digests) != refs * DIGEST_SIZE:
         raise CorruptError("manifest part: chunk columns of different length")
+    _check_composed(part)
     if part.modes is not None and not (
         part.mtimes is not None and len(part.modes) == len(part.mtimes) == count
     ):
@@ -280,6 +281,20 @@ def _check_part(part: Part) -> None:
     deepest = map(add, part.depths, what.translate(_IS_DIRECTORY))
     if any(map(gt, islice(part.depths, 1, None), deepest)):
         raise CorruptError("manifest part: an entry without its directory")
+
+
+def _check_composed(part: Part) -> None:
+    if max(part.kinds, default=0) < COMPOSED:
+        return
+    files = [flags for flags in part.kinds if flags & 3 == Kind.FILE]
+    first = 0
+    for flags, size, count in zip(files, part.sizes, part.counts, strict=True):
+        if flags & COMPOSED and not flags & _CONTINUED:
+            names, sizes = part.ref_digests, part.ref_sizes
+            name = names[first * DIGEST_SIZE : (first + 1) * DIGEST_SIZE]
+            if named_by_chunk(size, ((name, sizes[first]),) if count == 1 else ()):
+                raise CorruptError("manifest part: a file that is one chunk is said to be composed")
+        first += count
 
 
 def _check_relocations(part: Part, what: bytes) -> None:
@@ -339,14 +354,18 @@ def _joined(first: Entry, more: Entry) -> Entry:
     return Entry(
         first.path, first.kind, first.executable, first.size, first.digest,
         first.refs + more.refs, b"", first.mode, first.mtime_ns, first.link, first.relocation,
+        first.composed,
     )  # fmt: skip
 
 
 def checked(entry: Entry) -> Entry:
-    """Return ``entry`` if its chunks add up to its size, else raise ``CorruptError``."""
+    """Return ``entry``, with its digest if that follows from its references.
+
+    Raises ``CorruptError`` unless its chunks add up to its size.
+    """
     if entry.kind is Kind.FILE and sum(size for _, size in entry.refs) != entry.size:
         raise CorruptError(f"manifest: {entry.path!r} does not add up to its size")
-    return entry
+    return replace(entry, digest=composed_digest(entry.refs)) if entry.composed else entry
 
 
 def _part_entries(part: Part) -> Iterator[tuple[Entry, bool]]:
@@ -369,8 +388,9 @@ def _part_entries(part: Part) -> Iterator[tuple[Entry, bool]]:
                 for k in range(first, end)
             )
             continued = bool(flags & _CONTINUED)
+            composed = bool(flags & COMPOSED)
             whole = refs[0][0] if refs else EMPTY
-            if not continued and not _named_by_chunk(part.sizes[file_no], refs):
+            if not (continued or composed or named_by_chunk(part.sizes[file_no], refs)):
                 whole = part.file_digests[long_no * DIGEST_SIZE : (long_no + 1) * DIGEST_SIZE]
                 if len(whole) != DIGEST_SIZE:
                     raise CorruptError("manifest part: a file digest is missing")
@@ -379,7 +399,7 @@ def _part_entries(part: Part) -> Iterator[tuple[Entry, bool]]:
             link = part.links.get(i, b"")
             entry = Entry(
                 path, kind, executable, part.sizes[file_no], whole, refs,
-                b"", mode, mtime, link, relocation,
+                b"", mode, mtime, link, relocation, composed,
             )  # fmt: skip
             file_no += 1
             yield entry, continued

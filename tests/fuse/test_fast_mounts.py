@@ -22,6 +22,7 @@ from envstore.fuse.records import MountRecord
 from envstore.fuse.stats import read_stats
 from envstore.store.cache import BlobCache
 from envstore.store.repository import Repository
+from tests.composing import store_composed
 from tests.fuse.images import mounts_below
 from tests.stores import Store
 from tests.trees import describe, fill, noise, prose
@@ -103,6 +104,22 @@ def test_names_are_the_kernel_s(site: Site) -> None:
     assert sum(path.stat().st_size for path in place.iterdir()) == 200 * 2000
     assert not (place / "missing").exists()
     assert read_stats(Path(record.stats))["requests"] == before
+
+
+def test_composed_files(site: Site) -> None:
+    contents = {b"header": b"{}", b"tensor": noise("tensor", 2_500_000)}
+    store_composed(site.store, contents, {b"whole": [b"header", b"tensor", b"tensor"]}, "tree")
+    whole = contents[b"header"] + 2 * contents[b"tensor"]
+    for _ in range(2):
+        place, record = site.mount()
+        assert record.fast_path
+        assert (place / "whole").read_bytes() == whole
+        assert (place / "tensor").read_bytes() == contents[b"tensor"]
+        deadline = time.monotonic() + PATIENCE
+        while whole not in site.files():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        unmount(place)
 
 
 def test_what_was_read_becomes_local(site: Site) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import zstandard
 from blake3 import blake3
 
-FILE, DIRECTORY, LINK, EXECUTABLE, CONTINUED = 0, 1, 2, 4, 8
+FILE, DIRECTORY, LINK, EXECUTABLE, CONTINUED, COMPOSED = 0, 1, 2, 4, 8, 16
 HOLE, NOWHERE = bytes(32), 0xFFFFFFFF
 
 
@@ -30,6 +30,7 @@ class Item:
     content: bytearray = field(default_factory=bytearray)
     refs: list[tuple[bytes, int]] = field(default_factory=list)
     relocation: bytes = b""
+    composed: bool = False
 
 
 def need(condition: object, what: str) -> None:
@@ -92,6 +93,11 @@ def open_frame(codec: int, stored: bytes, raw: int, name: bytes) -> bytes:  # 6
     return data
 
 
+def composed(refs: list[tuple[bytes, int]]) -> bytes:  # 9
+    rows = b"".join(name + struct.pack("<I", size) for name, size in refs)
+    return blake3(rows, derive_key_context="envstore composed file v1").digest()
+
+
 class Tree:
     """The tree of ``refs/namespace/name/tag``; ``starts`` are the paths at which parts begin."""
 
@@ -126,7 +132,11 @@ class Tree:
         files = [item for item in self.items.values() if item.kind == FILE]
         need(totals == (len(self.items), len(files), sum(item.size for item in files)), "totals")
         for item in files:
-            need((len(item.content), digest(item.content)) == (item.size, item.digest), "file")
+            need(len(item.content) == item.size, "size")
+            if item.composed:
+                item.digest = composed(item.refs)
+            else:
+                need(digest(item.content) == item.digest, "file")
 
     def load(self, *key: str) -> bytes:
         return self.store.joinpath(*key).read_bytes()
@@ -160,8 +170,9 @@ class Tree:
         links, relocations = self.records(columns, 13), self.records(columns, 14)
         stack = columns[4].split(b"/") if 4 in columns else []
         for i, (kind, name) in enumerate(zip(kinds, names, strict=True)):
-            need(kind < 16 and kind & 3 != 3 and name not in (b"", b".", b".."), "entry")
+            need(kind < 32 and kind & 3 != 3 and name not in (b"", b".", b".."), "entry")
             stack[depths[i] :] = [name]
+            need(kind < 16 or kind & 3 == FILE, "composed")
             path, last = b"/".join(stack), next(reversed(self.items), b"")
             if kind & CONTINUED:
                 need(i == 0 and path == last, "continuation")
@@ -183,8 +194,13 @@ class Tree:
                 mine = [next(rest) for _ in range(count)]
                 if not kind & CONTINUED:
                     plain = count == 1 and mine[0][1] == size and mine[0][0] != HOLE
-                    item.size = size
-                    item.digest = mine[0][0] if plain else next(digests) if size else digest(b"")
+                    item.size, item.composed = size, bool(kind & COMPOSED)
+                    if item.composed:
+                        need(size and not plain, "composed")
+                    else:
+                        item.digest = (
+                            mine[0][0] if plain else next(digests) if size else digest(b"")
+                        )
                 need(item.size == size, "size")
                 self.fill(item, mine)
 

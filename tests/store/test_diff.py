@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from envstore.store.diff import diff
 from envstore.store.digest import digest
-from envstore.store.entries import Entry, sort_key
+from envstore.store.entries import Entry, composed_entry, sort_key
 from envstore.store.source import Kind
 
 _A, _B = digest(b"a"), digest(b"b")
@@ -81,6 +81,17 @@ def test_what_counts_as_a_change() -> None:
     )
     assert change.bytes == 0
     assert list(diff([base], [replace(base, mtime_ns=2)])) == []
+
+
+def test_a_composed_file_is_compared_by_what_it_is_made_of() -> None:
+    refs = [(_A, 5), (_B, 6)]
+    composed = composed_entry(b"f", refs)
+    plain = Entry(b"f", Kind.FILE, False, 11, digest(b"all of it"), tuple(refs))
+    assert list(diff([composed], [plain])) == []
+    assert list(diff([plain], [composed])) == []
+    for other in (composed_entry(b"f", refs[::-1]), replace(plain, refs=tuple(refs[::-1]))):
+        (change,) = diff([composed], [other])
+        assert change.status == "changed"
 
 
 def test_nothing_is_read_ahead_of_need() -> None:

@@ -7,12 +7,20 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envstore.errors import CorruptError, UnsupportedFormatError
 from envstore.store.digest import DIGEST_SIZE, EMPTY, digest
-from envstore.store.entries import HOLE, MAX_HOLE, Entry, sort_key
+from envstore.store.entries import (
+    HOLE,
+    MAX_HOLE,
+    Entry,
+    composed_digest,
+    composed_entry,
+    sort_key,
+)
 from envstore.store.manifest import (
     MAX_PART_REFS,
     PartInfo,
@@ -40,7 +48,7 @@ _refs = st.lists(
     ),
     max_size=4,
 ).map(tuple)
-_files = st.tuples(st.just("file"), st.booleans(), _refs)
+_files = st.tuples(st.just("file"), st.booleans(), _refs, st.booleans())
 _symlinks = st.tuples(
     st.just("symlink"),
     st.binary(min_size=1, max_size=20).filter(lambda target: b"\0" not in target),
@@ -70,7 +78,9 @@ def _flatten(tree: dict[bytes, tuple], prefix: bytes = b"") -> list[Entry]:  # t
     found = []
     for name, item in tree.items():
         path = prefix + name
-        if item[0] == "file":
+        if item[0] == "file" and item[3]:
+            found.append(composed_entry(path, item[2], executable=item[1]))
+        elif item[0] == "file":
             found.append(replace(_file(path, item[2]), executable=item[1]))
         elif item[0] == "symlink":
             found.append(Entry(path, Kind.SYMLINK, target=item[1]))
@@ -191,6 +201,29 @@ def test_a_file_may_span_parts(count: int, before: int) -> None:
         parts = list(build_parts(tree))
         assert all(info.refs <= MAX_PART_REFS for info, _ in parts)
         assert _read(parts) == tree
+
+
+@pytest.mark.parametrize("count", [2, MAX_PART_REFS, MAX_PART_REFS + 1, 2 * MAX_PART_REFS + 5])
+def test_a_composed_file_is_named_by_all_its_references(count: int) -> None:
+    refs = [(digest(b"%d" % number), number + 1) for number in range(count)]
+    entries = [_file(b"a", refs[:2]), composed_entry(b"b", refs), _file(b"c", refs[:2])]
+    assert entries[1].composed
+    assert entries[1].digest == composed_digest(refs)
+    rows = b"".join(name + struct.pack("<I", size) for name, size in refs)
+    hashed = blake3(rows, derive_key_context="envstore composed file v1")
+    assert entries[1].digest == hashed.digest()
+    parts = list(build_parts(entries))
+    assert _read(parts) == entries
+    stored = sum(len(decode_part(raw).file_digests) for _, raw in parts)
+    assert stored == 2 * DIGEST_SIZE
+
+
+def test_a_file_of_one_chunk_or_none_is_not_composed() -> None:
+    one = digest(b"1")
+    assert composed_entry(b"x", [(one, 9)]) == _file(b"x", [(one, 9)])
+    assert composed_entry(b"x", []) == _file(b"x")
+    assert composed_entry(b"x", [(HOLE, 9)]).composed
+    assert not composed_entry(b"x", [(one, 9)], executable=True).composed
 
 
 def test_two_long_files_one_after_the_other() -> None:
@@ -338,7 +371,11 @@ _HOSTILE: dict[str, dict[int, bytes | None]] = {
     "base with a zero byte": {_BASE: b"a\0b", _DEPTH: _u16(1, 2, 2, 2, 1)},
     "base with an empty step": {_BASE: b"a//b", _DEPTH: _u16(3, 4, 4, 4, 3)},
     "unknown kind": {_KIND: b"\1\0\3\0\0"},
-    "unknown flag": {_KIND: b"\1\x10\2\0\0"},
+    "unknown flag": {_KIND: b"\1\x20\2\0\0"},
+    "composed directory": {_KIND: b"\x11\0\2\0\0"},
+    "composed symbolic link": {_KIND: b"\1\0\x12\0\0"},
+    "composed of one chunk": {_KIND: b"\1\0\2\x10\0"},
+    "composed of nothing": {_KIND: b"\1\0\2\0\x10"},
     "continues itself": {_KIND: b"\1\x08\2\0\0"},
     "continued directory": {_KIND: b"\x09\0\2\0\0"},
     "a file more than sizes": {_KIND: b"\0\0\2\0\0"},
