@@ -1,11 +1,11 @@
 """The fsspec scheme ``envstore://``: trees of a store as files, for whatever speaks fsspec.
 
 ``envstore://namespace/name/tag/path`` is a file of the tree that the ref ``namespace/name:tag``
-names, in the store of ``storage_options={"store": URL}``, else of ``ENVSTORE_URL``. Reading
-fetches the ranges that are asked for, through the node's cache. Contents are stored while they are
-written; the tree changes when a file is closed, or all at once when a transaction ends. What
-PyTorch writes as a distributed checkpoint (``*.distcp``) joins the tree when its ``.metadata``
-does, so that nobody meets half a checkpoint, whoever dies.
+names, in the store of ``storage_options={"store": URL}``, else of ``ENVSTORE_URL``, else the
+user's own. Reading fetches the ranges that are asked for, through the node's cache. Contents are
+stored while they are written; the tree changes when a file is closed, or all at once when a
+transaction ends. What PyTorch writes as a distributed checkpoint (``*.distcp``) joins the tree
+when its ``.metadata`` does, so that nobody meets half a checkpoint, whoever dies.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from envstore.errors import (
 )
 from envstore.store.cache import default_cache
 from envstore.store.manifest import Entry
+from envstore.store.objects.url import default_store
 from envstore.store.refs import RefName, is_part, list_refs
 from envstore.store.repository import Repository
 from envstore.store.source import Kind
@@ -64,7 +65,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
     root_marker = ""
 
     def __init__(self, store: str | None = None, **options: Any) -> None:
-        """Use the store at the URL ``store``, else the one that ``ENVSTORE_URL`` names."""
+        """Use the store at the URL ``store``; by default as every command does."""
         super().__init__(store=store, **options)
         self.store = store
         self._opened: dict[str, tuple[RefTrees, Drafts]] = {}
@@ -254,12 +255,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
             return self._opened[url]
 
     def _url(self) -> str:
-        url = self.store or os.environ.get("ENVSTORE_URL")
-        if not url:
-            raise UsageError(
-                "no store is named", hint='set ENVSTORE_URL, or storage_options={"store": URL}'
-            )
-        return url
+        return self.store or os.environ.get("ENVSTORE_URL") or str(default_store())
 
     def _find(self, path: str) -> tuple[View, Entry]:
         """Return the tree and the file at ``path``. Raises ``NotFoundError``."""

@@ -234,7 +234,7 @@ class _StreamSource:
         self._path = path
         self._first = first
         self._following = following
-        self._claimed = _claimed_size(first) if path.endswith(b".safetensors") and first else None
+        self._claimed = claimed_size(first) if path.endswith(b".safetensors") and first else None
         self.size = self._claimed or 0
 
     def scan(self) -> list[SourceEntry]:
@@ -280,7 +280,7 @@ class _StreamSource:
         )
 
 
-def _claimed_size(first: bytes) -> int | None:
+def claimed_size(first: bytes) -> int | None:
     """Return how long the header says a safetensors file is, ``None`` if it is not one."""
     if len(first) < _LENGTH_BYTES:
         return None

@@ -1,0 +1,250 @@
+"""Directories as checkpoints of a run, for any framework that writes its own.
+
+A directory is stored as a push stores it (safetensors files cut along their tensors, chunks shared
+with all that the store holds) and committed as a checkpoint of the run: ``latest``, ``ls``,
+retention, pins, mounts and pulls know it as any other.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from envstore.checkpoint.adapters.storing import store_directory
+from envstore.checkpoint.errors import RanksDisagreeError
+from envstore.checkpoint.layout import CheckpointId
+from envstore.checkpoint.lineage import surroundings
+from envstore.checkpoint.places import find_place
+from envstore.checkpoint.policies import Policy, encode_keep
+from envstore.checkpoint.protocol import RunStore
+from envstore.checkpoint.records import Commit, Part
+from envstore.checkpoint.retention import apply
+from envstore.errors import UsageError
+from envstore.store.cache import default_cache
+from envstore.store.pull import pull
+from envstore.store.repository import Repository
+from envstore.store.source import ChangedError
+
+Step = int | Literal["latest"]
+
+_ATTEMPTS = 16
+
+
+class DirectoryRun:
+    """A run whose checkpoints are directories. Safe to share between threads; one saves at a time.
+
+    ``keep`` is a retention policy (``policies``), applied after each save; by default all is kept.
+    """
+
+    def __init__(self, run: str, store: str | None = None, *, keep: Policy | None = None) -> None:
+        """Open ``[namespace/]run`` in ``store``, or ``URL#[namespace/]run``; else ``ENVSTORE_URL``.
+
+        Raises ``UsageError``, ``NotFoundError`` (no such store) and the errors of the store.
+        """
+        self._keep = encode_keep(keep)
+        place = find_place(run, store, os.environ)
+        self.name = place.run
+        self._repository = Repository.open(place.store, default_cache())
+        self.run = RunStore(self._repository, place.run)
+        self._lineage = surroundings(1, os.environ)
+        self._epoch: int | None = None
+        self._saving = threading.Lock()
+
+    def begin(self, resumed_from: int | None, *, incarnation: str | None = None) -> None:
+        """Say that a program has started, from the checkpoint of a step or from nothing.
+
+        From now on what earlier incarnations save, or saved after that step, no longer counts.
+        Without this, what is saved joins the incarnation that is there. Raises
+        ``NoCheckpointError`` if the run has no such step.
+        """
+        chosen = None if resumed_from is None else self.run.find(resumed_from).checkpoint
+        epoch = self.run.open_epoch(incarnation or secrets.token_hex(16), 1, lambda _: chosen)
+        self._epoch = epoch.number
+
+    def save(
+        self,
+        step: int,
+        path: str | os.PathLike[str],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        source: str = "",
+        settled: Callable[[], bool] = lambda: True,
+    ) -> Commit:
+        """Store the directory (or file) at ``path`` as the checkpoint of ``step``; then durable.
+
+        The same tree saved again for the same step is the checkpoint that is there. Nothing may
+        write to it meanwhile: raises ``ChangedError`` if something does, or if ``settled`` says so
+        before the commit. ``source`` is kept for ``find_source``. Raises ``FencedError`` if a
+        newer incarnation has begun, and the errors of the store; nothing is committed then.
+        """
+        if isinstance(step, bool) or step < 0:
+            raise UsageError(f"{step!r} is not a step", hint="a whole number, from 0 on")
+        with self._saving:
+            return self._save(step, Path(path), dict(metrics or {}), source, settled)
+
+    def restore(
+        self, path: str | os.PathLike[str], step: Step = "latest", *, overwrite: bool = False
+    ) -> int | None:
+        """Write a checkpoint's directory to ``path``, whole or not at all; returns its step.
+
+        ``None`` if ``"latest"`` is asked for and there is none. ``path`` must be absent or empty
+        unless ``overwrite``. Raises ``NoCheckpointError``, ``UsageError``, ``NoSpaceError`` and
+        the errors of the store.
+        """
+        commit = self.run.latest() if step == "latest" else self.run.find(step)
+        if commit is None:
+            return None
+        with self.run.lease(commit):
+            destination = Path(os.path.abspath(path))
+            if overwrite and destination.is_dir() and any(destination.iterdir()):
+                self._replace(commit, destination)
+            else:
+                pull(self._repository, commit.snapshot, destination)
+        return commit.step
+
+    def latest(self) -> int | None:
+        """Return the last step that is committed, ``None`` if there is none."""
+        commit = self.run.latest()
+        return None if commit is None else commit.step
+
+    def find_source(self, step: int, source: str) -> Commit | None:
+        """Return the commit of ``step`` that was saved from ``source``, if there is one."""
+        for commit in self.run.commits():
+            if commit.step == step:
+                snapshot = self._repository.snapshot(commit.snapshot)
+                if snapshot.attributes.get("source") == source:
+                    return commit
+        return None
+
+    def close(self) -> None:
+        """Release connections."""
+        self._repository.close()
+
+    def __enter__(self) -> DirectoryRun:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _save(
+        self,
+        step: int,
+        path: Path,
+        metrics: dict[str, float],
+        source: str,
+        settled: Callable[[], bool],
+    ) -> Commit:
+        commits = self.run.commits()
+        same = [commit for commit in commits if commit.step == step]
+        bases = tuple(commit.snapshot for commit in (*commits[-1:], *same[-1:]))
+        saved = datetime.now(UTC).isoformat(timespec="microseconds")
+        stored = store_directory(
+            self._repository,
+            path,
+            bases=tuple(dict.fromkeys(bases)),
+            attributes={
+                "run": str(self.name),
+                "step": str(step),
+                **({"source": source} if source else {}),
+            },
+        )
+        if not settled():
+            raise ChangedError(os.fsencode(path))
+        if same and self._repository.snapshot(same[-1].snapshot).manifest == stored.manifest:
+            return same[-1]
+        epoch = self._joined_epoch()
+        for attempt in range(self._next_attempt(step, epoch), _ATTEMPTS + len(same) + 1):
+            checkpoint = CheckpointId(step, epoch, attempt)
+            part = Part(
+                checkpoint, 0, 1, stored.snapshot, saved, size=stored.logical_bytes,
+                sent=stored.sent_bytes, metrics=metrics, lineage=self._lineage,
+            )  # fmt: skip
+            try:
+                self.run.put_part(part)
+            except RanksDisagreeError:
+                continue  # another process saves the same step
+            commit = self.run.try_commit(checkpoint)
+            if commit is not None:
+                self._retain()
+                return commit
+        raise RanksDisagreeError(
+            f"others save step {step} of {self.name} again and again",
+            hint="give each job its own run",
+        )
+
+    def _joined_epoch(self) -> int:
+        if self._epoch is None:
+            epoch = self.run.epoch()
+            if epoch is None:
+                self.begin(None)
+            else:
+                self._epoch = epoch.number
+        assert self._epoch is not None  # noqa: S101 - begin sets it
+        return self._epoch
+
+    def _next_attempt(self, step: int, epoch: int) -> int:
+        known = [*self.run.commits(), *self.run.commits(fenced=True)]
+        attempts = [
+            commit.checkpoint.attempt
+            for commit in known
+            if (commit.step, commit.checkpoint.epoch) == (step, epoch)
+        ]
+        return max(attempts, default=-1) + 1
+
+    def _retain(self) -> None:
+        if self._keep:
+            apply(self.run, self._keep)
+
+    def _replace(self, commit: Commit, destination: Path) -> None:
+        aside = destination.with_name(f".envstore-{secrets.token_hex(8)}")
+        new, old = aside.with_suffix(".new"), aside.with_suffix(".old")
+        try:
+            pull(self._repository, commit.snapshot, new, prefix=os.fsencode(destination))
+            destination.rename(old)
+            try:
+                new.rename(destination)
+            except BaseException:
+                old.rename(destination)
+                raise
+        finally:
+            for path in (new, old):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def save_dir(
+    run: str,
+    step: int,
+    path: str | os.PathLike[str],
+    *,
+    store: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    keep: Policy | None = None,
+) -> Commit:
+    """Store the directory at ``path`` as a checkpoint of ``run``; see ``DirectoryRun``."""
+    with DirectoryRun(run, store, keep=keep) as opened:
+        return opened.save(step, path, metrics=metrics)
+
+
+def restore_dir(
+    path: str | os.PathLike[str],
+    run: str,
+    step: Step = "latest",
+    *,
+    store: str | None = None,
+    overwrite: bool = False,
+) -> int | None:
+    """Write a checkpoint of ``run`` to the directory ``path``; see ``DirectoryRun.restore``."""
+    with DirectoryRun(run, store) as opened:
+        return opened.restore(path, step, overwrite=overwrite)
