@@ -165,10 +165,10 @@ def memory_of(shard: Shard) -> memoryview | None:
     if shard.kind == "array":
         if not local.flags.c_contiguous or not local.flags.writeable:
             return None
-        return _view(local.ctypes.data, shard.nbytes)
+        return view_of(local.ctypes.data, shard.nbytes)
     if local.device.type != "cpu" or not is_dense(local):
         return None
-    return _view(local.data_ptr(), shard.nbytes)
+    return view_of(local.data_ptr(), shard.nbytes)
 
 
 def not_finite(shards: list[tuple[str, Shard]]) -> list[str]:
@@ -203,13 +203,17 @@ def not_finite(shards: list[tuple[str, Shard]]) -> list[str]:
 
 
 def _of_tensor(torch: Any, value: Any, what: str) -> Shard | None:
+    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+        raise CheckpointError(f"{what} has no shape yet", hint="run its lazy module once")
     dtype = _dtype_name(value.dtype)
     if value.layout is not torch.strided or value.is_quantized or not is_known(dtype):
         return None
     if value.is_nested:
         return None
     if value.device.type == "meta":
-        raise CheckpointError(f"{what} is on the meta device: it has no values to save")
+        raise CheckpointError(
+            f"{what} is on the meta device: it has no values", hint="use to_empty() first"
+        )
     if not _is_plain(torch, type(value)):
         return _of_distributed(value, dtype, what)
     local = value.detach()
@@ -289,5 +293,6 @@ def _widened(torch: Any, tensor: Any) -> Any:
     return tensor.to(torch.float32)
 
 
-def _view(address: int, size: int) -> memoryview:
+def view_of(address: int, size: int) -> memoryview:
+    """Return memory as writable bytes, which the caller keeps alive for as long as the view."""
     return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
