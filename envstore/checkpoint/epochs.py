@@ -31,7 +31,7 @@ from envstore.checkpoint.bodies import (
     try_get,
 )
 from envstore.checkpoint.layout import CheckpointId, RunName
-from envstore.errors import CorruptError
+from envstore.errors import CorruptError, UsageError
 from envstore.store import canonical
 from envstore.store.objects.base import ObjectStore
 
@@ -156,8 +156,10 @@ class Epochs:
     def begin(self, claim: Claim, resumed_from: CheckpointId | None) -> Epoch:
         """Start a claimed epoch; returns it as whoever was first started it.
 
-        Raises ``UnavailableError`` if the outcome is unknown.
+        Raises ``UsageError`` for what is not older, ``UnavailableError`` if the outcome is unknown.
         """
+        if resumed_from is not None and resumed_from.epoch >= claim.number:
+            raise UsageError(f"epoch {claim.number} cannot resume from {resumed_from}")
         body = {
             "format": FORMAT,
             "incarnation": claim.incarnation,

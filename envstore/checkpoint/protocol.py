@@ -76,7 +76,14 @@ class RunStore:
 
     # Epochs.
 
-    def open_epoch(self, incarnation: str, world_size: int, choose: Choose) -> Epoch:
+    def open_epoch(
+        self,
+        incarnation: str,
+        world_size: int,
+        choose: Choose,
+        *,
+        staged: CheckpointId | None = None,
+    ) -> Epoch:
         """Join the epoch of ``incarnation``, or begin it.
 
         The newest epoch is joined if it has this incarnation and nothing was committed in it yet:
@@ -84,6 +91,7 @@ class RunStore:
         begins, and what older ones save no longer counts. ``choose`` is given the commits that
         count, ascending, and says which of all commits to resume from (``None``: begin anew); it
         may be called several times, on several ranks. One choice is kept: ``Epoch.resumed_from``.
+        It may be ``staged`` too, which lies in memory and is yet to be committed; it counts then.
 
         Four to six listings, three writes at most. Raises ``RanksDisagreeError`` if the epoch to
         join has another world size, ``FencedError`` if another incarnation begins at the same
@@ -93,7 +101,7 @@ class RunStore:
             raise UsageError("an incarnation is a text of 1 to 4096 characters")
         if not 1 <= world_size <= MAX_WORLD:
             raise UsageError(f"world size {world_size} cannot be kept", hint=f"1 to {MAX_WORLD}")
-        self._checked_choice(choose)
+        self._checked_choice(choose, staged)
         for _ in range(_RACES):
             claim = self._claim(incarnation, world_size)
             if claim is None:
@@ -103,7 +111,7 @@ class RunStore:
                 # Whoever commits from now on sees the claim; whatever was committed before, or
                 # could be, is in the list that is chosen from.
                 self._roll_forward()
-                epoch = self._epochs.begin(claim, self._checked_choice(choose))
+                epoch = self._epochs.begin(claim, self._checked_choice(choose, staged))
             newest = self._epochs.list().newest_claim
             if newest == epoch.number:
                 return epoch
@@ -136,9 +144,9 @@ class RunStore:
     def _has_commits(self, epoch: int) -> bool:
         return any(checkpoint.epoch == epoch for checkpoint in self._ids("commits/"))
 
-    def _checked_choice(self, choose: Choose) -> CheckpointId | None:
+    def _checked_choice(self, choose: Choose, staged: CheckpointId | None) -> CheckpointId | None:
         chosen = choose(self.commits())
-        if chosen is not None and self._load_commit(chosen) is None:
+        if chosen not in (None, staged) and self._load_commit(chosen) is None:
             raise NoCheckpointError(
                 f"checkpoint {chosen} of {self.run} is not committed",
                 hint="see: envstore checkpoint ls",
@@ -395,9 +403,12 @@ class RunStore:
         listed = self._listed_parts()
         committed = set(self._ids("commits/"))
         for checkpoint, names in listed.items():
-            dead = checkpoint.epoch < line.newest and checkpoint not in committed
-            # What is complete and counts is only waiting to be rolled forward.
-            if dead and not (_is_complete(names) and line.holds(checkpoint)):
+            if checkpoint.epoch >= line.newest or checkpoint in committed:
+                continue
+            # What counts and is complete is waiting to be rolled forward, and of the epoch that
+            # the newest resumed from something may still be on its way.
+            waiting = _is_complete(names) or checkpoint.epoch == max(line.limits, default=0)
+            if not (line.holds(checkpoint) and waiting):
                 self._drop_parts(checkpoint, names)
         used = {checkpoint.epoch for checkpoint in committed} | set(line.limits)
         for number in sorted(numbers.claimed - used):

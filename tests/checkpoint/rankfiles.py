@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from envstore.checkpoint.layout import CheckpointId, RunName, part_prefix
 from envstore.checkpoint.records import Part
 from envstore.store.describing import store_manifest
 from envstore.store.digest import digest
+from envstore.store.entries import composed_entry
 from envstore.store.index import DedupIndex
 from envstore.store.known import KnownChunks
 from envstore.store.manifest import Entry, sort_key
@@ -21,8 +22,16 @@ SAVED = "2026-01-02T03:04:05+00:00"
 RUN = RunName("team", "llm")
 
 
-def store_tree(repository: Repository, files: Mapping[str, bytes], **attributes: str) -> bytes:
-    """Store files, each of one chunk, and return the digest of their snapshot."""
+def state_json(rank: int, world_size: int, items: Sequence[object] = (), **facts: str) -> bytes:
+    """Return the table of a rank."""
+    body = {"format": 1, "rank": rank, "world_size": world_size, "facts": facts, "items": items}
+    return json.dumps(body).encode()
+
+
+def store_tree(
+    repository: Repository, files: Mapping[str, bytes | Sequence[bytes]], **attributes: str
+) -> bytes:
+    """Store files, each cut into the given pieces, and return the digest of their snapshot."""
     index = DedupIndex()
     known = KnownChunks(repository, index)
     writer = PackWriter(repository.objects, index)
@@ -30,12 +39,12 @@ def store_tree(repository: Repository, files: Mapping[str, bytes], **attributes:
     try:
         for path, content in files.items():
             name = path.encode()
-            refs = ((digest(content), len(content)),) if content else ()
-            if content and index.find(digest(content)) is None:
-                writer.add(digest(content), content)
-            entries[name] = Entry(
-                name, Kind.FILE, size=len(content), digest=digest(content), refs=refs
-            )
+            pieces = [content] if isinstance(content, bytes) else content
+            pieces = [piece for piece in pieces if piece]
+            for piece in pieces:
+                if index.find(digest(piece)) is None:
+                    writer.add(digest(piece), piece)
+            entries[name] = composed_entry(name, [(digest(p), len(p)) for p in pieces])
             while b"/" in name:
                 name = name.rpartition(b"/")[0]
                 entries[name] = Entry(name, Kind.DIRECTORY)
@@ -62,7 +71,7 @@ def make_part(
     metrics: Mapping[str, float] | None = None,
 ) -> Part:
     """Store what one rank saves, and return the part that says so."""
-    state = json.dumps({"rank": rank, "id": str(checkpoint), "content": content}).encode()
+    state = state_json(rank, world_size, id=str(checkpoint), content=content)
     files = {f"{part_prefix(rank, world_size)}state.json": state}
     snapshot = store_tree(repository, files, step=str(checkpoint.step))
     return Part(
