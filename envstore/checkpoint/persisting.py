@@ -1,0 +1,509 @@
+"""Brings staged parts into the store, one at a time, and tries for as long as it takes.
+
+Oldest first, so that history is kept; newest first once the end is near (the trainer is gone, or
+this process was told to end): then the newest counts most. A part that is still being staged is
+begun when nothing else waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from envstore.checkpoint import recipes, retention
+from envstore.checkpoint.errors import CheckpointError
+from envstore.checkpoint.hashing import HashPool
+from envstore.checkpoint.layout import Orders
+from envstore.checkpoint.peeking import Peek, break_slot, peek
+from envstore.checkpoint.protocol import RunStore
+from envstore.checkpoint.records import Commit, Part
+from envstore.checkpoint.slotformat import STAGED, WAVE, WRITING
+from envstore.checkpoint.slots import SlotDirectory, StagedSlot
+from envstore.checkpoint.stores import Stores
+from envstore.checkpoint.uploading import PartUpload, save_part_snapshot
+from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
+
+PENDING = "pending"
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds before a part that failed is tried again; twice as long after each failure."""
+POLL_SECONDS = 0.05
+"""How often slots are looked at while a trainer lives: it says when there is something to do."""
+COMMIT_PAUSE, LONGEST_COMMIT_PAUSE = 0.1, 5.0
+"""Seconds between two looks whether all ranks have stored their parts."""
+MAX_WAITING = 4
+"""Parts whose COMMIT is waited for; of more, the oldest will hardly ever come."""
+
+_FILL_POLL = 0.002
+_ALIVE_POLL = 0.1
+_MAX_WARNINGS = 8
+
+# No trying again will help. All else may pass: the store is down, full, or denied.
+_FINAL = (CheckpointError, UsageError, UnsupportedFormatError)
+
+_log = logging.getLogger(__name__)
+
+Key = tuple[int, int]
+
+
+class _Abandoned(Exception):  # noqa: N818 - it is no error
+    """The trainer ended before the part was staged."""
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """A part that could not be stored, or committed, yet."""
+
+    id: str
+    times: int = 0
+    again: float = 0.0
+    message: str = ""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A part in the store whose COMMIT waits for other ranks."""
+
+    orders: Orders
+    sent: int
+    pause: float = COMMIT_PAUSE
+    again: float = 0.0
+
+
+@dataclass(slots=True)
+class _Counts:
+    saving: str = ""
+    waiting: tuple[str, ...] = ()
+    failing: dict[str, str] = field(default_factory=dict)
+    last: str = ""
+    durable: int = 0
+    failed: int = 0
+    sent: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+class Worker(threading.Thread):
+    """The thread that does it, for one slot directory.
+
+    ``tell`` is called from it with each message for the trainer, ``turned`` whenever ``idle`` or
+    ``waiting`` may have changed.
+    """
+
+    def __init__(
+        self,
+        slots: SlotDirectory,
+        stores: Stores,
+        *,
+        tell: Callable[[dict[str, Any]], None],
+        turned: Callable[[], None],
+        store: str = "",
+    ) -> None:
+        """``store`` is opened at once, so that the first save finds it open."""
+        super().__init__(name="persist", daemon=True)
+        self._slots = slots
+        self._stores = stores
+        self._tell = tell
+        self._turned = turned
+        self._store = store
+        self._hashes = HashPool()
+        self._awake = threading.Condition()
+        # Under the lock of ``_awake``:
+        self._woken = False
+        self._stopped = False
+        self._hurried = False
+        self._retry = False
+        self._idle = False
+        self._counts = _Counts()
+        # Of the thread alone:
+        self._trouble: dict[Key, _Trouble] = {}
+        self._waiting: dict[Key, _Waiting] = {}
+        self._recipe: tuple[Key, int, recipes.Recipe] | None = None
+
+    # For other threads.
+
+    def wake(self, *, retry: bool = False) -> None:
+        """Look at the slots again; with ``retry`` also try at once what failed."""
+        with self._awake:
+            self._woken = True
+            self._retry |= retry
+            self._idle = False
+            self._awake.notify()
+
+    def hurry(self) -> None:
+        """The end is near: from now on the newest part comes first."""
+        with self._awake:
+            self._hurried = True
+        self.wake(retry=True)
+
+    def stop(self) -> None:
+        """End after what is being done; ``join`` it then."""
+        with self._awake:
+            self._stopped = True
+            self._awake.notify()
+
+    @property
+    def idle(self) -> bool:
+        """Whether every staged part is in the store, or never will be."""
+        with self._awake:
+            return self._idle
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a part in the store waits for those of other ranks."""
+        with self._awake:
+            return bool(self._counts.waiting)
+
+    def status(self) -> dict[str, Any]:
+        """Return what ``status`` answers: ids of checkpoints, counts, bytes sent."""
+        with self._awake:
+            counts = self._counts
+            return {
+                "saving": counts.saving,
+                "waiting": list(counts.waiting),
+                "failing": dict(counts.failing),
+                "last": counts.last,
+                "durable": counts.durable,
+                "failed": counts.failed,
+                "sent": counts.sent,
+                "warnings": list(counts.warnings),
+                "idle": self._idle,
+            }
+
+    # The thread.
+
+    def run(self) -> None:
+        """Save until told to stop."""
+        try:
+            if self._store:
+                try:
+                    self._stores.open(self._store)
+                except EnvstoreError as error:
+                    _log.warning("the store is not ready yet: %s", error)
+            while self._turn():
+                pass
+        finally:
+            self._hashes.close()
+            self._stores.close()
+
+    def _turn(self) -> bool:
+        """Do one thing, or wait; returns whether to go on."""
+        with self._awake:
+            if self._stopped:
+                return False
+            retry, self._retry, self._woken = self._retry, False, False
+        if retry:
+            for trouble in self._trouble.values():
+                trouble.again = 0.0
+            for waiting in self._waiting.values():
+                waiting.again = 0.0
+        slot, undone = self._next()
+        if slot is not None:
+            with slot:
+                self._save(slot)
+            return True
+        self._commit_waiting()
+        due = [trouble.again for trouble in self._trouble.values()]
+        due += [waiting.again for waiting in self._waiting.values()]
+        pause = min(due, default=float("inf")) - time.monotonic()
+        if self._slots.trainer_alive():
+            pause = min(pause, POLL_SECONDS)
+        with self._awake:
+            if self._woken or self._stopped:
+                return True
+            changed = self._idle is undone
+            self._idle = not undone
+        if changed:
+            self._turned()
+        self._sleep(max(0.0, min(pause, LONGEST_PAUSE)))
+        return True
+
+    def _sleep(self, seconds: float) -> None:
+        with self._awake:
+            if not (self._woken or self._stopped):
+                self._awake.wait(seconds)
+
+    def _next(self) -> tuple[StagedSlot | None, bool]:
+        """Return the slot to save now, and whether there is any part that is not stored yet."""
+        alive = self._slots.trainer_alive()
+        found = [
+            page
+            for number in self._slots.numbers()
+            if (page := peek(self._slots.slot_path(number), number)) is not None
+            and page.key not in self._waiting
+            and self._is_wanted(page, alive=alive)
+        ]
+        self._keep_trouble({page.key for page in found})
+        with self._awake:
+            newest_first = self._hurried or not alive
+        now = time.monotonic()
+        due = [
+            page
+            for page in found
+            if page.key not in self._trouble or self._trouble[page.key].again <= now
+        ]
+        due.sort(
+            key=lambda page: (
+                page.state != STAGED,
+                -page.sequence if newest_first else page.sequence,
+            )
+        )
+        for page in due:
+            slot = self._slots.read_slot(page.number)
+            if slot is not None and (slot.number, slot.sequence) == page.key:
+                return slot, True
+            if slot is not None:
+                slot.close()  # another save is in it by now
+            elif page.state == STAGED and peek(self._slots.slot_path(page.number), page.number):
+                self._refuse(page)
+        return None, any(page.state == STAGED or alive for page in found)
+
+    def _is_wanted(self, page: Peek, *, alive: bool) -> bool:
+        if page.state == STAGED:
+            return True
+        # What a dead trainer left unfinished nobody finishes.
+        if not alive or page.state not in (WRITING, WAVE):
+            return False
+        if page.key in self._trouble:
+            return page.state == WAVE
+        known = self._recipe is not None and self._recipe[0] == page.key
+        # A wave that was taken already stays there until the trainer begins the next.
+        return not known or (self._recipe is not None and page.wave >= self._recipe[1])
+
+    def _keep_trouble(self, keys: set[Key]) -> None:
+        """Forget the trouble with parts that are gone."""
+        gone = self._trouble.keys() - keys
+        for key in gone:
+            del self._trouble[key]
+        with self._awake:
+            self._counts.failing = {item.id: item.message for item in self._trouble.values()}
+
+    def _refuse(self, page: Peek) -> None:
+        path = self._slots.slot_path(page.number)
+        break_slot(path)
+        error = CheckpointError(f"{path} is damaged: what was staged in it is lost")
+        self._report("", error, final=True)
+
+    def _save(self, slot: StagedSlot) -> None:
+        """Store and commit the part in ``slot``, and tell how it went. Does not raise."""
+        key = slot.number, slot.sequence
+        id = str(slot.orders.checkpoint)
+        with self._awake:
+            self._counts.saving = id
+            self._idle = False
+        try:
+            self._store_part(slot, key)
+        except _Abandoned:
+            _log.info("%s was not staged to its end", id)
+            self._stores.drop(slot.orders.store)
+        except _FINAL as error:
+            self._stores.drop(slot.orders.store)
+            self._trouble.pop(key, None)
+            slot.mark_broken()
+            self._report(id, error, final=True)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the part is still there
+            self._stores.drop(slot.orders.store)
+            self._try_later(key, id, error)
+        finally:
+            with self._awake:
+                self._counts.saving = ""
+
+    def _store_part(self, slot: StagedSlot, key: Key) -> None:
+        orders = slot.orders
+        store, run, missing = self._stores.prepare(orders)
+        for base in missing:
+            self._warn(f"{orders.checkpoint}: no chunks shared with {base}, which is not there")
+        traffic = store.repository.objects.traffic
+        before = traffic.bytes_out
+        recipe = self._recipe_of(slot, key)
+        pending = self._slots.path / PENDING
+        view = slot.view
+        with PartUpload(
+            store.knowledge, self._hashes, recipe, codec=orders.codec, pending=pending
+        ) as upload:
+            upload.add(slot.files, view, lambda end: self._wait_filled(slot, end))
+            self._wait_state(slot, STAGED if slot.last else WAVE)
+            if not slot.last:
+                upload.flush()
+                store.knowledge.settle()
+                recipes.keep(self._recipe_path(slot), slot.sequence, slot.wave + 1, recipe)
+                self._recipe = (key, slot.wave + 1, recipe)
+                self._trouble.pop(key, None)
+                slot.take_wave()
+                return
+            root = upload.finish()
+        store.knowledge.settle()
+        snapshot = save_part_snapshot(store.repository, root, orders)
+        sent = traffic.bytes_out - before
+        run.put_part(
+            Part(
+                orders.checkpoint,
+                orders.rank,
+                orders.world_size,
+                snapshot,
+                orders.saved,
+                size=root.logical,
+                sent=sent,
+                metrics=orders.metrics,
+                lineage=orders.lineage,
+            )
+        )
+        commit = run.try_commit(orders.checkpoint)
+        # From here on the other ranks, or whoever looks for the latest, can do without the slot.
+        slot.mark_durable()
+        self._trouble.pop(key, None)
+        if slot.wave:
+            self._recipe = None
+            self._recipe_path(slot).unlink(missing_ok=True)
+        self._take_warnings(store.knowledge.known.warnings, run.warnings)
+        with self._awake:
+            self._counts.sent += sent
+        if commit is None:
+            self._waiting[key] = _Waiting(orders, sent)
+            self._note_waiting()
+        else:
+            self._committed(run, commit, orders, sent)
+
+    def _recipe_of(self, slot: StagedSlot, key: Key) -> recipes.Recipe:
+        if slot.wave == 0:
+            return recipes.Recipe(slot.files)
+        if self._recipe is not None and self._recipe[:2] == (key, slot.wave):
+            return self._recipe[2]
+        return recipes.kept(self._recipe_path(slot), slot.sequence, slot.wave, slot.files)
+
+    def _recipe_path(self, slot: StagedSlot) -> Path:
+        return self._slots.path / f"waves-{slot.number}"
+
+    def _wait_filled(self, slot: StagedSlot, end: int) -> None:
+        looked = time.monotonic()
+        while slot.filled < end:
+            looked = self._look(slot, looked, lambda: slot.filled >= end)
+
+    def _wait_state(self, slot: StagedSlot, state: str) -> None:
+        looked = time.monotonic()
+        while slot.state != state:
+            looked = self._look(slot, looked, lambda: slot.state == state)
+
+    def _look(self, slot: StagedSlot, looked: float, done: Callable[[], bool]) -> float:
+        """Wait a little. Raises ``_Abandoned`` if the trainer will never get there."""
+        if slot.state not in (WRITING, STAGED, WAVE):
+            raise _Abandoned
+        now = time.monotonic()
+        if now - looked > _ALIVE_POLL:
+            looked = now
+            # It may have got there just before it ended.
+            if not self._slots.trainer_alive() and not done():
+                raise _Abandoned
+        time.sleep(_FILL_POLL)
+        return looked
+
+    def _commit_waiting(self) -> None:
+        """Look whether the parts of other ranks have come."""
+        for key, waiting in list(self._waiting.items()):
+            if waiting.again > time.monotonic():
+                continue
+            orders = waiting.orders
+            id = str(orders.checkpoint)
+            try:
+                _, run, _ = self._stores.prepare(orders)
+                commit = run.try_commit(orders.checkpoint)
+            except _FINAL as error:
+                del self._waiting[key]
+                self._report(id, error, final=True)
+                continue
+            except Exception as error:  # noqa: BLE001 - the part stays where it is
+                self._stores.drop(orders.store)
+                waiting.pause = min(max(FIRST_PAUSE, 2 * waiting.pause), LONGEST_PAUSE)
+                waiting.again = time.monotonic() + waiting.pause
+                self._report(id, error, final=False)
+                continue
+            if commit is not None:
+                del self._waiting[key]
+                self._committed(run, commit, orders, waiting.sent)
+            else:
+                waiting.pause = min(2 * waiting.pause, LONGEST_COMMIT_PAUSE)
+                waiting.again = time.monotonic() + waiting.pause
+        for key in list(self._waiting)[:-MAX_WAITING]:
+            orders = self._waiting.pop(key).orders
+            lacking = CheckpointError(
+                f"step {orders.checkpoint.step} of {orders.run} is not complete: parts of other "
+                f"ranks have not come",
+                hint="look at the logs of their persisters",
+            )
+            self._report(str(orders.checkpoint), lacking, final=True)
+        self._note_waiting()
+
+    def _committed(self, run: RunStore, commit: Commit, orders: Orders, sent: int) -> None:
+        id = str(orders.checkpoint)
+        _log.info("%s is durable: %s, %d bytes sent", id, commit.snapshot.hex(), sent)
+        with self._awake:
+            self._counts.last = id
+            self._counts.durable += 1
+        self._tell({"say": "durable", "id": id, "snapshot": commit.snapshot.hex(), "sent": sent})
+        if orders.rank:
+            return  # one rank does the rest
+        try:
+            if orders.pin:
+                run.pin(commit, orders.pin)
+            if orders.keep:
+                for removed in retention.apply(run, orders.keep):
+                    _log.info("%s is removed, as retention says", removed.checkpoint)
+        except EnvstoreError as error:
+            self._warn(f"{id} is kept, but retention failed: {error.message}")
+        self._take_warnings(run.warnings)
+
+    def _try_later(self, key: Key, id: str, error: Exception) -> None:
+        trouble = self._trouble.setdefault(key, _Trouble(id))
+        trouble.message = _described(error).message
+        pause = min(FIRST_PAUSE * 2**trouble.times, LONGEST_PAUSE)
+        trouble.times += 1
+        trouble.again = time.monotonic() + pause
+        self._report(id, error, final=False)
+
+    def _report(self, id: str, error: Exception, *, final: bool) -> None:
+        said = _described(error)
+        if isinstance(error, EnvstoreError):
+            _log.warning("%s %s: %s", id, "is lost" if final else "has to wait", error)
+        else:
+            _log.error("%s has to wait", id, exc_info=error)
+        if final:
+            with self._awake:
+                self._counts.failed += 1
+        self._tell(
+            {
+                "say": "failed",
+                "id": id,
+                "error": said.message,
+                "hint": said.hint,
+                "kind": type(said).__name__,
+                "final": final,
+            }
+        )
+
+    def _note_waiting(self) -> None:
+        ids = tuple(str(waiting.orders.checkpoint) for waiting in self._waiting.values())
+        with self._awake:
+            changed = self._counts.waiting != ids
+            self._counts.waiting = ids
+        if changed:
+            self._turned()
+
+    def _take_warnings(self, *lists: list[str]) -> None:
+        for found in lists:
+            for warning in found:
+                self._warn(warning)
+            found.clear()
+
+    def _warn(self, text: str) -> None:
+        _log.warning("%s", text)
+        with self._awake:
+            self._counts.warnings = [*self._counts.warnings, text][-_MAX_WARNINGS:]
+
+
+def _described(error: Exception) -> EnvstoreError:
+    if isinstance(error, EnvstoreError):
+        return error
+    return EnvstoreError(f"the persister met {error!r}", hint="see its log; it tries again")
