@@ -152,7 +152,7 @@ class Encoder:
                 pairs.append((key, self.encode(item, prefix + key, deeper)))
             else:
                 plain = False
-                pairs.append((key, self.encode(item, f"{prefix}{key}", deeper)))
+                pairs.append((key, self.encode(item, prefix + label(key), deeper)))
         if plain:
             return dict(pairs)
         return [[self._key(key, name, depth), item] for key, item in pairs]
@@ -192,12 +192,12 @@ class Decoder:
         if depth > 2 * MAX_DEPTH:
             raise CorruptError(f"{self._what} nests deeper than {2 * MAX_DEPTH} levels")
         if kind is list:
-            return [self.decode(item, _join(name, at), depth + 1) for at, item in enumerate(value)]
+            return [self.decode(item, join(name, at), depth + 1) for at, item in enumerate(value)]
         if kind is not dict:
             self.corrupt(name)
         if "$" not in value:
             return {
-                key: self.decode(item, _join(name, key), depth + 1) for key, item in value.items()
+                key: self.decode(item, join(name, key), depth + 1) for key, item in value.items()
             }
         tag = value["$"]
         known = self._tags.get(tag) if isinstance(tag, str) else None
@@ -216,7 +216,7 @@ class Decoder:
 
     def _list(self, body: dict[str, Any], name: str, depth: int) -> list[Any]:
         found = _member(body, "v", list)
-        return [self.decode(item, _join(name, at), depth + 1) for at, item in enumerate(found)]
+        return [self.decode(item, join(name, at), depth + 1) for at, item in enumerate(found)]
 
     def _three(self, body: dict[str, Any], name: str, depth: int) -> list[Any]:
         found = self._list(body, name, depth)
@@ -229,13 +229,13 @@ class Decoder:
         deeper = depth + 1
         if isinstance(found, dict):
             return [
-                (key, self.decode(item, _join(name, key), deeper)) for key, item in found.items()
+                (key, self.decode(item, join(name, key), deeper)) for key, item in found.items()
             ]
         pairs = []
         for pair in _member(body, "v", list):
             key, item = pair
             key = self.decode(key, name, deeper)
-            pairs.append((key, self.decode(item, _join(name, key), deeper)))
+            pairs.append((key, self.decode(item, join(name, key), deeper)))
         return pairs
 
     def _ordered(self, body: dict[str, Any], name: str, depth: int) -> OrderedDict[Any, Any]:
@@ -259,6 +259,20 @@ def loads(data: bytes, what: str) -> Any:
         return json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise CorruptError(f"{what} is not valid JSON") from None
+
+
+def label(key: Any) -> str:
+    """Return how a key of a mapping stands in dotted names: itself, or its class if it is odd."""
+    if type(key) is str:
+        return key
+    if key is None or (isinstance(key, int) and -_INT64 <= key < _INT64):
+        return str(key)
+    return type(key).__name__
+
+
+def join(name: str, key: Any) -> str:
+    """Return the dotted name of what stands under ``key`` in what stands at ``name``."""
+    return f"{name}.{label(key)}" if name else label(key)
 
 
 def type_name(kind: type) -> str:
@@ -362,10 +376,6 @@ def _base64(value: bytes | bytearray) -> str:
 
 def _unbase64(body: dict[str, Any]) -> bytes:
     return base64.b64decode(_member(body, "v", str), validate=True)
-
-
-def _join(name: str, key: Any) -> str:
-    return f"{name}.{key}" if name else str(key)
 
 
 def _no_constant(text: str) -> NoReturn:

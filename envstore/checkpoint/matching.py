@@ -14,6 +14,7 @@ from typing import Any
 
 from envstore.checkpoint import arrays, encoding, live
 from envstore.checkpoint.arrays import Shard
+from envstore.checkpoint.encoding import join
 from envstore.checkpoint.errors import CheckpointError, UntrustedObjectError
 from envstore.checkpoint.filling import Filler
 from envstore.checkpoint.layout import Tree
@@ -155,12 +156,12 @@ class Matcher:
 
     def _mapping(self, saved: dict[Any, Any], here: MutableMapping[Any, Any], name: str) -> Later:
         children = {
-            key: self.value(item, here.get(key, ABSENT), _join(name, key))
+            key: self.value(item, here.get(key, ABSENT), join(name, key))
             for key, item in saved.items()
         }
         if self._strict and self._wanted is None:
             self._problems.missing += [
-                self._path(_join(name, key)) for key in here if key not in saved
+                self._path(join(name, key)) for key in here if key not in saved
             ]
 
         def finish() -> Any:
@@ -174,7 +175,7 @@ class Matcher:
 
     def _sequence(self, saved: Any, here: Any, name: str) -> Later:
         children = [
-            self.value(item, here[at] if at < len(here) else ABSENT, _join(name, at))
+            self.value(item, here[at] if at < len(here) else ABSENT, join(name, at))
             for at, item in enumerate(saved)
         ]
         partial = self._wanted is not None
@@ -227,7 +228,7 @@ class Matcher:
         partial = self._wanted is not None
         children: dict[str, Later] = {}
         for key, item in saved.items():
-            place = _join(name, key)
+            place = join(name, key)
             if key not in now:
                 if self._wants(place, item):
                     self._problems.unexpected.append(self._path(place))
@@ -237,7 +238,7 @@ class Matcher:
             elif not partial:
                 children[key] = self._template(item, now[key], place, self._allocate)
         if not partial:
-            missing = [self._path(_join(name, key)) for key in now if key not in saved]
+            missing = [self._path(join(name, key)) for key in now if key not in saved]
             self._problems.missing += missing if self._strict else []
         metadata = getattr(saved, "_metadata", None)
         strict = self._strict and not partial
@@ -300,7 +301,7 @@ class Matcher:
             mapping = here if isinstance(here, Mapping) else {}
             children = {
                 key: self._template(
-                    item, mapping.get(key, ABSENT), _join(name, key), allocate, exact=exact
+                    item, mapping.get(key, ABSENT), join(name, key), allocate, exact=exact
                 )
                 for key, item in saved.items()
             }
@@ -319,7 +320,7 @@ class Matcher:
             self._template(
                 item,
                 held[at] if at < len(held) else ABSENT,
-                _join(name, at),
+                join(name, at),
                 allocate,
                 exact=exact,
             )
@@ -461,7 +462,3 @@ def _group_sizes(state: Any) -> list[int] | None:
     if not isinstance(groups, list):
         return None
     return [len(group["params"]) for group in groups if isinstance(group, dict)]
-
-
-def _join(name: str, key: Any) -> str:
-    return f"{name}.{key}" if name else str(key)
