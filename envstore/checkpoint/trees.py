@@ -8,9 +8,13 @@ from envstore.checkpoint.layout import Want
 from envstore.errors import CorruptError, NotFoundError
 from envstore.store.locations import Locations
 from envstore.store.manifest import Entry, read_entries
+from envstore.store.ranges import Content, Range
 from envstore.store.repository import Repository
-from envstore.store.scatter import Content, Range, prefetch, scatter
+from envstore.store.scatter import prefetch, scatter
 from envstore.store.source import Kind
+
+MAX_READ = 1 << 30
+"""Bytes of the largest file that is read whole: a description or an object, never tensors."""
 
 
 class SnapshotTree:
@@ -52,8 +56,15 @@ class SnapshotTree:
         return self._sizes
 
     def read(self, path: str) -> bytes:
-        """Return a whole (small) file. Raises ``NotFoundError`` and the errors of the store."""
-        buffer = bytearray(self._content(path).size)
+        """Return a whole file of at most ``MAX_READ`` bytes.
+
+        Raises ``NotFoundError``, ``CorruptError`` (also if it is larger) and the errors of the
+        store.
+        """
+        size = self._content(path).size
+        if size > MAX_READ:
+            raise CorruptError(f"{path} has {size} bytes, which is more than it can be meant to")
+        buffer = bytearray(size)
         self.read_into((Want(path, 0, memoryview(buffer)),))
         return bytes(buffer)
 

@@ -8,99 +8,32 @@ once, into however many places its chunks go, and no frame that nobody wants is.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 
-from envstore.errors import CorruptError, EnvstoreError
-from envstore.store.cache import Held
+from envstore.errors import CorruptError, EnvstoreError, NotFoundError
+from envstore.store.cache import BlobCache, CacheFullError, Held
 from envstore.store.digest import digest
-from envstore.store.entries import HOLE
-from envstore.store.fetch import MAX_GAP
 from envstore.store.frames import Codec, decode_frame
 from envstore.store.locations import FrameRef, Located
 from envstore.store.objects import FileLocation, parse_url
 from envstore.store.packs import pack_key
+from envstore.store.ranges import Content, Job, Range, affordable_gap, placed, plan, plan_frames
 from envstore.store.repository import Repository
 
 REMOTE_THREADS = 12
 """Requests in flight at once to a server."""
-LOCAL_THREADS = 4
+LOCAL_THREADS = min(16, max(4, len(os.sched_getaffinity(0))))
 """Reads in flight at once when all lies on this machine."""
-MAX_REQUEST = 8 << 20
+MAX_REQUEST = 16 << 20
 MIN_REQUEST = 2 << 20
 
-_ZEROS = memoryview(bytes(1 << 20))
-_WASTE = 0.01
-_WASTE_FLOOR = 64 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """A file as its manifest has it: its path, its references, and the number of the first."""
-
-    path: str
-    refs: Sequence[tuple[bytes, int]]
-    first: int
-    starts: Sequence[int]
-
-    @classmethod
-    def of(cls, path: str, refs: Sequence[tuple[bytes, int]], first: int) -> Content:
-        """Return the content whose first reference is number ``first`` of its tree."""
-        return cls(path, refs, first, list(accumulate((size for _, size in refs), initial=0)))
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.starts[-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """What is wanted: the bytes of ``content`` from ``start`` on, in a writable ``view``.
-
-    The view is C-contiguous, of format ``B``.
-    """
-
-    content: Content
-    start: int
-    view: memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Where one chunk goes. It is ``size`` bytes from ``start`` in its raw frame.
-
-    Of it the bytes from ``low`` on are wanted, as many as ``view`` has.
-    """
-
-    path: str
-    digest: bytes
-    start: int
-    size: int
-    low: int
-    view: memoryview
-
-
-@dataclass(slots=True)
-class _Job:
-    """One frame, and where its chunks go: nowhere if it is only to be cached."""
-
-    frame: FrameRef
-    path: str
-    pieces: list[_Piece] = field(default_factory=list)
-    keep: bool = False
-
-    def direct(self) -> memoryview | None:
-        """Return the view that takes the raw frame as it is, if there is one."""
-        for piece in self.pieces:
-            if len(piece.view) == self.frame.raw:
-                return piece.view
-        return None
+# What one call may claim of the cache: more would push out what it put there itself.
+_SHARE = 0.9
 
 
 class _StoppedError(Exception):
@@ -116,14 +49,14 @@ def scatter(
 ) -> None:
     """Fill the views of all ``ranges``.
 
-    Blocking; all its threads have ended when it returns or raises. Memory: ``threads`` times
-    ``MAX_REQUEST`` at most, besides the views, and some 300 bytes for each chunk. Frames that come
+    Blocking; all its threads have ended when it returns or raises. Memory: at most ``threads``
+    times ``MAX_REQUEST`` besides the views, and some 500 bytes for each chunk. Frames that come
     from a server are kept in the node cache, as far as it has room without giving up others of
     the same call. Raises ``CorruptError`` naming pack and file, ``NotFoundError`` for a pack that
     is not there, ``ValueError`` for a range that leaves its file, and the errors of the store;
     the views then hold anything.
     """
-    _Scatter(repository, threads).run(list(_plan(ranges, locations).values()))
+    _Scatter(repository, threads).run(plan(ranges, locations))
 
 
 def prefetch(
@@ -135,77 +68,18 @@ def prefetch(
 ) -> int:
     """Have the node cache hold all frames of ``(content, start, length)``; returns bytes fetched.
 
-    Does nothing for a store on this machine, or without a cache. Raises as ``scatter``.
+    As far as it has room without giving up others of the same call. Does nothing for a store on
+    this machine, or without a cache. Raises as ``scatter``.
     """
     if repository.cache is None or is_local(repository):
         return 0
-    jobs: dict[tuple[bytes, int, bytes], _Job] = {}
-    for content, start, length in ranges:
-        for number, _, _, _ in _overlaps(content, start, length):
-            if content.refs[number][0] != HOLE:
-                _job(jobs, locations, content, number)
-    missing = [job for job in jobs.values() if not repository.cache.contains(job.frame.digest)]
-    _Scatter(repository, threads).run(missing)
-    return sum(job.frame.stored for job in missing)
+    jobs = plan_frames(ranges, locations)
+    return _Scatter(repository, threads).fill(jobs)
 
 
 def is_local(repository: Repository) -> bool:
     """Return whether the store is on this machine, where caching its frames gains nothing."""
     return isinstance(parse_url(repository.objects.url), FileLocation)
-
-
-def _overlaps(content: Content, start: int, length: int) -> Iterable[tuple[int, int, int, int]]:
-    """Yield ``(reference, first byte of it, bytes, where in the range)``."""
-    if start < 0 or length < 0 or start + length > content.size:
-        raise ValueError(f"bytes {start}+{length} of {content.path}, which has {content.size}")
-    if not length:
-        return
-    number = bisect_right(content.starts, start) - 1
-    at = start
-    while at < start + length:
-        end = min(content.starts[number + 1], start + length)
-        if end > at:
-            yield number, at - content.starts[number], end - at, at - start
-        at = end
-        number += 1
-
-
-def _plan(ranges: Iterable[Range], locations: Located) -> dict[tuple[bytes, int, bytes], _Job]:
-    """Return by frame what is wanted of it; holes are filled on the way."""
-    jobs: dict[tuple[bytes, int, bytes], _Job] = {}
-    for wanted in ranges:
-        content, view = wanted.content, wanted.view
-        for number, low, length, at in _overlaps(content, wanted.start, len(view)):
-            name, size = content.refs[number]
-            place = view[at : at + length]
-            if name == HOLE:
-                for begin in range(0, length, len(_ZEROS)):
-                    part = place[begin : begin + len(_ZEROS)]
-                    part[:] = _ZEROS[: len(part)]
-                continue
-            job = _job(jobs, locations, content, number)
-            start = locations.ref_offsets[content.first + number]
-            if start + size > job.frame.raw:
-                raise CorruptError(f"locations: a chunk of {content.path} ends behind its frame")
-            job.pieces.append(_Piece(content.path, name, start, size, low, place))
-    return jobs
-
-
-def _job(
-    jobs: dict[tuple[bytes, int, bytes], _Job], locations: Located, content: Content, number: int
-) -> _Job:
-    """Return the job of the frame in which a reference lies."""
-    frame_number = locations.ref_frames[content.first + number]
-    if frame_number >= len(locations.frames):
-        raise CorruptError(f"locations: a chunk of {content.path} is nowhere")
-    frame = locations.frames[frame_number]
-    key = frame.pack, frame.offset, frame.digest
-    job = jobs.get(key)
-    if job is None:
-        if frame.codec == Codec.RAW and frame.stored != frame.raw:
-            raise _placed(CorruptError("a raw frame of two lengths"), frame, content.path)
-        job = jobs[key] = _Job(frame, content.path)
-    return job
 
 
 class _Scatter:
@@ -216,34 +90,65 @@ class _Scatter:
         self._fetcher = repository.fetcher
         self._local = is_local(repository)
         self._cache = None if self._local else repository.cache
-        self._threads = threads
+        self._threads = threads or (LOCAL_THREADS if self._local else REMOTE_THREADS)
         self._stop = threading.Event()
+        self._lock = threading.Lock()
         self._keeping = self._cache is not None
+        self._filling = False
+        self._kept = 0
 
-    def run(self, jobs: Sequence[_Job]) -> None:
+    def run(self, jobs: Sequence[Job]) -> None:
         """Do all ``jobs``."""
-        cached: list[list[_Job]] = []
-        missing: list[_Job] = []
-        room = int(self._cache.capacity * 0.9) if self._cache else 0
+        cached, missing = self._sorted(jobs)
+        self._do(self._grouped(missing), cached)
+
+    def fill(self, jobs: Sequence[Job]) -> int:
+        """Fetch those that are not in the cache, as many as it takes; returns their bytes."""
+        kept = [job for job in self._sorted(jobs)[1] if job.keep]
+        self._filling = True
+        with contextlib.suppress(CacheFullError):
+            self._do(self._grouped(kept), [])
+        return self._kept
+
+    def _sorted(self, jobs: Sequence[Job]) -> tuple[list[list[Job]], list[Job]]:
+        """Return what the cache has, one by one, and what it has not."""
+        cached: list[list[Job]] = []
+        missing: list[Job] = []
+        room = int(self._cache.capacity * _SHARE) if self._cache else 0
         for job in jobs:
             if self._cache is not None and self._cache.contains(job.frame.digest):
+                job.keep = True  # should it be gone, or damaged, by the time that it is read
                 cached.append([job])
                 continue
-            # What would only push out what was kept a moment ago is not kept.
             room -= job.frame.raw
-            job.keep = room >= 0
+            job.keep = self._cache is not None and room >= 0
             missing.append(job)
-        threads = self._threads or (
-            REMOTE_THREADS if missing and not self._local else LOCAL_THREADS
+        return cached, missing
+
+    def _grouped(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Return ``jobs`` in groups of one request each."""
+        of_frame = {(job.frame.pack, job.frame.offset, job.frame.digest): job for job in jobs}
+        frames = [job.frame for job in jobs]
+        share = sum(frame.stored for frame in frames) // (2 * self._threads)
+        groups = self._fetcher.plan(
+            frames,
+            max_gap=affordable_gap(frames),
+            max_request=min(MAX_REQUEST, max(MIN_REQUEST, share)),
         )
-        groups = self._grouped(missing, threads)
-        work = deque([*groups, *cached])
-        if len(work) < 2:
+        return [
+            [of_frame[frame.pack, frame.offset, frame.digest] for frame in group]
+            for group in groups
+        ]
+
+    def _do(self, remote: Sequence[list[Job]], cached: Sequence[list[Job]]) -> None:
+        work = deque([*remote, *cached])
+        count = min(self._threads if remote else LOCAL_THREADS, len(work))
+        if count < 2:
             self._work(work)
             return
-        with ThreadPoolExecutor(min(threads, len(work)), "scatter") as pool:
+        with ThreadPoolExecutor(count, "scatter") as pool:
             try:
-                running = [pool.submit(self._work, work) for _ in range(min(threads, len(work)))]
+                running = [pool.submit(self._work, work) for _ in range(count)]
                 failures = [future.exception() for future in running]
             except BaseException:
                 self._stop.set()
@@ -252,21 +157,7 @@ class _Scatter:
             if failure is not None and not isinstance(failure, _StoppedError):
                 raise failure
 
-    def _grouped(self, jobs: Sequence[_Job], threads: int) -> list[list[_Job]]:
-        """Return ``jobs`` in groups of one request each."""
-        of_frame = {(job.frame.pack, job.frame.offset, job.frame.digest): job for job in jobs}
-        frames = [job.frame for job in jobs]
-        share = sum(frame.stored for frame in frames) // (2 * threads)
-        plan = self._fetcher.plan(
-            frames,
-            max_gap=_affordable_gap(frames),
-            max_request=min(MAX_REQUEST, max(MIN_REQUEST, share)),
-        )
-        return [
-            [of_frame[frame.pack, frame.offset, frame.digest] for frame in group] for group in plan
-        ]
-
-    def _work(self, work: deque[list[_Job]]) -> None:
+    def _work(self, work: deque[list[Job]]) -> None:
         """Do what is left of ``work`` until there is none, or another thread has failed."""
         scratch = _Scratch()
         try:
@@ -285,33 +176,29 @@ class _Scatter:
         if self._stop.is_set():
             raise _StoppedError
 
-    def _from_cache(self, group: Sequence[_Job], scratch: _Scratch) -> bool:
+    def _from_cache(self, group: Sequence[Job], scratch: _Scratch) -> bool:
         """Read a single frame from the cache; whether it was there, and sound."""
         if self._cache is None or len(group) > 1:
             return False
         (job,) = group
-        scratch.clear()
+        scratch.begin(job.frame.raw)
         raw = job.direct()
         if raw is None:
             raw = scratch.take(job.frame.raw)
-        job.keep = True
-        held = self._cache.read_into(job.frame.digest, (raw,))
-        if held is Held.NOT:
-            return False
-        if held is Held.DOUBTFUL:
-            if digest(raw) != job.frame.digest:
-                self._cache.drop(job.frame.digest)
-                return False
-            self._cache.seal(job.frame.digest)
-        self._place(job, raw, job.frame.digest)
-        return True
+        # A cache that cannot be read is as good as one that has nothing.
+        with contextlib.suppress(EnvstoreError):
+            if _is_sound(self._cache, job.frame.digest, raw):
+                _place(job, raw, job.frame.digest)
+                return True
+        return False
 
-    def _fetch(self, group: Sequence[_Job], scratch: _Scratch) -> None:
+    def _fetch(self, group: Sequence[Job], scratch: _Scratch) -> None:
         """Fetch what lies side by side with one request."""
-        start = at = group[0].frame.offset
+        first, last = group[0].frame, group[-1].frame
+        scratch.begin(last.offset + last.stored - first.offset)
+        at = first.offset
         views: list[memoryview] = []
         stored: list[memoryview] = []
-        scratch.clear()
         for job in group:
             frame = job.frame
             if frame.offset > at:
@@ -320,96 +207,88 @@ class _Scatter:
             stored.append(scratch.take(frame.stored) if direct is None else direct)
             views.append(stored[-1])
             at = frame.offset + frame.stored
-        self._objects.get_range_into(pack_key(group[0].frame.pack), start, views, self._arrived)
+        try:
+            self._objects.get_range_into(pack_key(first.pack), first.offset, views, self._arrived)
+        except (CorruptError, NotFoundError) as error:
+            raise placed(error, first, group[0].path) from None
         for job, data in zip(group, stored, strict=True):
             frame = job.frame
-            try:
-                raw, known = data, None
-                if frame.codec != Codec.RAW:
+            raw, known = data, None
+            if frame.codec != Codec.RAW:
+                try:
                     raw = memoryview(decode_frame(data, frame.codec, frame.raw, frame.digest))
-                    known = frame.digest
-                self._place(job, raw, known)
-            except EnvstoreError as error:
-                raise _placed(error, frame, job.path) from None
+                except EnvstoreError as error:
+                    raise placed(error, frame, job.path) from None
+                known = frame.digest
+            _place(job, raw, known)
             if job.keep:
-                self._keep(frame.digest, raw)
+                self._keep(frame, raw)
 
-    def _place(self, job: _Job, raw: memoryview, known: bytes | None) -> None:
-        """Check a raw frame, whose digest may be ``known``, and copy its chunks to their places."""
-        frame = job.frame
-        if known is None and (job.keep or any(piece.size == frame.raw for piece in job.pieces)):
-            known = digest(raw)
-            if known != frame.digest:
-                raise CorruptError(f"frame {frame.digest.hex()} does not match its digest")
-        checked = {} if known is None else {(0, frame.raw): known}
-        for piece in job.pieces:
-            end = piece.start + piece.size
-            name = checked.get((piece.start, end))
-            if name is None:
-                name = checked[piece.start, end] = digest(raw[piece.start : end])
-            if name != piece.digest:
-                raise CorruptError(f"chunk {piece.digest.hex()} is not where its locations say")
-        for piece in job.pieces:
-            if piece.view is not raw:
-                low = piece.start + piece.low
-                piece.view[:] = raw[low : low + len(piece.view)]
-
-    def _keep(self, name: bytes, raw: memoryview) -> None:
+    def _keep(self, frame: FrameRef, raw: memoryview) -> None:
         """Put a frame into the cache, as long as that takes any."""
         if self._cache is None or not self._keeping:
             return
         try:
-            self._cache.put(name, raw)
+            self._cache.put(frame.digest, raw)
         except EnvstoreError:
             # A full or broken cache makes the next restore slow, not this one impossible.
             self._keeping = False
+            if self._filling:
+                raise
+            return
+        with self._lock:
+            self._kept += frame.stored
+
+
+def _is_sound(cache: BlobCache, name: bytes, view: memoryview) -> bool:
+    """Read a blob; whether it is there and as its name says."""
+    held = cache.read_into(name, (view,))
+    if held is Held.DOUBTFUL:
+        if digest(view) != name:
+            cache.drop(name)
+            return False
+        cache.seal(name)
+    return held is not Held.NOT
+
+
+def _place(job: Job, raw: memoryview, known: bytes | None) -> None:
+    """Check a raw frame, whose digest may be ``known``, and copy its chunks to their places."""
+    frame = job.frame
+    if known is None and (job.keep or any(piece.size == frame.raw for piece in job.pieces)):
+        known = digest(raw)
+        if known != frame.digest:
+            what = f"frame {frame.digest.hex()} does not match its digest"
+            raise placed(CorruptError(what), frame, job.path)
+    checked = {} if known is None else {(0, frame.raw): known}
+    for piece in job.pieces:
+        end = piece.start + piece.size
+        name = checked.get((piece.start, end))
+        if name is None:
+            name = checked[piece.start, end] = digest(raw[piece.start : end])
+        if name != piece.digest:
+            what = f"chunk {piece.digest.hex()} is not where its locations say"
+            raise placed(CorruptError(what), frame, piece.path)
+    for piece in job.pieces:
+        if piece.view is not raw:
+            low = piece.start + piece.low
+            piece.view[:] = raw[low : low + len(piece.view)]
 
 
 class _Scratch:
     """A buffer that one thread uses again and again."""
 
     def __init__(self) -> None:
-        self._buffers: list[memoryview] = []
+        self._buffer = memoryview(b"")
         self._used = 0
 
-    def clear(self) -> None:
-        """Take back what was given."""
+    def begin(self, size: int) -> None:
+        """Take back what was given, and have room for ``size`` bytes."""
         self._used = 0
+        if len(self._buffer) < size:
+            self._buffer = memoryview(bytearray(size))
 
     def take(self, size: int) -> memoryview:
-        """Return a view of ``size`` bytes, good until ``clear``."""
-        if self._used == len(self._buffers):
-            self._buffers.append(memoryview(bytearray(size)))
-        elif len(self._buffers[self._used]) < size:
-            self._buffers[self._used] = memoryview(bytearray(size))
-        view = self._buffers[self._used][:size]
-        self._used += 1
-        return view
-
-
-def _affordable_gap(frames: Sequence[FrameRef]) -> int:
-    """Return up to which length gaps between ``frames`` may be fetched to save requests.
-
-    All of them together must not add more than a hundredth to what is wanted.
-    """
-    places = sorted((frame.pack, frame.offset, frame.stored) for frame in frames)
-    gaps = []
-    for (pack, offset, stored), (next_pack, next_offset, _) in pairwise(places):
-        if pack == next_pack and 0 < next_offset - offset - stored <= MAX_GAP:
-            gaps.append(next_offset - offset - stored)
-    budget = max(_WASTE_FLOOR, int(_WASTE * sum(frame.stored for frame in frames)))
-    affordable = 0
-    for gap in sorted(gaps):
-        budget -= gap
-        if budget < 0:
-            break
-        affordable = gap
-    return affordable
-
-
-def _placed(error: EnvstoreError, frame: FrameRef, path: str) -> EnvstoreError:
-    """Say of an error which file it concerns, and in which pack it was met."""
-    error.message = f"{path}: {error.message} (pack {frame.pack.hex()}, byte {frame.offset})"
-    if isinstance(error, CorruptError) and error.hint is None:
-        error.hint = "run `envstore verify`"
-    return error
+        """Return a view of ``size`` bytes, good until ``begin``."""
+        start = self._used
+        self._used += size
+        return self._buffer[start : self._used]

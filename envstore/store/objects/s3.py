@@ -44,6 +44,7 @@ _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 4.0
 
 _PIECE = 128 << 10  # bytes handed on at a time
+_STEP = 512 << 10  # bytes that are received at a time into a buffer: they stay in the core's cache
 
 _MAX_OBJECT = 5 << 30  # S3's limit for one PUT
 
@@ -149,7 +150,7 @@ class S3Objects:
                 for view in views:
                     at = 0
                     while at < len(view):
-                        step = body.readinto(view[at : at + _PIECE])
+                        step = body.readinto(view[at : at + _STEP])
                         if not step:
                             raise self._too_short(key, start, length, got)
                         self.traffic.add(bytes_in=step)
