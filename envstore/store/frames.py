@@ -12,6 +12,7 @@ import zstandard
 
 from envstore.errors import CorruptError, UnsupportedFormatError
 from envstore.store.binary import U32, Cursor, inflate, pack_array
+from envstore.store.codecs import split, unsplit
 from envstore.store.digest import DIGEST_SIZE, digest
 from envstore.store.objects.body import Buffer
 
@@ -25,10 +26,11 @@ _WORTH = 0.95
 
 
 class Codec(enum.IntEnum):
-    """How a frame's bytes are stored. Id 2 is reserved for byte-split zstd (typed tensors)."""
+    """How a frame's bytes are stored; ``SPLIT`` is for numbers, see ``codecs``."""
 
     RAW = 0
     ZSTD = 1
+    SPLIT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,9 @@ def encode_frame(
 ) -> tuple[Frame, Buffer]:
     """Make one frame of ``(digest, data)`` chunks; returns its table row and its bytes.
 
-    Kept raw when compression saves less than 5 %, so that reading it costs nothing. With
-    ``Codec.RAW`` a single chunk is neither copied nor hashed: its own data is returned.
+    Kept raw when compression saves less than 5 %, so that reading it costs nothing. Unless
+    ``codec`` is ``Codec.ZSTD``, a single chunk that is kept raw is neither copied nor hashed: its
+    own data is returned.
     """
     raw = chunks[0][1] if len(chunks) == 1 else b"".join(data for _, data in chunks)
     packed = raw
@@ -70,6 +73,10 @@ def encode_frame(
         packed = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
         if len(packed) > _WORTH * len(raw):
             codec, packed = Codec.RAW, bytes(raw)
+    elif codec == Codec.SPLIT:
+        packed = split(raw)
+        if len(packed) > _WORTH * len(raw):
+            codec, packed = Codec.RAW, raw
     sizes = array("I", (len(data) for _, data in chunks))
     name = chunks[0][0] if len(chunks) == 1 else digest(raw)
     names = b"".join(name for name, _ in chunks)
@@ -88,6 +95,8 @@ def decode_frame(data: bytes | memoryview, codec: int, raw: int, expected: bytes
         body = inflate(data, raw, what)
     elif codec == Codec.RAW:
         body = bytes(data)
+    elif codec == Codec.SPLIT:
+        body = unsplit(data, raw, what)
     else:
         raise UnsupportedFormatError(f"{what} uses unknown codec {codec}", hint="upgrade envstore")
     if len(body) != raw or digest(body) != expected:

@@ -48,9 +48,10 @@ class PackWriter:
     ) -> None:
         """Write to ``objects``. ``pending`` keeps lists of packs no segment names yet.
 
-        With ``Codec.RAW`` nothing is compressed and ``level`` means nothing. A chunk of 1 MiB or
-        more is then written from where it lies: its data must stay as it is until ``flush`` has
-        returned, or ``close`` if that comes first.
+        ``level`` is for ``Codec.ZSTD``. With ``Codec.RAW`` nothing is compressed. With it, and
+        with ``Codec.SPLIT`` where that saves nothing, a chunk of 1 MiB or more is written from
+        where it lies: its data must stay as it is until ``flush`` has returned, or ``close`` if
+        that comes first.
         """
         self._objects = objects
         self._index = index

@@ -86,9 +86,22 @@ def unseal(magic: bytes, data: bytes, name: bytes | None = None) -> Fields:  # 3
     return Fields(body)
 
 
+def join(stored: bytes, raw: int) -> bytes:  # 6, codec 2
+    at, content = Fields(stored), bytearray(raw)
+    width = at.one("B")
+    need(width in (1, 2, 4, 8), "width")
+    for i, length in enumerate(at.many("I", width)):
+        held = len(content[i::width])
+        plane = at.take(length)
+        need(length <= held, "plane")
+        content[i::width] = plane if length == held else inflate(plane, held)
+    at.end()
+    return bytes(content)
+
+
 def open_frame(codec: int, stored: bytes, raw: int, name: bytes) -> bytes:  # 6
-    need(codec in (0, 1), "codec")
-    data = stored if codec == 0 else inflate(stored, raw)
+    need(codec in (0, 1, 2), "codec")
+    data = stored if codec == 0 else inflate(stored, raw) if codec == 1 else join(stored, raw)
     need(len(data) == raw and digest(data) == name, "frame digest")
     return data
 

@@ -79,7 +79,7 @@ def test_wrong_facts_about_a_frame_are_refused() -> None:
             decode_frame(stored, codec, raw, name)
 
 
-@pytest.mark.parametrize("codec", [2, 3, 255])
+@pytest.mark.parametrize("codec", [4, 255])
 def test_unknown_codecs_are_not_guessed(codec: int) -> None:
     with pytest.raises(UnsupportedFormatError, match=f"codec {codec}"):
         decode_frame(b"x", codec, 1, digest(b"x"))
