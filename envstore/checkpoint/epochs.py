@@ -1,10 +1,10 @@
 """Epochs: the incarnations of a run, one after the other, and which checkpoints still count.
 
-An epoch begins in two steps. A *claim* takes the next number; whoever saves for an older epoch
-learns of it when it looks for claims after its own COMMIT. Only then are the commits listed and is
-it chosen which of them to resume from; the *start* writes that down, once for all ranks. So what
-was said to be committed while no newer epoch was claimed is in the list that the newer one chooses
-from, whatever either side is interrupted by.
+An epoch begins in two steps. A *claim* takes the next number. Only then are the commits listed and
+is it chosen which of them to resume from; the *start* writes that down, once for all ranks. Whoever
+has written a COMMIT looks for claims that are newer and not started yet, and makes them *void*: who
+made them must claim and list again. So a COMMIT that was reported is in the list that every later
+epoch chooses from, whatever either side is interrupted by, and nobody waits for anybody.
 
 What counts is what lies on the *line* of the newest epoch that has started: its own checkpoints,
 those of the epoch it resumed from up to the one it resumed from, and so on. A claim without a
@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from envstore.checkpoint.bodies import (
     FORMAT,
@@ -76,21 +77,18 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
-    """The epochs that were listed: claimed, and of those the started ones."""
+class Standing:
+    """How the epochs of a run stand.
 
-    claimed: frozenset[int]
-    started: frozenset[int]
+    ``claimed`` is the greatest number taken, 0 if none is; ``pending`` are those neither started
+    nor void, ascending; ``numbers`` all that are there.
+    """
 
-    @property
-    def newest_claim(self) -> int:
-        """The greatest number taken, 0 if none is."""
-        return max(self.claimed, default=0)
-
-    @property
-    def newest(self) -> int:
-        """The greatest number of those that have started, 0 if none has."""
-        return max(self.started, default=0)
+    claimed: int
+    pending: tuple[int, ...]
+    numbers: frozenset[int]
+    newest: Epoch | None
+    line: Line
 
 
 class Epochs:
@@ -103,19 +101,29 @@ class Epochs:
         self._objects = objects
         self._run = run
         self._prefix = f"{run_prefix(run)}epochs/"
-        self._starts: dict[int, Epoch] = {}
+        self._starts: dict[int, Epoch | None] = {}
 
-    def list(self) -> Numbers:
-        """Return the numbers of all epochs. One listing."""
+    def look(self) -> Standing:
+        """Return how things stand. A listing, and a request for each epoch on the line not known.
+
+        Raises ``CorruptError`` if one of them is damaged.
+        """
         found: dict[str, set[int]] = {"claim": set(), "start": set()}
         for info in self._objects.list(self._prefix):
             number, _, kind = info.key.removeprefix(self._prefix).partition("/")
             if len(number) == 8 and number.isascii() and number.isdigit() and kind in found:
                 found[kind].add(int(number))
-        return Numbers(frozenset(found["claim"] | found["start"]), frozenset(found["start"]))
+        numbers = frozenset(found["claim"] | found["start"])
+        pending = tuple(sorted(numbers - found["start"]))
+        starts = (self.start(number) for number in sorted(found["start"], reverse=True))
+        newest = next((epoch for epoch in starts if epoch is not None), None)
+        return Standing(max(numbers, default=0), pending, numbers, newest, self._line(newest))
 
     def start(self, number: int) -> Epoch | None:
-        """Return an epoch, ``None`` if it has not started. One request, none when known."""
+        """Return an epoch, ``None`` if it has not started or is void.
+
+        One request, none when known.
+        """
         if number not in self._starts:
             data = try_get(self._objects, self._key(number, "start"))
             if data is None:
@@ -128,15 +136,14 @@ class Epochs:
         data = try_get(self._objects, self._key(number, "claim"))
         return None if data is None else self._parse_claim(data, number)
 
-    def line(self, numbers: Numbers) -> Line:
-        """Return what counts. One request for each epoch on the line that is not known yet."""
+    def _line(self, newest: Epoch | None) -> Line:
         limits: dict[int, CheckpointId] = {}
-        epoch = self.start(numbers.newest)
+        epoch = newest
         while epoch is not None and epoch.resumed_from is not None:
-            # Smaller each time, which parsing has checked: this ends.
+            # Of a smaller number each time, which parsing has checked: this ends.
             limits[epoch.resumed_from.epoch] = epoch.resumed_from
             epoch = self.start(epoch.resumed_from.epoch)
-        return Line(numbers.newest, limits)
+        return Line(newest.number if newest else 0, limits)
 
     def take(self, number: int, incarnation: str, world_size: int) -> Claim:
         """Claim ``number``; returns the claim that is there, ours or another's.
@@ -153,26 +160,36 @@ class Epochs:
         data, _ = create(self._objects, self._key(number, "claim"), canonical.encode(body))
         return self._parse_claim(data, number)
 
-    def begin(self, claim: Claim, resumed_from: CheckpointId | None) -> Epoch:
-        """Start a claimed epoch; returns it as whoever was first started it.
+    def begin(self, claim: Claim, resumed_from: CheckpointId | None) -> Epoch | None:
+        """Start a claimed epoch; returns it as whoever was first started it, ``None`` if void.
 
         Raises ``UsageError`` for what is not older, ``UnavailableError`` if the outcome is unknown.
         """
         if resumed_from is not None and resumed_from.epoch >= claim.number:
             raise UsageError(f"epoch {claim.number} cannot resume from {resumed_from}")
-        body = {
-            "format": FORMAT,
-            "incarnation": claim.incarnation,
-            "world_size": claim.world_size,
-            "resumed_from": "" if resumed_from is None else str(resumed_from),
-            "nonce": claim.nonce,
-            "created": _now(),
-        }
-        key = self._key(claim.number, "start")
-        data, _ = create(self._objects, key, canonical.encode(body))
-        epoch = self._parse_start(data, claim.number)
-        self._starts[claim.number] = epoch
-        return epoch
+        return self._settle(
+            claim.number,
+            {
+                "format": FORMAT,
+                "incarnation": claim.incarnation,
+                "world_size": claim.world_size,
+                "resumed_from": "" if resumed_from is None else str(resumed_from),
+                "nonce": claim.nonce,
+                "created": _now(),
+            },
+        )
+
+    def make_void(self, number: int) -> Epoch | None:
+        """Keep a claim from being started; returns the epoch if it was started before.
+
+        Raises ``UnavailableError`` if the outcome is unknown.
+        """
+        return self._settle(number, {"format": FORMAT, "void": 1})
+
+    def _settle(self, number: int, body: dict[str, Any]) -> Epoch | None:
+        data, _ = create(self._objects, self._key(number, "start"), canonical.encode(body))
+        self._starts[number] = self._parse_start(data, number)
+        return self._starts[number]
 
     def forget(self, number: int) -> None:
         """Remove an epoch: the start, then the claim. Two requests."""
@@ -193,9 +210,11 @@ class Epochs:
             read_time(value, "created", what),
         )
 
-    def _parse_start(self, data: bytes, number: int) -> Epoch:
+    def _parse_start(self, data: bytes, number: int) -> Epoch | None:
         what = f"epoch {number} of {self._run}"
         value = read_body(data, what)
+        if "void" in value:
+            return None
         fresh = canonical.field(value, "resumed_from", str, what) == ""
         resumed_from = None if fresh else read_id(value, "resumed_from", what)
         if resumed_from is not None and resumed_from.epoch >= number:

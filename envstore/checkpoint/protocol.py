@@ -108,11 +108,13 @@ class RunStore:
                 continue
             epoch = self._epochs.start(claim.number)
             if epoch is None:
-                # Whoever commits from now on sees the claim; whatever was committed before, or
-                # could be, is in the list that is chosen from.
+                # Whatever is committed from now on makes the claim void; whatever was before, or
+                # could have been, is in the list that is chosen from.
                 self._roll_forward()
                 epoch = self._epochs.begin(claim, self._checked_choice(choose, staged))
-            newest = self._epochs.list().newest_claim
+            if epoch is None:
+                continue
+            newest = self._epochs.look().claimed
             if newest == epoch.number:
                 return epoch
             newer = self._epochs.claim(newest)
@@ -125,8 +127,11 @@ class RunStore:
 
     def _claim(self, incarnation: str, world_size: int) -> Claim | None:
         """Return the claim to join or the new one; ``None`` if somebody else was faster."""
-        newest = self._epochs.list().newest_claim
-        claim = self._epochs.claim(newest) if newest else None
+        standing = self._epochs.look()
+        newest = standing.claimed
+        started = standing.newest is not None and standing.newest.number == newest
+        may_join = newest and (started or newest in standing.pending)
+        claim = self._epochs.claim(newest) if may_join else None
         if claim is None or claim.incarnation != incarnation or self._has_commits(newest):
             if newest + 1 >= LAST:
                 raise CheckpointError(f"{self.run} has no epochs left", hint="use another name")
@@ -155,7 +160,7 @@ class RunStore:
 
     def epoch(self) -> Epoch | None:
         """Return the newest epoch that has started. One listing and a request."""
-        return self._epochs.start(self._epochs.list().newest)
+        return self._epochs.look().newest
 
     # Saving.
 
@@ -198,14 +203,13 @@ class RunStore:
         commit = self._commit(checkpoint)
         if commit is None:
             return None
-        numbers = self._epochs.list()
-        if numbers.newest_claim > max(numbers.newest, checkpoint.epoch):
-            raise FencedError(
-                f"step {checkpoint.step} of {self.run} was committed while a newer incarnation "
-                "was choosing what to resume from",
-                hint="it counts if that has seen it: see envstore checkpoint ls",
-            )
-        self._require_on_line(checkpoint, self._epochs.line(numbers))
+        # An epoch may be about to resume from what was there before: it has to look again.
+        standing = self._epochs.look()
+        newer = [number for number in standing.pending if number > checkpoint.epoch]
+        started = [self._epochs.make_void(number) for number in newer]
+        if any(started):
+            standing = self._epochs.look()
+        self._require_on_line(checkpoint, standing.line)
         self._follow([checkpoint.step])
         return commit
 
@@ -398,8 +402,8 @@ class RunStore:
         That is the parts of older epochs that were never committed, refs of steps that are gone,
         leases that ran out, and older epochs that nothing was committed in or resumed through.
         """
-        numbers = self._epochs.list()
-        line = self._epochs.line(numbers)
+        standing = self._epochs.look()
+        line = standing.line
         listed = self._listed_parts()
         committed = set(self._ids("commits/"))
         for checkpoint, names in listed.items():
@@ -411,7 +415,7 @@ class RunStore:
             if not (line.holds(checkpoint) and waiting):
                 self._drop_parts(checkpoint, names)
         used = {checkpoint.epoch for checkpoint in committed} | set(line.limits)
-        for number in sorted(numbers.claimed - used):
+        for number in sorted(standing.numbers - used):
             if number < line.newest:
                 self._epochs.forget(number)
         self.leases()
@@ -432,7 +436,7 @@ class RunStore:
     # Keys.
 
     def _line(self) -> Line:
-        return self._epochs.line(self._epochs.list())
+        return self._epochs.look().line
 
     def _ids(self, kind: str) -> list[CheckpointId]:
         prefix = self._prefix + kind
