@@ -6,6 +6,7 @@ holds nothing which is still needed, and counts once the word ``staged`` is stor
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -22,15 +23,12 @@ from envstore.checkpoint.slotformat import (
     CONTROL_BYTES,
     DURABLE,
     EMPTY,
-    MAX_HEADER,
     STAGED,
     WAVE,
     WRITING,
     Control,
     ControlWords,
-    Header,
     aligned,
-    encode_header,
 )
 from envstore.checkpoint.slots import TRAINER_LOCK, SlotDirectory
 from envstore.store.digest import digest
@@ -53,10 +51,16 @@ class _Mapped:
     def size(self) -> int:
         return len(self.mapping)
 
-    def close(self) -> None:
+    def unmap(self) -> None:
+        """Unmap it; what still refers to its memory (a traceback) keeps that until it goes."""
         self.words.release()
-        self.view.release()
-        self.mapping.close()
+        with contextlib.suppress(BufferError):
+            self.view.release()
+            self.mapping.close()
+
+    def close(self) -> None:
+        """Unmap it and close its file."""
+        self.unmap()
         os.close(self.fd)
 
 
@@ -124,31 +128,49 @@ class SlotWriter:
 
 
 class SlotOwner:
-    """The one process that saves into a slot directory.
+    """The one process that saves into the ``count`` slots of a directory.
+
+    With ``limit`` no slot takes more bytes than that to have some to spare.
 
     Raises ``CheckpointError`` if another process that saves the same rank of the same run does
     not end within ``patience`` seconds. Not thread-safe. A child of ``fork`` has no part in it.
     """
 
-    def __init__(self, directory: SlotDirectory, *, patience: float = 10.0) -> None:
+    def __init__(
+        self,
+        directory: SlotDirectory,
+        count: int = 2,
+        *,
+        limit: int | None = None,
+        patience: float = 10.0,
+    ) -> None:
         directory.create()
         self.directory = directory
-        self._count = 0
+        self._count = count
+        self._limit = limit
         self._mapped: dict[int, _Mapped] = {}
         self._pid = os.getpid()
         self._changed = threading.Event()
         self._lock_fd = _become_trainer(directory, patience)
         _owners.add(self)
 
-    def reserve(self, count: int, size: int) -> None:
-        """Have ``count`` slots of ``size`` bytes or more, with all their memory faulted in.
+    def reserve(self, size: int) -> None:
+        """Have all slots of ``size`` bytes or more, with all their memory faulted in.
 
         They only grow. Raises ``SlotSpaceError``, with what was there before unchanged.
         """
         self._check_process()
-        self._count = max(self._count, count)
-        for number in range(count):
+        for number in range(self._count):
             self._grow(number, size)
+
+    def has_room(self, size: int) -> bool:
+        """Whether all slots are as large as that already."""
+        return all(self._open(number).size >= size for number in range(self._count))
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is open, and in the process that opened it."""
+        return self._lock_fd >= 0 and self._pid == os.getpid()
 
     def acquire(self, size: int, *, timeout: float = 0.0) -> SlotWriter | None:
         """Return a slot of ``size`` bytes or more for a new save, held alone until ``begin``.
@@ -231,10 +253,11 @@ class SlotOwner:
         held = self._open(number)
         if held.size < size:
             # Some more than asked for: a state whose header grows a little must not grow each time.
-            larger = self._map(number, aligned(size + size // 64, _ROUND), held.fd)
-            held.words.release()
-            held.view.release()
-            held.mapping.close()
+            room = aligned(size + size // 64, _ROUND)
+            if self._limit is not None:
+                room = max(size, min(room, self._limit))
+            larger = self._map(number, room, held.fd)
+            held.unmap()
             held = self._mapped[number] = larger
         return held
 
@@ -273,7 +296,7 @@ class SlotOwner:
         )
 
     def _check_process(self) -> None:
-        if self._lock_fd < 0 or self._pid != os.getpid():
+        if not self.is_ours:
             raise CheckpointError(
                 "these slots are closed, or belong to the process that this one was forked from",
                 hint="save in the process that made the run",
@@ -336,11 +359,3 @@ def _become_trainer(directory: SlotDirectory, patience: float) -> int:
                     hint="end it, or save under another name",
                 )
             time.sleep(_POLL)
-
-
-def header_room(header: Header) -> bytes:
-    """Return the encoded header. Raises ``CheckpointError`` if it is longer than readers take."""
-    data = encode_header(header)
-    if len(data) > MAX_HEADER:
-        raise CheckpointError(f"a plan of {len(data)} bytes is too long", hint="save fewer tensors")
-    return data
