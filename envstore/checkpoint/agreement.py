@@ -115,10 +115,14 @@ def agree_on_incarnation(
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What all ranks do at one call of ``Run.step``: ``save``, and then ``leave`` for good."""
+    """What all ranks do at one call of ``Run.step``: ``save``, and then ``leave`` for good.
+
+    ``due`` is whether the step asked for a save.
+    """
 
     save: bool
     leave: bool
+    due: bool = False
 
 
 class Decisions:
@@ -170,6 +174,8 @@ class Decisions:
             self._board.set(self._going, "1")
         if self._ranks.rank == 0:
             going = self._told or (self._every_call and self._board.check([self._going]))
+            # What this call saves was wanted by the one before, and is not wanted twice.
+            wanted = wanted and call not in self._saves
             if self._leave < 0 and going:
                 self._leave = call + 1
                 wanted = True
@@ -179,7 +185,7 @@ class Decisions:
             self._post(call)
         else:
             self._read(call if due else call - 1)
-        return Decision(call in self._saves, 0 <= self._leave <= call)
+        return Decision(call in self._saves, 0 <= self._leave <= call, due)
 
     def _post(self, call: int) -> None:
         value = {"call": call, "saves": self._saves, "leave": self._leave}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from envstore.checkpoint.lineage import checked
+from envstore.checkpoint.policies import Policy, SaveStats, encode_keep
 from envstore.checkpoint.signals import parse_signals
 from envstore.errors import UsageError
+
+CheckFinite = Literal["off", "record", "refuse"]
 
 _PERSISTERS = ("auto", "external")
 _BUSY = ("skip", "wait")
@@ -18,6 +21,8 @@ _PREEMPT = ("flush", "snapshot", "none")
 _CODECS = ("raw", "split", "xor")
 _FINITE = ("off", "record", "refuse")
 _MIN_SLOT = 1 << 20
+MAX_METRICS = 1000
+"""How many metrics a save may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +30,10 @@ class Staging:
     """Where, and how, states are copied to before they are uploaded.
 
     ``dir`` is a directory in memory (a tmpfs volume; ``ENVSTORE_SLOTS``, else one's own in
-    ``/dev/shm``). ``slots`` states fit at once, each as large as the state, or ``max_bytes``:
-    larger ones go in waves. With ``overlap`` ``save()`` returns earlier and tensors that an
-    optimizer changes are copied until its next step.
+    ``/dev/shm``). There are ``slots`` of them, each as large as the state, or ``max_bytes`` for
+    all of them: a larger state goes in waves, each after the upload of the one before. With
+    ``overlap`` ``save()`` returns earlier, and what an optimizer changes is copied until its next
+    step.
     """
 
     dir: str | Path | None = None
@@ -49,8 +55,8 @@ class Staging:
 class Options:
     """The options of a ``Run``, as they were checked; see there."""
 
-    save: Any
-    keep: Any
+    save: Policy | None
+    keep: str
     staging: Staging
     persister: str
     on_busy: str
@@ -62,15 +68,15 @@ class Options:
     codec: str
     bandwidth: int | None
     lineage: Mapping[str, str]
-    check_finite: str
+    check_finite: CheckFinite
     fresh: bool
     prefetch: bool
 
 
 def check_options(
     *,
-    save: Any,
-    keep: Any,
+    save: Policy | None,
+    keep: Policy | None,
     staging: Staging,
     persister: str,
     on_busy: str,
@@ -82,22 +88,22 @@ def check_options(
     codec: str,
     bandwidth: int | str | None,
     lineage: Mapping[str, str] | None,
-    check_finite: str,
+    check_finite: CheckFinite,
     fresh: bool,
     prefetch: bool,
 ) -> Options:
     """Return the options if each of them can be. Raises ``UsageError`` naming the one that not."""
-    from envstore.checkpoint.policies import check_keep, check_save
-
     if not isinstance(staging, Staging):
         raise UsageError(f"staging= is not a Staging: {staging!r:.80}")
     if isinstance(replicated, str) or not all(isinstance(item, str) for item in replicated):
         raise UsageError("replicated= is not a list of names of items", hint="as in ('model',)")
     if isinstance(signals, str):
         signals = (signals,)
+    if _policy("save=", save) is not None:
+        save.due(0, 0.0, SaveStats(0, 0.0))  # raises what a policy that only keeps has to say
     return Options(
-        check_save(save),
-        check_keep(keep),
+        _policy("save=", save),
+        encode_keep(_policy("keep=", keep)),
         staging,
         one_of("persister=", persister, _PERSISTERS),
         one_of("on_busy=", on_busy, _BUSY),
@@ -109,10 +115,16 @@ def check_options(
         one_of("codec=", codec, _CODECS),
         _bandwidth(bandwidth),
         checked(lineage),
-        one_of("check_finite=", check_finite, _FINITE),
+        _finite(check_finite),
         flag("fresh=", fresh),
         flag("prefetch=", prefetch),
     )
+
+
+def _policy(what: str, value: Any) -> Policy | None:
+    if value is not None and not isinstance(value, Policy):
+        raise UsageError(f"{what} is {value!r:.80}", hint="as in every(steps=100) or last(2)")
+    return value
 
 
 def one_of(what: str, value: Any, choices: Sequence[str]) -> str:
@@ -137,6 +149,11 @@ def flag(what: str, value: Any) -> bool:
     return value
 
 
+def _finite(value: CheckFinite) -> CheckFinite:
+    one_of("check_finite=", value, _FINITE)
+    return value
+
+
 def _bandwidth(value: int | str | None) -> int | None:
     """Return bytes per second."""
     if value is None:
@@ -146,3 +163,22 @@ def _bandwidth(value: int | str | None) -> int | None:
 
         value = parse_size(value)
     return whole("bandwidth=", value, 1, 1 << 50)
+
+
+def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """Return the metrics as plain numbers. Raises ``UsageError``."""
+    if metrics is None:
+        return {}
+    found = {}
+    for name, value in metrics.items():
+        try:
+            if not 0 < len(name) <= 256:
+                raise TypeError
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"metrics: {name!r:.60} is {value!r:.60}", hint="names of numbers"
+            ) from None
+    if len(found) > MAX_METRICS:
+        raise UsageError(f"metrics has {len(found)} entries", hint=f"at most {MAX_METRICS}")
+    return found

@@ -1,18 +1,13 @@
-"""Which store and run a text names, and where on this node its slots lie."""
+"""Which store and run a text names."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from envstore.checkpoint.layout import RunName
 from envstore.errors import UsageError
-from envstore.store.digest import digest
 from envstore.store.objects.url import FileLocation, default_store, parse_url
-
-_MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of one's own is made in it, see slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +42,3 @@ def find_place(name: str, store: str | None, environ: Mapping[str, str]) -> RunP
     named = url or store or environ.get("ENVSTORE_URL") or None
     location = FileLocation(default_store()) if named is None else parse_url(named)
     return RunPlace(RunName.parse(run), location.url, named is None)
-
-
-def slots_root(directory: str | Path | None, environ: Mapping[str, str]) -> Path:
-    """Return below what all slots of this user lie: ``directory``, else ``ENVSTORE_SLOTS``.
-
-    Without either, it is a directory in ``/dev/shm``.
-    """
-    given = directory or environ.get("ENVSTORE_SLOTS")
-    return Path(given).absolute() if given else _MEMORY / f"envstore-{os.getuid()}"
-
-
-def slots_of_run(root: Path, place: RunPlace) -> Path:
-    """Return below what the slots of a run lie, a directory for each rank.
-
-    The store's URL is part of the name: equal names in two stores are two runs.
-    """
-    key = digest(f"{place.store}\0{place.run}".encode()).hex()[:16]
-    return root / str(os.getuid()) / key
-
-
-def slots_of_rank(of_run: Path, rank: int) -> Path:
-    """Return the slot directory of one rank."""
-    return of_run / f"{rank:05d}"

@@ -34,6 +34,7 @@ class SignalWatch:
         self._absorb = absorb
         self._before: dict[int, Handler] = {}
         self._closed = False
+        self._process = os.getpid()
         if self.active:
             for number in numbers:
                 self._before[number] = signal.signal(number, self._handle)
@@ -56,12 +57,14 @@ class SignalWatch:
                 del self._before[number]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._closed:
+        # A forked child (a loader's worker) has this handler too, and is to end as it would have.
+        watching = not self._closed and os.getpid() == self._process
+        if watching:
             self._notice(number)
         before = self._before.get(number)
         if callable(before):
             before(number, frame)
-        elif before == signal.SIG_DFL and (self._closed or not self._absorb):
+        elif before == signal.SIG_DFL and not (watching and self._absorb):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -60,20 +60,30 @@ _PIECE = 32 << 20
 _THREADS = min(4, os.cpu_count() or 1)
 
 
-def slot_root() -> Path:
-    """Return the directory of all slots: ``ENVSTORE_SLOTS`` or ``/dev/shm/envstore-<uid>``."""
+def slot_root(given: str | Path | None = None) -> Path:
+    """Return the directory of all slots.
+
+    It is ``given``, ``ENVSTORE_SLOTS`` or ``/dev/shm/envstore-<uid>``.
+    """
+    if given is not None:
+        return Path(given).absolute()
     named = os.environ.get("ENVSTORE_SLOTS")
-    return Path(named) if named else Path(f"/dev/shm/envstore-{os.geteuid()}")  # noqa: S108
+    return Path(named) if named else _shared_memory()
 
 
-def run_directory(store: str, run: RunName) -> Path:
+def run_directory(store: str, run: RunName, root: str | Path | None = None) -> Path:
     """Return the directory of a run's slots on this node; one directory for each rank is in it."""
-    return slot_root() / blake3(f"{store}\n{run}".encode()).hexdigest()[:16]
+    return slot_root(root) / blake3(f"{store}\n{run}".encode()).hexdigest()[:16]
 
 
-def slot_directory(store: str, run: RunName, rank: int) -> Path:
+def slot_directory(store: str, run: RunName, rank: int, root: str | Path | None = None) -> Path:
     """Return where the slots of a rank lie. ``store`` is the store's URL."""
-    return run_directory(store, run) / f"{rank:05d}"
+    return run_directory(store, run, root) / f"{rank:05d}"
+
+
+def _shared_memory() -> Path:
+    """Return where slots lie if nobody says where; anybody can make a directory beside it."""
+    return Path(f"/dev/shm/envstore-{os.geteuid()}")  # noqa: S108
 
 
 class StagedSlot:
@@ -183,7 +193,7 @@ class SlotDirectory:
         try:
             self.path.parent.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             own = [self.path.parent, self.path]
-            if not os.environ.get("ENVSTORE_SLOTS"):
+            if self.path.parent.parent == _shared_memory():
                 own.insert(0, self.path.parent.parent)
             for directory in own:
                 directory.mkdir(mode=0o700, exist_ok=True)

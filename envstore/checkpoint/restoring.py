@@ -1,0 +1,189 @@
+"""Finds the checkpoint to restore, in memory, in the node cache or in the store; applies it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from envstore.checkpoint.apply import apply
+from envstore.checkpoint.errors import NoCheckpointError, RanksDisagreeError
+from envstore.checkpoint.identity import Ranks
+from envstore.checkpoint.layout import CheckpointId, Tree
+from envstore.checkpoint.opening import Opening
+from envstore.checkpoint.places import RunPlace
+from envstore.checkpoint.protocol import RunStore
+from envstore.checkpoint.records import Commit
+from envstore.checkpoint.resuming import Incarnation, close_all, staged_here
+from envstore.checkpoint.slots import SlotTree, StagedSlot
+from envstore.checkpoint.trees import SnapshotTree
+from envstore.errors import AccessDeniedError, CorruptError
+
+_log = logging.getLogger("envstore.checkpoint")
+
+_POLL = 0.2
+PATIENCE = 600.0
+"""Seconds to wait for a checkpoint that another node has in memory and is uploading."""
+
+Slots = dict[CheckpointId, list[StagedSlot]]
+
+
+class Restorer:
+    """Restores states of one run. Of use to one thread."""
+
+    def __init__(
+        self,
+        place: RunPlace,
+        ranks: Ranks,
+        opening: Opening,
+        incarnation: Incarnation,
+        directories: Path,
+    ) -> None:
+        self._place = place
+        self._ranks = ranks
+        self._opening = opening
+        self._incarnation = incarnation
+        self._directories = directories
+
+    def restore(
+        self,
+        state: MutableMapping[str, Any],
+        step: int | None,
+        only: Collection[str] | None,
+        *,
+        strict: bool,
+        trusted: bool,
+    ) -> int | None:
+        """See ``Run.restore``."""
+        runs = self._opening.run_store()
+        slots = staged_here(self._directories, self._place.store, self._place.run)
+        try:
+            chosen = self._agree(runs, slots, step)
+            if chosen is None:
+                return None
+            for tree in self._trees(runs, slots, chosen):
+                try:
+                    apply(
+                        state,
+                        tree,
+                        rank=self._ranks.rank,
+                        world_size=self._ranks.world_size,
+                        only=only,
+                        strict=strict,
+                        trusted=trusted,
+                    )
+                except CorruptError as error:
+                    if isinstance(tree, SlotTree) and self._is_committed(runs, chosen):
+                        _log.warning("step %d in memory is damaged: %s", chosen.step, error)
+                        continue
+                    raise self._damaged(runs, chosen, error) from error
+                return chosen.step
+            raise AssertionError("the last tree either applies or raises")
+        finally:
+            for found in slots.values():
+                close_all(found)
+
+    def verify(self, step: int | None) -> Commit:
+        """See ``Run.verify``."""
+        from envstore.store.verify import verify
+
+        runs = self._opening.run_store()
+        commit = runs.latest() if step is None else runs.find(step)
+        if commit is None:
+            raise NoCheckpointError(f"{self._place.run} has no checkpoint yet")
+        with runs.lease(commit):
+            name = f"{self._place.run}:step-{commit.step}"
+            report = verify(runs.repository, [(name, commit.snapshot)], read_data=True)
+        if report.problems:
+            found = report.problems[0]
+            raise self._damaged(
+                runs, commit.checkpoint, CorruptError(f"{found.object}: {found.reason}")
+            )
+        return commit
+
+    def _agree(self, runs: RunStore, slots: Slots, step: int | None) -> CheckpointId | None:
+        """Return what all ranks restore, and have the epoch resume from it."""
+        staged = self._usable(runs, slots)
+
+        def choose(commits: Sequence[Commit]) -> CheckpointId | None:
+            known = [commit.checkpoint for commit in commits]
+            found = sorted({*known, *([] if staged is None else [staged])})
+            if step is None:
+                return found[-1] if found else None
+            wanted = [one for one in found if one.step == step]
+            return wanted[-1] if wanted else runs.find(step).checkpoint
+
+        if self._ranks.world_size == 1:
+            # Nobody to agree with: who only reads, an evaluation, replaces no running job. The
+            # epoch begins with the first step.
+            chosen = choose(runs.commits())
+            self._incarnation.resume(lambda _: chosen, chosen)
+            return chosen
+        self._incarnation.resume(choose, staged)
+        chosen = self._incarnation.begin().resumed_from
+        if step is not None and (chosen is None or chosen.step != step):
+            other = "nothing" if chosen is None else f"step {chosen.step}"
+            raise RanksDisagreeError(
+                f"{self._place.run}: this rank is to restore step {step}, another one {other}",
+                hint="all ranks restore the same step",
+            )
+        return chosen
+
+    def _usable(self, runs: RunStore, slots: Slots) -> CheckpointId | None:
+        """Return the newest checkpoint in memory that counts."""
+        if not slots:
+            return None
+        epoch = runs.epoch()
+        if epoch is None:
+            return None
+        # What is older than the newest epoch counts only if it is committed, and is found there.
+        return max((one for one in slots if one.epoch == epoch.number), default=None)
+
+    def _trees(self, runs: RunStore, slots: Slots, chosen: CheckpointId) -> Iterator[Tree]:
+        """Yield where ``chosen`` can be read, the nearest first; closes each."""
+        if chosen in slots:
+            with contextlib.closing(SlotTree(slots.pop(chosen))) as tree:
+                yield tree
+        commit = self._committed(runs, chosen)
+        with contextlib.ExitStack() as held:
+            # Whoever may only read cannot leave a lease; the policy decides then.
+            with contextlib.suppress(AccessDeniedError):
+                held.enter_context(runs.lease(commit))
+            try:
+                stored = SnapshotTree(runs.repository, commit.snapshot)
+            except CorruptError as error:
+                raise self._damaged(runs, chosen, error) from error
+            with contextlib.closing(stored):
+                yield stored
+
+    def _committed(self, runs: RunStore, chosen: CheckpointId) -> Commit:
+        """Return the commit of ``chosen``; waits for one that another node still uploads."""
+        deadline = time.monotonic() + PATIENCE
+        told = False
+        while True:
+            for commit in runs.commits():
+                if commit.checkpoint == chosen:
+                    return commit
+            if time.monotonic() > deadline:
+                raise NoCheckpointError(
+                    f"step {chosen.step} of {self._place.run} was in the memory of another node "
+                    f"and is not committed after {PATIENCE:.0f} s",
+                    hint="start all ranks anew: they resume from the newest that is committed",
+                )
+            if not told:
+                told = True
+                _log.warning("waiting for step %d, which another node uploads", chosen.step)
+            time.sleep(_POLL)
+
+    def _is_committed(self, runs: RunStore, chosen: CheckpointId) -> bool:
+        return any(commit.checkpoint == chosen for commit in runs.commits())
+
+    def _damaged(self, runs: RunStore, chosen: CheckpointId, error: CorruptError) -> CorruptError:
+        older = [commit.step for commit in runs.commits() if commit.checkpoint < chosen]
+        hint = f"restore(state, step={older[-1]}) takes an older one" if older else None
+        return CorruptError(
+            f"step {chosen.step} of {self._place.run} is damaged: {error.message}", hint=hint
+        )
