@@ -14,6 +14,8 @@ from typing import Any
 from envstore.checkpoint.dtypes import is_float, is_known
 from envstore.checkpoint.errors import CheckpointError
 
+Places = dict[Any, tuple[tuple[int, ...], tuple[int, ...], int]]
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -103,15 +105,16 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def shard_of(value: Any, what: str) -> Shard | None:
+def shard_of(value: Any, what: str, places: Places | None = None) -> Shard | None:
     """Describe a tensor or array; ``None`` if ``value`` is none that can be stored as elements.
 
+    ``places`` remembers what was found out about meshes, for the next tensor of the same state.
     Raises ``CheckpointError`` naming ``what`` for tensors that have no values: on the meta device,
     or partial sums of a mesh.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        return _of_tensor(torch, value, what)
+        return _of_tensor(torch, value, what, {} if places is None else places)
     np = sys.modules.get("numpy")
     if np is not None and type(value) is np.ndarray:
         dtype = _array_dtype(value.dtype)
@@ -202,7 +205,7 @@ def not_finite(shards: list[tuple[str, Shard]]) -> list[str]:
     return sorted(found, key=order.__getitem__)
 
 
-def _of_tensor(torch: Any, value: Any, what: str) -> Shard | None:
+def _of_tensor(torch: Any, value: Any, what: str, places: Places) -> Shard | None:
     if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
         raise CheckpointError(f"{what} has no shape yet", hint="run its lazy module once")
     dtype = _dtype_name(value.dtype)
@@ -215,7 +218,7 @@ def _of_tensor(torch: Any, value: Any, what: str) -> Shard | None:
             f"{what} is on the meta device: it has no values", hint="use to_empty() first"
         )
     if not _is_plain(torch, type(value)):
-        return _of_distributed(value, dtype, what)
+        return _of_subclass(torch, value, dtype, what, places)
     local = value.detach()
     shape = tuple(local.shape)
     return Shard("tensor", local, dtype, shape, (0,) * len(shape), shape, local.nbytes)
@@ -225,40 +228,26 @@ def _is_plain(torch: Any, kind: type) -> bool:
     return kind is torch.Tensor or kind is torch.nn.Parameter
 
 
-def _of_distributed(value: Any, dtype: str, what: str) -> Shard | None:
-    """Describe a DTensor: the box of this rank, and the first rank that holds the same."""
+def _of_subclass(torch: Any, value: Any, dtype: str, what: str, places: Places) -> Shard | None:
     module = sys.modules.get("torch.distributed.tensor")
-    torch = sys.modules["torch"]
     if module is None or not isinstance(value, module.DTensor):
         if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             return None  # a subclass whose elements are elsewhere
         local = value.detach().as_subclass(torch.Tensor)
         shape = tuple(local.shape)
         return Shard("tensor", local, dtype, shape, (0,) * len(shape), shape, local.nbytes)
-    if any(placement.is_partial() for placement in value.placements):
-        raise CheckpointError(
-            f"{what} is a partial sum on its mesh", hint="redistribute it before it is saved"
-        )
-    coordinate = value.device_mesh.get_coordinate()
-    if coordinate is None:
-        raise CheckpointError(f"{what} lies on a mesh that this rank is no part of")
+    shape = tuple(value.shape)
+    key = (value.device_mesh, value.placements, shape)
+    place = places.get(key)
+    if place is None:
+        place = places[key] = _place(value, what)
+    offsets, lengths, owner = place
     with torch.no_grad():
         local = value.to_local().detach()
-    if type(local) is not torch.Tensor:
-        local = local.wait() if hasattr(local, "wait") else local
-    first = tuple(
-        0 if placement.is_replicate() else at
-        for placement, at in zip(value.placements, coordinate, strict=True)
-    )
-    chunks = value.__create_chunk_list__()
-    shape = tuple(value.shape)
-    lengths = tuple(local.shape)
-    if len(chunks) != 1 or tuple(chunks[0].sizes) != lengths:
+    if hasattr(local, "wait"):  # a collective is still on its way
+        local = local.wait()
+    if tuple(local.shape) != lengths:
         raise CheckpointError(f"{what} is not one box of the whole tensor on this rank")
-    if 0 in lengths:
-        offsets = (0,) * len(shape)
-    else:
-        offsets = tuple(chunks[0].offsets)
     return Shard(
         "tensor",
         local,
@@ -267,9 +256,30 @@ def _of_distributed(value: Any, dtype: str, what: str) -> Shard | None:
         offsets,
         lengths,
         local.nbytes,
-        owner=int(value.device_mesh.mesh[first]),
+        owner=owner,
         distributed=True,
     )
+
+
+def _place(value: Any, what: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return the box of a DTensor that this rank has, and the first rank that has the same."""
+    if any(placement.is_partial() for placement in value.placements):
+        raise CheckpointError(
+            f"{what} is a partial sum on its mesh", hint="redistribute it before it is saved"
+        )
+    coordinate = value.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise CheckpointError(f"{what} lies on a mesh that this rank is no part of")
+    first = tuple(
+        0 if placement.is_replicate() else at
+        for placement, at in zip(value.placements, coordinate, strict=True)
+    )
+    chunks = value.__create_chunk_list__()
+    if len(chunks) != 1:
+        raise CheckpointError(f"{what} is not one box of the whole tensor on this rank")
+    lengths = tuple(chunks[0].sizes)
+    offsets = (0,) * len(lengths) if 0 in lengths else tuple(chunks[0].offsets)
+    return offsets, lengths, int(value.device_mesh.mesh[first])
 
 
 def _array_dtype(dtype: Any) -> str | None:

@@ -76,6 +76,7 @@ class _Memories:
     """Whose memory a tensor lies in, as far as the objects in the state tell."""
 
     def __init__(self) -> None:
+        self.places: arrays.Places = {}
         self.stable: dict[tuple[Any, int], int] = {}
         self.parallel: set[tuple[Any, int]] = set()
         self.broadcast: set[tuple[Any, int]] = set()
@@ -139,7 +140,7 @@ class _Item(encoding.Encoder):
     def other(self, value: Any, name: str, depth: int) -> Any:
         """Note tensors and objects and return how ``state.json`` refers to them."""
         what = f"{self.name}/{name}" if name else self.name
-        shard = arrays.shard_of(value, what)
+        shard = arrays.shard_of(value, what, self.memories.places)
         if shard is None and live.is_stateful(value):
             return self._stateful(value, name, depth)
         if shard is None:

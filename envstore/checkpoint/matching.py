@@ -135,6 +135,7 @@ class Matcher:
         self._strict = strict
         self._wanted = wanted
         self._filled = filled
+        self._places: arrays.Places = {}
 
     def value(self, saved: Any, here: Any, name: str = "") -> Later:
         """Match a part of a plain nest of mappings, lists, tensors, objects and values."""
@@ -334,7 +335,7 @@ class Matcher:
             return lambda: here
         if here is ABSENT or here is None:
             here = self._allocate(saved, name)
-        shard = arrays.shard_of(here, self._path(name))
+        shard = arrays.shard_of(here, self._path(name), self._places)
         record = self._record(saved.name)
         if shard is None:
             self._differs(name, _kind(here), describe(record.dtype, record.shape))
@@ -363,7 +364,9 @@ class Matcher:
         self._filler.add(self._sources.of(record, shard.offsets, shard.lengths), shard)
 
     def _fits(self, saved: TensorRef, here: Any, name: str) -> bool:
-        shard = arrays.shard_of(here, self._path(name)) if _is_elements(here) else None
+        shard = (
+            arrays.shard_of(here, self._path(name), self._places) if _is_elements(here) else None
+        )
         record = self._record(saved.name)
         if shard is None:
             return False
