@@ -25,6 +25,7 @@ _COMMANDS = {
     "csi": "csi",
     "k8s": "k8s",
     "run": "run",
+    "checkpoint": "checkpoint",
     "activate": "activate",
     "profile": "profile",
     "repack": "repack",

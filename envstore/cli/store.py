@@ -159,7 +159,7 @@ def verify(settings: Settings, ref: str | None, read_data: bool) -> None:
                 progress=lambda done, total: draw("checking packs", done, total),
             )
     report.problems[:0] = broken
-    _print_report(settings, report)
+    print_report(settings, report)
     if not report.ok:
         raise CorruptError(
             f"{output.counted(len(report.problems), 'problem')} found in {url}",
@@ -167,7 +167,8 @@ def verify(settings: Settings, ref: str | None, read_data: bool) -> None:
         )
 
 
-def _print_report(settings: Settings, report: Report) -> None:
+def print_report(settings: Settings, report: Report) -> None:
+    """Print what was found damaged, and how much was looked at."""
     if settings.json:
         output.result(_report_fields(report))
         return

@@ -40,6 +40,7 @@ _MODELS = {
     "v1/Pod": client.V1Pod,
     "v1/PersistentVolume": client.V1PersistentVolume,
     "v1/PersistentVolumeClaim": client.V1PersistentVolumeClaim,
+    "batch/v1/Job": client.V1Job,
     "apps/v1/DaemonSet": client.V1DaemonSet,
     "apps/v1/Deployment": client.V1Deployment,
     "storage.k8s.io/v1/CSIDriver": client.V1CSIDriver,
