@@ -13,7 +13,6 @@ start changes nothing, and what an older incarnation goes on saving lies beside 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,7 +56,6 @@ class Claim:
     number: int
     incarnation: str
     world_size: int
-    nonce: str
     created: str
 
 
@@ -154,7 +152,6 @@ class Epochs:
             "format": FORMAT,
             "incarnation": incarnation,
             "world_size": world_size,
-            "nonce": secrets.token_hex(16),
             "created": _now(),
         }
         data, _ = create(self._objects, self._key(number, "claim"), canonical.encode(body))
@@ -174,7 +171,6 @@ class Epochs:
                 "incarnation": claim.incarnation,
                 "world_size": claim.world_size,
                 "resumed_from": "" if resumed_from is None else str(resumed_from),
-                "nonce": claim.nonce,
                 "created": _now(),
             },
         )
@@ -206,7 +202,6 @@ class Epochs:
             number,
             read_text(value, "incarnation", what),
             read_number(value, "world_size", what, 1, MAX_WORLD + 1),
-            read_text(value, "nonce", what),
             read_time(value, "created", what),
         )
 
