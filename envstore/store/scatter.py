@@ -13,7 +13,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError
 from envstore.store.cache import BlobCache, CacheFullError, Held
@@ -92,6 +91,8 @@ class _Scatter:
         self._cache = None if self._local else repository.cache
         self._threads = threads or (LOCAL_THREADS if self._local else REMOTE_THREADS)
         self._stop = threading.Event()
+        self._ended = threading.Semaphore(0)
+        self._failures: list[BaseException] = []
         self._lock = threading.Lock()
         self._keeping = self._cache is not None
         self._filling = False
@@ -112,18 +113,18 @@ class _Scatter:
 
     def _sorted(self, jobs: Sequence[Job]) -> tuple[list[list[Job]], list[Job]]:
         """Return what the cache has, one by one, and what it has not."""
-        cached: list[list[Job]] = []
-        missing: list[Job] = []
-        room = int(self._cache.capacity * _SHARE) if self._cache else 0
-        for job in jobs:
-            if self._cache is not None and self._cache.contains(job.frame.digest):
-                job.keep = True  # should it be gone, or damaged, by the time that it is read
-                cached.append([job])
-                continue
+        if self._cache is None:
+            return [], list(jobs)
+        held = [self._cache.contains(job.frame.digest) for job in jobs]
+        cached = [job for job, there in zip(jobs, held, strict=True) if there]
+        missing = [job for job, there in zip(jobs, held, strict=True) if not there]
+        room = int(self._cache.capacity * _SHARE) - sum(job.frame.raw for job in cached)
+        for job in missing:
             room -= job.frame.raw
-            job.keep = self._cache is not None and room >= 0
-            missing.append(job)
-        return cached, missing
+            job.keep = room >= 0
+        for job in cached:
+            job.keep = True  # should it be gone, or damaged, by the time that it is read
+        return [[job] for job in cached], missing
 
     def _grouped(self, jobs: Sequence[Job]) -> list[list[Job]]:
         """Return ``jobs`` in groups of one request each."""
@@ -146,31 +147,47 @@ class _Scatter:
         if count < 2:
             self._work(work)
             return
-        with ThreadPoolExecutor(count, "scatter") as pool:
-            try:
-                running = [pool.submit(self._work, work) for _ in range(count)]
-                failures = [future.exception() for future in running]
-            except BaseException:
-                self._stop.set()
-                raise
-        for failure in failures:
-            if failure is not None and not isinstance(failure, _StoppedError):
-                raise failure
+        # No pool: interrupted as it starts a thread, that would not wait for it.
+        workers = [
+            threading.Thread(target=self._work_aside, args=(work,), name="scatter", daemon=True)
+            for _ in range(count)
+        ]
+        try:
+            for worker in workers:
+                worker.start()
+            for _ in workers:
+                self._ended.acquire()
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+        if self._failures:
+            raise self._failures[0]
+
+    def _work_aside(self, work: deque[list[Job]]) -> None:
+        try:
+            self._work(work)
+        except _StoppedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+            self._failures.append(error)
+            self._stop.set()
+        finally:
+            self._ended.release()
 
     def _work(self, work: deque[list[Job]]) -> None:
         """Do what is left of ``work`` until there is none, or another thread has failed."""
         scratch = _Scratch()
-        try:
-            while not self._stop.is_set():
-                try:
-                    group = work.popleft()
-                except IndexError:
-                    return
-                if not self._from_cache(group, scratch):
-                    self._fetch(group, scratch)
-        except BaseException:
-            self._stop.set()
-            raise
+        while not self._stop.is_set():
+            try:
+                group = work.popleft()
+            except IndexError:
+                return
+            if not self._from_cache(group, scratch):
+                self._fetch(group, scratch)
 
     def _arrived(self, _size: int) -> None:
         if self._stop.is_set():

@@ -388,3 +388,39 @@ def test_closing_twice(objects: ObjectStore) -> None:
     objects.put("x", b"")
     objects.close()
     objects.close()
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1], [3 << 20], [5, 0, 700_000, 1], [7] * 3000])
+def test_a_range_fills_buffers(objects: ObjectStore, sizes: list[int]) -> None:
+    data = os.urandom(3 << 20)
+    objects.put("packs/x", data)
+    buffers = [bytearray(size) for size in sizes]
+    start = min(1000, len(data) - sum(sizes))
+    before = objects.traffic.bytes_in
+    arrived: list[int] = []
+    objects.get_range_into("packs/x", start, [memoryview(one) for one in buffers], arrived.append)
+    assert b"".join(buffers) == data[start : start + sum(sizes)]
+    assert objects.traffic.bytes_in - before == sum(arrived) == sum(sizes)
+
+
+def test_buffers_that_cannot_be_filled(objects: ObjectStore) -> None:
+    objects.put("packs/x", bytes(1000))
+    for start, length in ((0, 1001), (999, 2), (1000, 1), (5000, 10)):
+        with pytest.raises(CorruptError, match="too short"):
+            objects.get_range_into("packs/x", start, [memoryview(bytearray(length))])
+    with pytest.raises(NotFoundError):
+        objects.get_range_into("packs/y", 0, [memoryview(bytearray(1))])
+    with pytest.raises(ValueError, match="negative"):
+        objects.get_range_into("packs/x", -1, [memoryview(bytearray(1))])
+
+    class GivenUpError(Exception):
+        """Raised by whoever waits."""
+
+    def give_up(size: int) -> None:
+        raise GivenUpError
+
+    with pytest.raises(GivenUpError):
+        objects.get_range_into("packs/x", 0, [memoryview(bytearray(1000))], give_up)
+    filled = bytearray(b"x" * 1000)
+    objects.get_range_into("packs/x", 0, [memoryview(filled)])
+    assert filled == bytes(1000)

@@ -317,6 +317,32 @@ def test_ranges_in_pieces_are_asked_for_once(s3_server: S3Server) -> None:
         assert list(objects.iter_range("x", 0, 10)) == [data[:10]]
 
 
+@pytest.mark.usefixtures("impatient")
+def test_buffers_are_filled_anew_when_an_answer_breaks_off(s3_server: S3Server) -> None:
+    bucket = s3_server.new_bucket()
+    with (
+        tcp_proxy(s3_server.endpoint) as proxy,
+        closing(open_objects(f"s3://{bucket}?endpoint={proxy.endpoint}")) as objects,
+    ):
+        data = os.urandom(1_000_000)
+        objects.put("x", data)
+        buffers = [bytearray(size) for size in (300_000, 1, 500_000)]
+        views = [memoryview(buffer) for buffer in buffers]
+        proxy.cut_answers_after(400_000, times=2)
+        before = objects.traffic.requests
+        objects.get_range_into("x", 7, views)
+        assert b"".join(buffers) == data[7:800_008]
+        assert objects.traffic.requests == before + 3
+        before = objects.traffic.requests, proxy.connections
+        for _ in range(5):
+            objects.get_range_into("x", 7, views)
+        # Each leaves its connection to the next.
+        assert (objects.traffic.requests, proxy.connections) == (before[0] + 5, before[1])
+        proxy.cut_answers_after(400_000)
+        with pytest.raises(UnavailableError, match="broke off"):
+            objects.get_range_into("x", 7, views)
+
+
 def test_closing_ends_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENVSTORE_S3_TIMEOUT", "100000")
     with socket.create_server(("127.0.0.1", 0), backlog=8) as listener:
