@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Generator, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,22 @@ class Restorer:
             for found in slots.values():
                 close_all(found)
 
+    @contextlib.contextmanager
+    def opened(self, step: int | None) -> Iterator[tuple[CheckpointId, Tree] | None]:
+        """See ``Run.opened``."""
+        runs = self._opening.run_store()
+        slots = staged_here(self._directories, self._place.store, self._place.run)
+        try:
+            chosen = self._agree(runs, slots, step)
+            if chosen is None:
+                yield None
+                return
+            with contextlib.closing(self._trees(runs, slots, chosen)) as trees:
+                yield chosen, next(trees)
+        finally:
+            for found in slots.values():
+                close_all(found)
+
     def verify(self, step: int | None) -> Commit:
         """See ``Run.verify``."""
         from envstore.store.verify import verify
@@ -142,7 +158,9 @@ class Restorer:
         # What is older than the newest epoch counts only if it is committed, and is found there.
         return max((one for one in slots if one.epoch == epoch.number), default=None)
 
-    def _trees(self, runs: RunStore, slots: Slots, chosen: CheckpointId) -> Iterator[Tree]:
+    def _trees(
+        self, runs: RunStore, slots: Slots, chosen: CheckpointId
+    ) -> Generator[Tree, None, None]:
         """Yield where ``chosen`` can be read, the nearest first; closes each."""
         if chosen in slots:
             with contextlib.closing(SlotTree(slots.pop(chosen))) as tree:

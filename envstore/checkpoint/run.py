@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
 import time
 import weakref
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 from envstore.checkpoint.deciding import Deciding, needs_board, no_board
 from envstore.checkpoint.errors import FencedError, NotFiniteError, SaveFailedError
 from envstore.checkpoint.launch import Launch
+from envstore.checkpoint.layout import CheckpointId, Tree
 from envstore.checkpoint.ledger import Save
 from envstore.checkpoint.opening import Opening
 from envstore.checkpoint.options import Options, Staging, check_metrics, check_options, whole
@@ -210,6 +212,22 @@ class Run:
             self._saver.prepare(state)
         self._base = (found or 0, time.monotonic())
         return found
+
+    @contextlib.contextmanager
+    def opened(self, step: int | None = None) -> Iterator[tuple[CheckpointId, Tree] | None]:
+        """Give what ``restore`` would restore, and where its files are to be read; or ``None``.
+
+        For those who read a checkpoint in their own way: the run resumes from it. Raises as
+        ``restore``.
+        """
+        self._require_open()
+        if step is not None:
+            whole("step", step, 0, _MAX_STEP)
+        if self._options.fresh:
+            raise UsageError("a fresh run restores nothing", hint="leave fresh=True out")
+        with self._restorer.opened(step) as found:
+            self._base = (0 if found is None else found[0].step, time.monotonic())
+            yield found
 
     def step(
         self,
