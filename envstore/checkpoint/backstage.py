@@ -54,10 +54,9 @@ def serve(options: argparse.Namespace) -> int:
             level=logging.INFO,
         )
     else:
+        shown = os.path.realpath(directory)
         logging.basicConfig(
-            format=f"%(asctime)s %(levelname)s {directory.parent.name}/{directory.name}: "
-            "%(message)s",
-            level=logging.INFO,
+            format=f"%(asctime)s %(levelname)s {shown}: %(message)s", level=logging.INFO
         )
     logging.getLogger("botocore").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)

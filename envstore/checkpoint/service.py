@@ -46,6 +46,7 @@ MAX_REMEMBERED = 64
 
 _PATIENCE = 60.0  # how long ``flush`` and ``close`` wait for other ranks
 _LOOK_SECONDS = 1.0
+_LET_GO_SECONDS, _LET_GO_POLL = 5.0, 0.02
 
 _log = logging.getLogger(__name__)
 
@@ -168,8 +169,7 @@ class Persister:
             os.unlink(self._directory / SOCKET)
         for client in list(self._clients.values()):
             self._drop(client)
-        if self._closing is not None or not self._slots.trainer_alive():
-            self._remove()
+        self._remove()
 
     def _may_end(self, worker: Worker) -> bool:
         trainers = any(client.trainer for client in self._clients.values())
@@ -190,7 +190,15 @@ class Persister:
         return worker.idle and (late or not worker.waiting)
 
     def _remove(self) -> None:
-        """Remove the slots and what else lies in the directory, unless a trainer came."""
+        """Remove the slots and what else lies in the directory, unless a trainer has them.
+
+        One that asked for the end has a moment to let go of them.
+        """
+        end = time.monotonic() + (_LET_GO_SECONDS if self._closing is not None else 0.0)
+        while self._slots.trainer_alive():
+            if time.monotonic() >= end:
+                return
+            time.sleep(_LET_GO_POLL)
         shutil.rmtree(self._directory / PENDING, ignore_errors=True)
         for path in [*self._directory.glob("waves-*"), *(self._directory / n for n in (LOG, LOCK))]:
             path.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ MAX_INDEX = 500_000
 """Chunks after which what is known is forgotten and learned anew (100 MB of memory)."""
 
 _WINDOW = 8 << 20
-_CODECS = {"raw": Codec.RAW}
+_CODECS = {"raw": Codec.RAW, "split": Codec.SPLIT}
 
 
 class Knowledge:

@@ -93,6 +93,10 @@ def _tend(item: _Served, arguments: list[str]) -> None:
         _log.log(level, "the persister of %s ended with status %d", item.path, code)
         item.process = None
         item.again = now + AGAIN_SECONDS
+        if not code:
+            # What it could not remove by its descriptor; not if a trainer has come meanwhile.
+            with contextlib.suppress(OSError):
+                os.rmdir(item.path)
     if now < item.again or not os.fstat(item.fd).st_nlink:
         return
     program = str(Path(__file__).with_name("persister.py"))

@@ -93,7 +93,8 @@ def main(directory: str, text: str) -> None:
     if said.get("persister", True):
         ensure_persister(Path(directory), options)
     stage(owner, orders(said["store"], said["step"]), state(said["files"]))
-    print("staged", flush=True)
+    sys.stdout.write("staged\n")
+    sys.stdout.flush()
     time.sleep(600)
 
 
