@@ -34,8 +34,7 @@ from envstore.store.repository import PARALLEL
 LEASE_SECONDS = 600
 SKEW_SECONDS = 300
 """By how much the clocks of two nodes may differ: so much later a lease has run out."""
-_RENEWALS = 4
-"""How often a lease is renewed before it would run out."""
+RENEW_SECONDS = 150
 _END = 1 << 40
 
 
@@ -174,7 +173,7 @@ class Lease:
         self._holds.put_lease(self._commit, self._nonce, int(time.time()) + LEASE_SECONDS)
 
     def _renew(self) -> None:
-        while not self._over.wait(LEASE_SECONDS / _RENEWALS):
+        while not self._over.wait(RENEW_SECONDS):
             try:
                 self._put()
             except EnvstoreError:
