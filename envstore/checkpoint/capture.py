@@ -78,6 +78,7 @@ class _Memories:
     def __init__(self) -> None:
         self.places: arrays.Places = {}
         self.stable: dict[tuple[Any, int], int] = {}
+        self.first: dict[Any, tuple[str, str]] = {}
         self.parallel: set[tuple[Any, int]] = set()
         self.broadcast: set[tuple[Any, int]] = set()
 
@@ -127,6 +128,7 @@ class _Item(encoding.Encoder):
         self.shards: dict[str, Shard] = {}
         self.owners: dict[str, Any] = {}
         self.aliases: dict[str, str] = {}
+        self.twins: dict[str, tuple[str, str]] = {}
         self.objects: list[bytes] = []
         self.per_rank = False
         self._seen: dict[Any, str] = {}
@@ -155,6 +157,9 @@ class _Item(encoding.Encoder):
         else:
             self.shards[name] = shard
             self.owners[name] = self._owner
+            first = self.memories.first.setdefault(key, (self.name, name)) if key else None
+            if first is not None and first[0] != self.name:
+                self.twins[name] = first
         return {"$": shard.kind, "n": name}
 
     def _stateful(self, value: Any, name: str, depth: int) -> Any:
@@ -247,6 +252,7 @@ class _Placing:
                 shard.nbytes,
                 owners[name],
                 name in own,
+                item.twins.get(name),
             )
             rows.append(table.encode_record(record))
         entry = {

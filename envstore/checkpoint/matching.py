@@ -197,7 +197,7 @@ class Matcher:
             if self._wants(name, saved.value):
                 found = "missing" if here is ABSENT else _kind(here)
                 self._problems.other.append(
-                    f"{self._path(name)} is the state of a {saved.kind}, which is {found} here"
+                    f"{self._path(name)} is the state of {saved.kind}, which is {found} here"
                 )
             return lambda: here
         inner = live.unwrap(here)
@@ -205,7 +205,7 @@ class Matcher:
             load = self._module(saved.value, inner, name)
         elif self._wanted is not None:
             self._problems.other.append(
-                f"{self._path(name)} cannot be restored in part: it is a {_kind(inner)}"
+                f"{self._path(name)} cannot be restored in part: it is {_kind(inner)}"
             )
             return lambda: here
         elif live.is_optimizer(inner):
@@ -353,9 +353,9 @@ class Matcher:
             return
         memory = arrays.identity(shard)
         before = self._filled.get(memory) if memory is not None else None
-        if before is record:
+        if before is not None and before.memory == record.memory:
             return
-        if before is not None and before.item == record.item:
+        if before is not None:
             self._problems.other.append(
                 f"{self._path(name)} and {before.item}/{before.name} are one tensor here and "
                 "two in the checkpoint"
@@ -434,10 +434,10 @@ def _is_elements(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     if type(value) is TensorRef:
-        return f"a {value.kind}"
+        return value.kind
     if type(value) is StatefulRef:
-        return f"the state of a {value.kind}"
-    return f"a {encoding.type_name(type(value))}".replace("a builtins.", "a ")
+        return f"the state of {value.kind}"
+    return encoding.type_name(type(value)).removeprefix("builtins.")
 
 
 def _refs(saved: Any) -> list[TensorRef]:

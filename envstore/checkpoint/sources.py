@@ -42,7 +42,7 @@ class Sources:
 
         ``record`` is from ``own``. Raises ``RanksDisagreeError`` if they do not.
         """
-        if self.saved_by == 1 or (self.same_world and record.per_rank):
+        if record.whole and (self.saved_by == 1 or (self.same_world and record.per_rank)):
             return [record]
         if self.same_world and (record.offsets, record.lengths) == (offsets, lengths):
             if record.stored:

@@ -36,7 +36,8 @@ class TensorRecord:
     ``shape`` is that of the whole tensor; the box begins at ``offsets`` and has ``lengths``
     elements in each dimension. ``owner`` is the rank that stores these bytes. If it is the rank
     whose table this is, they are ``size`` bytes in the file ``path`` from ``start``; else ``path``
-    is empty. ``per_rank``: every rank has a tensor of its own under this name.
+    is empty. ``per_rank``: every rank has a tensor of its own under this name. ``twin`` is the
+    item and name of the same memory, if an earlier item had it too.
     """
 
     name: str
@@ -50,6 +51,12 @@ class TensorRecord:
     size: int
     owner: int
     per_rank: bool = False
+    twin: tuple[str, str] | None = None
+
+    @property
+    def memory(self) -> tuple[str, str]:
+        """The first item and name under which the state had this memory."""
+        return self.twin or (self.item, self.name)
 
     @property
     def stored(self) -> bool:
@@ -145,6 +152,8 @@ def encode_record(record: TensorRecord) -> list[Any]:
     if not record.whole:
         more["offsets"] = list(record.offsets)
         more["lengths"] = list(record.lengths)
+    if record.twin is not None:
+        more["twin"] = [encoding.Encoder().encode(part) for part in record.twin]
     return [*row, more] if more else row
 
 
@@ -250,16 +259,39 @@ class _Parser:
         item_size = dtypes.item_size(dtype)
         self._check(math.prod(shape) * item_size <= _MAX_SIZE, f"{what}: size")
         per_rank = more.get("own") is True
+        twin = self._twin(more["twin"], what) if "twin" in more else None
+        self._check(not per_rank or lengths == shape, f"{what}: place in the whole")
         if "owner" in more:
             owner = self._int(more["owner"], f"{what}: owner", self._world_size - 1)
             self._check(owner != self._rank and not per_rank and start == -1, f"{what}: owner")
-            return TensorRecord(name, item, dtype, shape, offsets, lengths, "", -1, 0, owner)
+            return TensorRecord(
+                name, item, dtype, shape, offsets, lengths, "", -1, 0, owner, False, twin
+            )
         start = self._int(start, f"{what}: start", _MAX_SIZE)
         size = math.prod(lengths) * item_size
         self._check(start >= 8 and start + size <= file_size, f"{what}: place in the file")
         return TensorRecord(
-            name, item, dtype, shape, offsets, lengths, path, start, size, self._rank, per_rank
+            name,
+            item,
+            dtype,
+            shape,
+            offsets,
+            lengths,
+            path,
+            start,
+            size,
+            self._rank,
+            per_rank,
+            twin,
         )
+
+    def _twin(self, value: Any, what: str) -> tuple[str, str]:
+        found = encoding.Decoder(self._what).decode(value, what)
+        self._check(
+            isinstance(found, list) and len(found) == 2 and all(type(x) is str for x in found),
+            f"{what}: twin",
+        )
+        return found[0], found[1]
 
     def _sizes(self, value: Any, field: str) -> tuple[int, ...]:
         self._check(isinstance(value, list) and len(value) <= MAX_DIMENSIONS, field)
