@@ -71,6 +71,11 @@ def find_candidates(directory: Path) -> list[Candidate]:
     return sorted(found, key=lambda one: (one.step, one.path))
 
 
+def signature_of(path: Path) -> str:
+    """Return the ``Candidate.signature`` of the directory at ``path``, whatever it is called."""
+    return Candidate(path, 0, _files_below(path)).signature
+
+
 def step_of(name: str) -> int | None:
     """Return the step that a file's or directory's name says, ``None`` if it says none."""
     for pattern in _STEPS:
