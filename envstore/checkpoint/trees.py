@@ -74,9 +74,7 @@ class SnapshotTree:
         Raises ``CorruptError`` naming the file, ``NotFoundError``, ``ValueError`` for a range
         that leaves its file, and the errors of the store; the views then hold anything.
         """
-        ranges = [
-            Range(self._content(want.path), want.start, want.view.cast("B")) for want in wants
-        ]
+        ranges = [Range(self._content(want.path), want.start, _flat(want.view)) for want in wants]
         try:
             scatter(self._repository, self._locations, ranges, threads=self._threads)
         except (CorruptError, NotFoundError):
@@ -109,3 +107,8 @@ class SnapshotTree:
         changed = now != self._locations
         self._locations = now
         return changed
+
+
+def _flat(view: memoryview) -> memoryview:
+    # What has no bytes may have a shape that cannot be cast.
+    return view.cast("B") if view.nbytes else memoryview(bytearray())
