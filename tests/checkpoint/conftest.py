@@ -84,7 +84,15 @@ def end_persisters(root: Path) -> None:
     for pid in persisters(root):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"))
+        wait_until(lambda pid=pid: is_gone(pid))
+
+
+def is_gone(pid: int) -> bool:
+    """Return whether a process has ended, although init may not have buried it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
