@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from envstore.errors import EnvstoreError
+from envstore.store.anchors import decode
 from envstore.store.cache import BlobCache, CacheFullError
-from envstore.store.frames import decode_frame
 from envstore.store.locations import FrameRef
 from envstore.store.objects.base import ObjectStore, Traffic
 from envstore.store.packs import pack_key
@@ -159,7 +159,7 @@ class FrameFetcher:
     def _unpacked(self, frame: FrameRef, stored: bytes) -> bytes | EnvstoreError:
         """Return a frame's raw bytes, kept in the cache if that takes them, or what is wrong."""
         try:
-            raw = decode_frame(stored, frame.codec, frame.raw, frame.digest)
+            raw = decode(frame, stored, self.load)
         except EnvstoreError as error:
             return _placed(error, frame)
         with self._lock:
@@ -185,7 +185,7 @@ class FrameFetcher:
         return result
 
     def _accept(self, frame: FrameRef, stored: memoryview) -> bytes:
-        raw = decode_frame(stored, frame.codec, frame.raw, frame.digest)
+        raw = decode(frame, stored, self.load)
         if self._cache is not None:
             # A cap that is too small for what is on its way makes reading slow, not impossible.
             with contextlib.suppress(CacheFullError):

@@ -26,11 +26,15 @@ _WORTH = 0.95
 
 
 class Codec(enum.IntEnum):
-    """How a frame's bytes are stored; ``SPLIT`` is for numbers, see ``codecs``."""
+    """How a frame's bytes are stored.
+
+    ``SPLIT`` is for numbers, see ``codecs``; ``XOR`` is the difference to another, see ``anchors``.
+    """
 
     RAW = 0
     ZSTD = 1
     SPLIT = 2
+    XOR = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,8 @@ def encode_frame(
 def decode_frame(data: bytes | memoryview, codec: int, raw: int, expected: bytes) -> bytes:
     """Return the ``raw`` bytes of a stored frame, checked against its digest.
 
-    Raises ``CorruptError``; ``UnsupportedFormatError`` for an unknown codec.
+    Of all but a difference: that takes ``anchors.decode``. Raises ``CorruptError``;
+    ``UnsupportedFormatError`` for a codec that is not known here.
     """
     what = f"frame {expected.hex()}"
     if raw > MAX_SIZE:
@@ -97,10 +102,17 @@ def decode_frame(data: bytes | memoryview, codec: int, raw: int, expected: bytes
         body = bytes(data)
     elif codec == Codec.SPLIT:
         body = unsplit(data, raw, what)
+    elif codec == Codec.XOR:
+        raise CorruptError(f"{what} is a difference where only an anchor may be")
     else:
         raise UnsupportedFormatError(f"{what} uses unknown codec {codec}", hint="upgrade envstore")
+    return check_frame(body, raw, expected)
+
+
+def check_frame(body: bytes, raw: int, expected: bytes) -> bytes:
+    """Return the raw frame ``body``, if that is what it is. Raises ``CorruptError``."""
     if len(body) != raw or digest(body) != expected:
-        raise CorruptError(f"{what} does not match its digest")
+        raise CorruptError(f"frame {expected.hex()} does not match its digest")
     return body
 
 

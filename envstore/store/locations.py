@@ -16,7 +16,7 @@ from typing import Protocol
 from envstore.errors import CorruptError
 from envstore.store.binary import U32, Cursor, pack_array, seal, unseal
 from envstore.store.digest import DIGEST_SIZE
-from envstore.store.frames import MAX_SIZE
+from envstore.store.frames import MAX_SIZE, Codec
 
 MAGIC = b"ESLOCA01"
 MAX_BODY = 1 << 30
@@ -62,7 +62,10 @@ class Located(Protocol):
 
 @dataclass(slots=True)
 class Locations:
-    """Frames in first-use order, and for parts and references the frame number and offset."""
+    """Frames in first-use order, and for parts and references the frame number and offset.
+
+    The frame behind one of ``Codec.XOR`` is its anchor, whether anything else refers to it or not.
+    """
 
     frames: list[FrameRef] = field(default_factory=list)
     part_frames: array[int] = field(default_factory=lambda: array("I"))
@@ -126,6 +129,10 @@ def open_locations(data: bytes, manifest: bytes, *, parts: int, refs: int) -> Lo
         )
         for i in range(frame_count)
     ]  # fmt: skip
+    if Codec.XOR in codecs:
+        for frame, behind in zip(frames, [*frames[1:], None], strict=True):
+            if frame.codec == Codec.XOR and (behind is None or behind.raw != frame.raw):
+                raise CorruptError(f"{what}: a difference without its anchor")
     found = Locations(
         frames,
         cursor.array(part_count, 4),

@@ -68,7 +68,7 @@ def describe_package(
     entries: Sequence[Entry], facts: dict[str, Any], index: DedupIndex
 ) -> StoredPackage:
     """Return what to store of a package whose chunks are all in ``index``, settled."""
-    builder = LocationsBuilder(index.frames)
+    builder = LocationsBuilder(index)
     for entry in entries:
         for name, _ in entry.refs:
             if name == HOLE:

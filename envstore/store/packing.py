@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from envstore.errors import EnvstoreError
+from envstore.errors import CorruptError, EnvstoreError, NotFoundError
 from envstore.store import frames
+from envstore.store.anchors import encode_difference, may_be_anchor
+from envstore.store.fetch import FrameFetcher
 from envstore.store.frames import Codec, Frame, encode_frame
 from envstore.store.index import MAX_CHUNKS, DedupIndex, encode_segment, segment_key
 from envstore.store.locations import FrameRef
@@ -45,15 +47,18 @@ class PackWriter:
         pending: Path | None = None,
         level: int = frames.LEVEL,
         codec: Codec = Codec.ZSTD,
+        fetcher: FrameFetcher | None = None,
     ) -> None:
         """Write to ``objects``. ``pending`` keeps lists of packs no segment names yet.
 
         ``level`` is for ``Codec.ZSTD``. With ``Codec.RAW`` nothing is compressed. With it, and
         with ``Codec.SPLIT`` where that saves nothing, a chunk of 1 MiB or more is written from
         where it lies: its data must stay as it is until ``flush`` has returned, or ``close`` if
-        that comes first.
+        that comes first. ``Codec.XOR`` is ``Codec.SPLIT``, and the difference to what ``add`` was
+        told is alike where that is clearly less; ``fetcher`` brings it, and may do so from a cache.
         """
         self._objects = objects
+        self._fetcher = fetcher or FrameFetcher(objects, None)
         self._index = index
         self._pending_dir = pending
         self._level = level
@@ -65,11 +70,14 @@ class PackWriter:
         self._chunks: list[tuple[bytes, Buffer]] = []
         self._raw = 0
         self._number = -1
-        self._encoding: deque[tuple[int, Future[tuple[Frame, Buffer]]]] = deque()
+        self._anchor: FrameRef | None = None
+        self._encoding: deque[tuple[int, FrameRef | None, Future[tuple[Frame, Buffer]]]] = deque()
+        # By pack how much of it is certainly there.
+        self._there: dict[bytes, int] = {}
         self._uploading: dict[Future[None], Pack] = {}
         self._listed: list[Pack] = []
         self._builder = PackBuilder()
-        self._building: list[int] = []
+        self._building: list[tuple[int, FrameRef | None]] = []
         self._failed = threading.Event()
         self.new_bytes = 0
         self.stored_bytes = 0
@@ -78,10 +86,16 @@ class PackWriter:
         """Take over packs of an interrupted push, to be listed in the next segment."""
         self._listed += packs
 
-    def add(self, name: bytes, data: Buffer) -> tuple[int, int]:
-        """Store one chunk, whose digest is ``name``; returns its frame number and offset."""
+    def add(self, name: bytes, data: Buffer, *, like: bytes | None = None) -> tuple[int, int]:
+        """Store one chunk, whose digest is ``name``; returns its frame number and offset.
+
+        With ``Codec.XOR`` ``like`` may name a chunk of the index that is as long and much alike,
+        such as the same piece of a tensor in an earlier checkpoint.
+        """
         if len(data) >= frames.TARGET_SIZE:
             self.end_frame()
+            if like is not None and self._codec == Codec.XOR:
+                self._anchor = self._find_anchor(like, len(data))
         if not self._chunks:
             self._number = self._index.reserve()
         place = self._number, self._raw
@@ -97,10 +111,10 @@ class PackWriter:
         """Close the current frame: what comes next is fetched separately."""
         if not self._chunks:
             return
-        task = self._compressors.submit(encode_frame, self._chunks, self._level, self._codec)
-        self._encoding.append((self._number, task))
-        self._chunks, self._raw = [], 0
-        while self._encoding and (len(self._encoding) > self._slots or self._encoding[0][1].done()):
+        task = self._compressors.submit(self._encode, self._chunks, self._anchor)
+        self._encoding.append((self._number, self._anchor, task))
+        self._chunks, self._raw, self._anchor = [], 0, None
+        while self._encoding and (len(self._encoding) > self._slots or self._encoding[0][2].done()):
             self._collect()
 
     def flush(self) -> None:
@@ -119,11 +133,45 @@ class PackWriter:
         self._compressors.shutdown(wait=True, cancel_futures=True)
         self._uploaders.shutdown(wait=True, cancel_futures=True)
 
+    def _find_anchor(self, like: bytes, raw: int) -> FrameRef | None:
+        """Return the frame that holds ``like`` alone, or that one's own anchor."""
+        place = self._index.find(like)
+        if place is None or place[1]:
+            return None
+        frame = self._index.anchors.get(place[0], self._index.frames[place[0]])
+        return frame if frame.pack and may_be_anchor(frame, raw) else None
+
+    def _encode(
+        self, chunks: list[tuple[bytes, Buffer]], anchor: FrameRef | None
+    ) -> tuple[Frame, Buffer]:
+        if self._codec == Codec.XOR:
+            base = None if anchor is None else self._base(anchor)
+            if anchor is not None and base is not None:
+                ((name, data),) = chunks
+                found = encode_difference(name, data, anchor, base)
+                if found is not None:
+                    return found
+            return encode_frame(chunks, codec=Codec.SPLIT)
+        return encode_frame(chunks, self._level, self._codec)
+
+    def _base(self, anchor: FrameRef) -> bytes | None:
+        """Return the bytes of an anchor, or ``None`` if it is lost and nothing may rely on it."""
+        end = anchor.offset + anchor.stored
+        if anchor.pack not in self._there:
+            # Not from what a cache holds: there it outlives what is in the store.
+            self._there[anchor.pack] = self._objects.size(pack_key(anchor.pack)) or 0
+        if self._there[anchor.pack] < end:
+            return None
+        try:
+            return self._fetcher.load(anchor)
+        except (CorruptError, NotFoundError):
+            return None
+
     def _collect(self) -> None:
-        number, task = self._encoding.popleft()
+        number, anchor, task = self._encoding.popleft()
         frame, data = task.result()
         self._builder.add(frame, data)
-        self._building.append(number)
+        self._building.append((number, anchor if frame.codec == Codec.XOR else None))
         if self._builder.full:
             self._end_pack()
 
@@ -132,10 +180,12 @@ class PackWriter:
         if finished is None:
             return
         pack, data = finished
-        for number, frame, offset in zip(self._building, pack.frames, pack.offsets(), strict=True):
+        rows = zip(self._building, pack.frames, pack.offsets(), strict=True)
+        for (number, anchor), frame, offset in rows:
             self._index.settle(
                 number,
                 FrameRef(pack.digest, offset, frame.stored, frame.raw, frame.codec, frame.digest),
+                anchor,
             )
         self._builder, self._building = PackBuilder(), []
         while len(self._uploading) >= UPLOADS:

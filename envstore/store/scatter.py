@@ -15,9 +15,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError
+from envstore.store.anchors import decode
 from envstore.store.cache import BlobCache, CacheFullError, Held
 from envstore.store.digest import digest
-from envstore.store.frames import Codec, decode_frame
+from envstore.store.frames import Codec
 from envstore.store.locations import FrameRef, Located
 from envstore.store.objects import FileLocation, parse_url
 from envstore.store.packs import pack_key
@@ -233,7 +234,7 @@ class _Scatter:
             raw, known = data, None
             if frame.codec != Codec.RAW:
                 try:
-                    raw = memoryview(decode_frame(data, frame.codec, frame.raw, frame.digest))
+                    raw = memoryview(decode(frame, data, self._fetcher.load))
                 except EnvstoreError as error:
                     raise placed(error, frame, job.path) from None
                 known = frame.digest

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnsupportedFormatError
+from envstore.errors import CorruptError, NotFoundError, UnsupportedFormatError
+from envstore.store.anchors import anchor_behind, anchor_of, decode
 from envstore.store.digest import digest, parse_hex
-from envstore.store.frames import Frame, decode_frame
+from envstore.store.frames import Codec, Frame
 from envstore.store.locations import FrameRef, Locations
 from envstore.store.locks import load_lock_bytes
 from envstore.store.manifest import HOLE, Entry, Root, read_entries
@@ -29,6 +30,7 @@ from envstore.store.snapshots import Snapshot
 _TAIL = 256 << 10
 DAMAGE = (CorruptError, NotFoundError, UnsupportedFormatError)
 """What is wrong with one object, and does not keep the others from being looked at."""
+_Load = Callable[[FrameRef], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,14 @@ class Report:
 
 @dataclass(slots=True)
 class _Plan:
-    """What the snapshots and the index expect of a pack: frames, and chunks by frame offset."""
+    """What the snapshots and the index expect of a pack: frames, chunks and anchors of them.
+
+    The last two by the offset of their frame.
+    """
 
     frames: set[FrameRef] = field(default_factory=set)
     chunks: dict[int, set[tuple[int, int, bytes]]] = field(default_factory=dict)
+    anchors: dict[int, FrameRef] = field(default_factory=dict)
     users: set[str] = field(default_factory=set)
 
 
@@ -200,6 +206,11 @@ def _expect(
             planned.add(number)
             plan.users.add(user)
             plan.frames.add(frame)
+            anchor = anchor_behind(locations.frames, number)
+            if anchor is not None:
+                plan.anchors[frame.offset] = anchor
+                plans[anchor.pack].users.add(user)
+                plans[anchor.pack].frames.add(anchor)
         plan.chunks.setdefault(frame.offset, set()).add((offset, size, name))
 
     for i, info in enumerate(root.parts):
@@ -230,11 +241,13 @@ def _check_pack(
         if read_data:
             data = repository.objects.get(pack_key(name))
             pack = parse_pack(data, name)
-            return _check_table(pack, plan) + _check_frames(pack, data), len(data)
+            load = repository.fetcher.load
+            return _check_table(pack, plan) + _check_frames(pack, plan, data, load), len(data)
         frames, read = _read_tail(repository, name, size)
         return _check_table(Pack(name, size, frames), plan), read
     except DAMAGE as error:
-        return [error.message, *(_salvage(data, plan) if data else [])], len(data)
+        salvaged = _salvage(data, plan, repository.fetcher.load) if data else []
+        return [error.message, *salvaged], len(data)
 
 
 def _read_tail(repository: Repository, name: bytes, size: int) -> tuple[tuple[Frame, ...], int]:
@@ -268,13 +281,21 @@ def _check_table(pack: Pack, plan: _Plan) -> list[str]:
     return reasons
 
 
-def _check_frames(pack: Pack, data: bytes) -> list[str]:
+def _check_frames(pack: Pack, plan: _Plan, data: bytes, load: _Load) -> list[str]:
     reasons = []
-    for frame, stored in frame_bytes(pack, data):
+    for (frame, stored), offset in zip(frame_bytes(pack, data), pack.offsets(), strict=True):
+        facts = frame.stored, frame.raw, frame.codec, frame.digest
+        ref = FrameRef(pack.digest, offset, *facts)
         try:
-            raw = memoryview(decode_frame(stored, frame.codec, frame.raw, frame.digest))
-        except EnvstoreError as error:
+            raw = memoryview(decode(ref, stored, load))
+            if frame.codec == Codec.XOR:
+                anchor = anchor_of(ref, stored)
+                if plan.anchors.get(offset, anchor) != anchor:
+                    reasons.append(f"frame {frame.digest.hex()} has another anchor than is said")
+        except DAMAGE as error:
             reasons.append(error.message)
+            continue
+        if len(frame.sizes) == 1 and frame.digests == frame.digest:
             continue
         for chunk, start, size in frame.chunks():
             if digest(raw[start : start + size]) != chunk:
@@ -282,14 +303,14 @@ def _check_frames(pack: Pack, data: bytes) -> list[str]:
     return reasons
 
 
-def _salvage(data: bytes, plan: _Plan) -> list[str]:
+def _salvage(data: bytes, plan: _Plan, load: _Load) -> list[str]:
     """Name the frames that a damaged pack can no longer give."""
     reasons = []
     view = memoryview(data)
     for ref in sorted(plan.frames, key=lambda ref: ref.offset):
         stored = view[ref.offset : ref.offset + ref.stored]
         try:
-            decode_frame(stored, ref.codec, ref.raw, ref.digest)
-        except EnvstoreError as error:
+            decode(ref, stored, load)
+        except DAMAGE as error:
             reasons.append(f"{error.message} (byte {ref.offset})")
     return reasons

@@ -154,12 +154,25 @@ class Tree:
     def load(self, *key: str) -> bytes:
         return self.store.joinpath(*key).read_bytes()
 
+    def stored(self, row: tuple[bytes, int, int, int, int, bytes]) -> bytes:
+        with open(self.store / "packs" / row[0].hex()[:2] / row[0].hex(), "rb") as file:
+            file.seek(row[1])
+            return file.read(row[2])
+
     def chunk(self, name: bytes, size: int, frame: int, offset: int) -> bytes:
         if frame not in self.frames:
-            pack, at, stored, raw, codec, frame_name = self.table[frame]
-            with open(self.store / "packs" / pack.hex()[:2] / pack.hex(), "rb") as file:
-                file.seek(at)
-                self.frames[frame] = open_frame(codec, file.read(stored), raw, frame_name)
+            row = self.table[frame]
+            content = self.stored(row)
+            if row[4] == 3:  # 6, codec 3
+                anchor = struct.unpack("<32sIIIB32s", content[:77])
+                need(anchor == self.table[frame + 1], "anchor")
+                base = open_frame(anchor[4], self.stored(anchor), *anchor[3::2])
+                difference = join(content[77:], row[3])
+                content = bytes(a ^ b for a, b in zip(difference, base, strict=True))
+                need(digest(content) == row[5], "frame digest")
+                self.frames[frame] = content
+            else:
+                self.frames[frame] = open_frame(row[4], content, *row[3::2])
         data = self.frames[frame][offset : offset + size]
         need(len(data) == size and digest(data) == name, "chunk")
         return data
