@@ -66,6 +66,32 @@ def frames() -> list[list[bytes]]:
     ]
 
 
+def numbers(width: int, count: int) -> bytes:
+    """Return ``count`` numbers of ``width`` bytes, whose highest byte alone is not noise."""
+    data = bytearray(noise(f"numbers {width}", width * count))
+    for at in range(width - 1, len(data), width):
+        data[at] = 0x3A + (data[at] & 3)
+    return bytes(data)
+
+
+def split_frames() -> list[bytes]:
+    """Return the frames of codec 2 in the golden pack of a checkpoint, by width 1, 2, 4 and 8."""
+    return [
+        prose("split", 3_000),
+        numbers(2, 3_000),
+        numbers(4, 2_000),
+        numbers(8, 1_500) + b"tail",
+    ]
+
+
+def difference() -> tuple[bytes, bytes]:
+    """Return a frame of codec 3 and its anchor, the first one of the golden pack."""
+    base = frames()[0][0]
+    data = bytearray(base)
+    data[::4] = noise("later", len(data[::4]))
+    return bytes(data), base
+
+
 class GoldenSource:
     """The tree of the golden store: one of each kind of entry, with fixed modes and times."""
 

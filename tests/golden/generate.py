@@ -13,26 +13,35 @@ import tempfile
 from pathlib import Path
 from unittest.mock import patch
 
+from envstore.store.anchors import encode_difference
 from envstore.store.chunking import Chunk, Cutter, Hole
 from envstore.store.config import init_store
 from envstore.store.digest import digest
-from envstore.store.frames import encode_frame
+from envstore.store.entries import HOLE, Entry, composed_entry
+from envstore.store.frames import Codec, encode_frame
+from envstore.store.locations import FrameRef
 from envstore.store.objects import open_objects
 from envstore.store.objects.body import joined
-from envstore.store.packs import PackBuilder
+from envstore.store.packs import Pack, PackBuilder
+from envstore.store.parts import build_parts
 from envstore.store.push import PushOptions, push
 from envstore.store.refs import RefName
 from envstore.store.repository import Repository
 from envstore.store.samples import build_sample, sample_key
-from envstore.store.source import WINDOW
+from envstore.store.source import WINDOW, Kind
 from envstore.store.statcache import StatCache
-from tests.golden.content import GoldenSource, cut_files, frames
+from tests.golden.content import GoldenSource, cut_files, difference, frames, noise, split_frames
 
 HERE = Path(__file__).parent
 STORE = HERE / "store"
 CUTS = HERE / "cuts.json"
 PACK_1 = HERE / "pack"
 PACK_2 = HERE / "pack-2"
+CHECKPOINT_PACK = HERE / "pack-checkpoint"
+COMPOSED = HERE / "part-composed"
+MIB = 1 << 20
+# Whatever pack it is: nothing but that frame of it is read.
+_ANCHORS = digest(b"the pack of the anchor")
 CREATED = "2026-01-02T03:04:05+00:00"
 REF = "golden/tree:v1"
 MESSAGE = "The golden tree, ünchanged."
@@ -87,14 +96,57 @@ def pack() -> bytes:
     builder = PackBuilder()
     for contents in frames():
         builder.add(*encode_frame([(digest(data), data) for data in contents]))
+    return _finished(builder)[1]
+
+
+def _finished(builder: PackBuilder) -> tuple[Pack, bytes]:
     finished = builder.finish()
     if finished is None:
         raise AssertionError("no frames")
-    return joined(finished[1])
+    return finished[0], joined(finished[1])
+
+
+def anchor() -> FrameRef:
+    """Return where the golden difference says that its anchor is."""
+    _, base = difference()
+    row, data = encode_frame([(digest(base), base)])
+    return FrameRef(_ANCHORS, 8, len(data), len(base), row.codec, row.digest)
+
+
+def checkpoint_pack() -> bytes:
+    """Return the golden pack of a checkpoint: raw frames, split ones, and a difference."""
+    builder = PackBuilder()
+    for contents in ([noise("large", 3_000)], [noise("a", 300), noise("b", 1), noise("c", 40)]):
+        chunks = [(digest(data), data) for data in contents]
+        builder.add(*encode_frame(chunks, codec=Codec.RAW))
+    for data in split_frames():
+        builder.add(*encode_frame([(digest(data), data)], codec=Codec.SPLIT))
+    data, base = difference()
+    found = encode_difference(digest(data), data, anchor(), base)
+    if found is None:
+        raise AssertionError("no difference")
+    builder.add(*found)
+    return _finished(builder)[1]
+
+
+def composed_part() -> bytes:
+    """Return a manifest part with composed files: plain, executable, with a hole, and no file."""
+    refs = [(digest(noise(f"chunk {n}", 10)), 10 + n) for n in range(4)]
+    entries = [
+        composed_entry(b"all", refs),
+        composed_entry(b"one", refs[:1]),
+        composed_entry(b"run", [*refs[:2], (HOLE, MIB)], executable=True),
+        Entry(b"whole", Kind.FILE, size=21, digest=digest(b"whole"), refs=tuple(refs[:2])),
+        composed_entry(b"zeros", [(HOLE, 2 * MIB)]),
+    ]
+    ((_, raw),) = build_parts(entries)
+    return raw
 
 
 if __name__ == "__main__":
     PACK_2.write_bytes(pack())
+    CHECKPOINT_PACK.write_bytes(checkpoint_pack())
+    COMPOSED.write_bytes(composed_part())
     cuts = {name: cut(name, data) for name, data in cut_files().items()}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(rows)}" for name, rows in cuts.items())
     CUTS.write_text(f"{{\n{lines}\n}}\n")

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from envstore.store.anchors import decode
 from envstore.store.binary import unseal
 from envstore.store.digest import digest
 from envstore.store.frames import Codec, decode_frame, encode_table
 from envstore.store.index import MAX_BODY, encode_segment
-from envstore.store.manifest import build_parts, read_entries
+from envstore.store.locations import FrameRef
+from envstore.store.manifest import build_parts, decode_part, read_entries
 from envstore.store.packs import (
     FOOTER_SIZE,
     TABLE_MAGIC,
@@ -35,8 +37,16 @@ from envstore.store.source import Kind
 from envstore.store.verify import verify
 from tests import trees
 from tests.golden import generate
-from tests.golden.content import NS, GoldenSource, cut_files, frames
-from tests.store.independent_reader import Tree
+from tests.golden.content import (
+    NS,
+    GoldenSource,
+    cut_files,
+    difference,
+    frames,
+    noise,
+    split_frames,
+)
+from tests.store.independent_reader import Tree, open_frame
 from tests.stores import Store
 
 pytestmark = pytest.mark.usefixtures("_no_fsync")
@@ -112,6 +122,47 @@ def test_todays_frames_are_those_of_the_golden_packs(path: Path) -> None:
     for one, two in zip(old.frames, new.frames, strict=True):
         assert (one.codec, one.raw, one.digest) == (two.codec, two.raw, two.digest)
         assert (one.sizes, one.digests) == (two.sizes, two.digests)
+
+
+def test_the_golden_pack_of_a_checkpoint_decodes() -> None:
+    data = generate.CHECKPOINT_PACK.read_bytes()
+    pack = _parsed(data)
+    assert [frame.codec for frame in pack.frames] == [0, 0, 2, 2, 2, 2, 3]
+    assert data[8:3008] == noise("large", 3_000)
+    rows = list(zip(pack.frames, pack.offsets(), strict=True))
+    assert [data[at] for _, at in rows[2:6]] == [1, 2, 4, 8]
+    later, base = difference()
+
+    def load(wanted: FrameRef) -> bytes:
+        assert wanted == generate.anchor()
+        return base
+
+    expected = [noise("large", 3_000), noise("a", 300) + noise("b", 1) + noise("c", 40)]
+    for content, (frame, at) in zip([*expected, *split_frames(), later], rows, strict=True):
+        ref = FrameRef(pack.digest, at, frame.stored, frame.raw, frame.codec, frame.digest)
+        assert decode(ref, data[at : at + frame.stored], load) == content
+        if frame.codec != Codec.XOR:
+            stored = data[at : at + frame.stored]
+            assert open_frame(frame.codec, stored, frame.raw, frame.digest) == content
+    today = _parsed(generate.checkpoint_pack()).frames
+    for one, two in zip(pack.frames, today, strict=True):
+        assert (one.codec, one.raw, one.digest) == (two.codec, two.raw, two.digest)
+
+
+def test_the_golden_composed_part() -> None:
+    raw = generate.COMPOSED.read_bytes()
+    assert generate.composed_part() == raw
+    entries = {entry.path: entry for entry in read_entries([decode_part(raw)])}
+    assert [entry.path for entry in entries.values() if entry.composed] == [
+        b"all",
+        b"run",
+        b"zeros",
+    ]
+    assert {path.decode(): entries[path].digest.hex() for path in (b"all", b"run", b"zeros")} == {
+        "all": "3cccd1dd3223b9a82d414be53fe0b359e30120ba99c7a90c4e595a79eaa07008",
+        "run": "ab228136261bf652ba835d90e13ac87a26a59feea852ac86091508fd8541c588",
+        "zeros": "ba442bd474d78c2b87d66dbcb0b0e12e09131d36d13d4eb9e40c008bff0ddc78",
+    }
 
 
 def test_the_golden_store_is_sound(golden: Repository) -> None:
