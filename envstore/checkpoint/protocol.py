@@ -20,12 +20,6 @@ from envstore.checkpoint.bodies import (
     MAX_TEXT,
     MAX_WORLD,
     check_id,
-    create,
-    parse_id,
-    parse_rank,
-    rank_name,
-    run_prefix,
-    try_get,
 )
 from envstore.checkpoint.epochs import LAST, Claim, Epoch, Epochs, Line
 from envstore.checkpoint.errors import (
@@ -38,7 +32,9 @@ from envstore.checkpoint.holds import Holds, Lease
 from envstore.checkpoint.layout import CheckpointId, RunName
 from envstore.checkpoint.merging import merge
 from envstore.checkpoint.naming import Names, step_tag
-from envstore.checkpoint.records import Commit, Part, commit_of, parse_commit, parse_part
+from envstore.checkpoint.records import Commit, Part, commit_of
+from envstore.checkpoint.shelf import Names as PartNames
+from envstore.checkpoint.shelf import Shelf, is_complete
 from envstore.errors import (
     AccessDeniedError,
     ConflictError,
@@ -68,7 +64,7 @@ class RunStore:
         self.run = run
         self.warnings: list[str] = []
         self._objects = repository.objects
-        self._prefix = run_prefix(run)
+        self._shelf = Shelf(self._objects, run)
         self._epochs = Epochs(self._objects, run)
         self._names = Names(repository, run, self.commits)
         self._holds = Holds(self._objects, run)
@@ -147,7 +143,7 @@ class RunStore:
         return claim
 
     def _has_commits(self, epoch: int) -> bool:
-        return any(checkpoint.epoch == epoch for checkpoint in self._ids("commits/"))
+        return any(checkpoint.epoch == epoch for checkpoint in self._shelf.commits())
 
     def _checked_choice(self, choose: Choose, staged: CheckpointId | None) -> CheckpointId | None:
         chosen = choose(self.commits())
@@ -172,9 +168,7 @@ class RunStore:
         another process stored something else as this rank.
         """
         check_id(part.checkpoint)
-        key = self._part_key(part.checkpoint, part.rank, part.world_size)
-        data, _ = create(self._objects, key, part.encode())
-        found = parse_part(data, part.checkpoint, part.rank, part.world_size)
+        found = self._shelf.put_part(part)
         if found.plan != part.plan or not self._same_tree(found.snapshot, part.snapshot):
             raise RanksDisagreeError(
                 f"two processes have saved different states as rank {part.rank} of step "
@@ -234,8 +228,8 @@ class RunStore:
     def _roll_forward(self) -> list[Commit]:
         found = []
         # Parts first: what is removed loses its parts before its COMMIT.
-        complete = [id for id, names in self._listed_parts().items() if _is_complete(names)]
-        committed = set(self._ids("commits/"))
+        complete = [id for id, names in self._shelf.all_parts().items() if is_complete(names)]
+        committed = self._shelf.commits()
         pending = sorted(id for id in complete if id not in committed)
         line = self._line() if pending else None
         for checkpoint in pending:
@@ -252,12 +246,17 @@ class RunStore:
         return found
 
     def _commit(self, checkpoint: CheckpointId) -> Commit | None:
-        names = self._parts_of(checkpoint)
-        if not _is_complete(names):
+        names = self._shelf.parts(checkpoint)
+        complete = is_complete(names)
+        if not complete or len(names) > 1:
+            # Often another rank was faster, and merging costs something. Or it is being removed.
+            found = self._load_commit(checkpoint)
+            if found is not None:
+                return found
+        if not complete:
             _check_sizes(checkpoint, names)
-            # Either not complete yet, or committed and being removed.
-            return self._load_commit(checkpoint)
-        parts = self._read_parts(checkpoint, sorted(names))
+            return None
+        parts = self._shelf.read_parts(checkpoint, sorted(names))
         if len({part.plan for part in parts}) > 1:
             raise RanksDisagreeError(
                 f"the ranks of step {checkpoint.step} of {self.run} have saved states that do not "
@@ -265,27 +264,18 @@ class RunStore:
                 hint="all ranks must run the same program with the same options",
             )
         commit = commit_of(checkpoint, merge(self.repository, self.run, checkpoint, parts), parts)
-        data, mine = create(self._objects, self._commit_key(checkpoint), commit.encode())
-        found = parse_commit(data, checkpoint)
+        found, mine = self._shelf.create_commit(commit)
         if found.parts != commit.parts:
             raise RanksDisagreeError(
                 f"step {checkpoint.step} of {self.run} was committed with other parts",
                 hint="give each job its own run",
             )
-        if mine and not _is_complete(self._parts_of(checkpoint)):
+        if mine and not is_complete(self._shelf.parts(checkpoint)):
             # It was committed and removed in the meantime: do not let it rise again.
-            self._objects.delete(self._commit_key(checkpoint))
+            self._shelf.drop_commit(checkpoint)
             return None
         self._known[checkpoint] = found
         return found
-
-    def _read_parts(self, checkpoint: CheckpointId, names: Sequence[tuple[int, int]]) -> list[Part]:
-        def read(name: tuple[int, int]) -> Part:
-            data = self._objects.get(self._part_key(checkpoint, *name))
-            return parse_part(data, checkpoint, *name)
-
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            return list(pool.map(read, names))
 
     def _follow(self, steps: Iterable[int]) -> None:
         try:
@@ -304,7 +294,7 @@ class RunStore:
         commit, and each epoch on the line, that is not known yet. A damaged COMMIT is left out
         with a warning.
         """
-        ids = self._ids("commits/")
+        ids = self._shelf.commits()
         line = self._line()
         wanted = sorted(id for id in ids if line.holds(id) is not fenced)
         with ThreadPoolExecutor(PARALLEL) as pool:
@@ -321,10 +311,9 @@ class RunStore:
             return None
 
     def _load_commit(self, checkpoint: CheckpointId) -> Commit | None:
-        data = try_get(self._objects, self._commit_key(checkpoint))
-        if data is None:
-            return None
-        found = self._known[checkpoint] = parse_commit(data, checkpoint)
+        found = self._shelf.read_commit(checkpoint)
+        if found is not None:
+            self._known[checkpoint] = found
         return found
 
     def latest(self) -> Commit | None:
@@ -349,8 +338,8 @@ class RunStore:
         """Keep ``commit`` whatever the retention policy says. Raises ``NoCheckpointError``."""
         self._holds.pin(commit.checkpoint, reason)
         # A removal takes the parts first and then looks for pins once more.
-        whole = _is_complete(self._parts_of(commit.checkpoint))
-        if not whole or self._objects.size(self._commit_key(commit.checkpoint)) is None:
+        whole = is_complete(self._shelf.parts(commit.checkpoint))
+        if not whole or not self._shelf.has_commit(commit.checkpoint):
             self._holds.unpin(commit.checkpoint)
             raise NoCheckpointError(
                 f"step {commit.step} of {self.run} is being removed", hint="pin another one"
@@ -369,8 +358,7 @@ class RunStore:
 
         The context raises ``NoCheckpointError`` when entered if it is gone already.
         """
-        key = self._commit_key(commit.checkpoint)
-        return Lease(self._holds, commit, lambda: self._objects.size(key) is not None)
+        return Lease(self._holds, commit, lambda: self._shelf.has_commit(commit.checkpoint))
 
     def leases(self, now: float | None = None) -> set[CheckpointId]:
         """Return what somebody is reading at the Unix time ``now``. One listing, one request each.
@@ -388,10 +376,10 @@ class RunStore:
         checkpoint = commit.checkpoint
         if self._is_held(checkpoint):
             return False
-        self._drop_parts(checkpoint, self._parts_of(checkpoint))
+        self._shelf.drop_parts(checkpoint, self._shelf.parts(checkpoint))
         if self._is_held(checkpoint):
             return False
-        self._objects.delete(self._commit_key(checkpoint))
+        self._shelf.drop_commit(checkpoint)
         self._known.pop(checkpoint, None)
         self._settle([step_tag(commit.step), "latest"])
         return True
@@ -404,16 +392,16 @@ class RunStore:
         """
         standing = self._epochs.look()
         line = standing.line
-        listed = self._listed_parts()
-        committed = set(self._ids("commits/"))
+        listed = self._shelf.all_parts()
+        committed = self._shelf.commits()
         for checkpoint, names in listed.items():
             if checkpoint.epoch >= line.newest or checkpoint in committed:
                 continue
             # What counts and is complete is waiting to be rolled forward, and of the epoch that
             # the newest resumed from something may still be on its way.
-            waiting = _is_complete(names) or checkpoint.epoch == max(line.limits, default=0)
+            waiting = is_complete(names) or checkpoint.epoch == max(line.limits, default=0)
             if not (line.holds(checkpoint) and waiting):
-                self._drop_parts(checkpoint, names)
+                self._shelf.drop_parts(checkpoint, names)
         used = {checkpoint.epoch for checkpoint in committed} | set(line.limits)
         for number in sorted(standing.numbers - used):
             if number < line.newest:
@@ -424,57 +412,19 @@ class RunStore:
     def _is_held(self, checkpoint: CheckpointId) -> bool:
         return self._holds.is_pinned(checkpoint) or checkpoint in self.leases()
 
-    def _drop_parts(self, checkpoint: CheckpointId, names: Iterable[tuple[int, int]]) -> None:
-        keys = [self._part_key(checkpoint, *name) for name in names]
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            list(pool.map(self._objects.delete, keys))
-
     def _settle(self, tags: Iterable[str]) -> None:
         for warning in self._names.settle(tags):
             self._warn(warning)
 
-    # Keys.
-
     def _line(self) -> Line:
         return self._epochs.look().line
-
-    def _ids(self, kind: str) -> list[CheckpointId]:
-        prefix = self._prefix + kind
-        found = (parse_id(info.key.removeprefix(prefix)) for info in self._objects.list(prefix))
-        return [checkpoint for checkpoint in found if checkpoint is not None]
-
-    def _parts_of(self, checkpoint: CheckpointId) -> set[tuple[int, int]]:
-        return self._listed_parts(f"{checkpoint}/").get(checkpoint, set())
-
-    def _listed_parts(self, below: str = "") -> dict[CheckpointId, set[tuple[int, int]]]:
-        """Return the ``(rank, world size)`` of the parts that are there. One listing."""
-        prefix = f"{self._prefix}parts/"
-        found: dict[CheckpointId, set[tuple[int, int]]] = {}
-        for info in self._objects.list(prefix + below):
-            name, _, last = info.key.removeprefix(prefix).partition("/")
-            checkpoint, rank = parse_id(name), parse_rank(last)
-            if checkpoint is not None and rank is not None:
-                found.setdefault(checkpoint, set()).add(rank)
-        return found
-
-    def _part_key(self, checkpoint: CheckpointId, rank: int, world_size: int) -> str:
-        return f"{self._prefix}parts/{checkpoint}/{rank_name(rank, world_size)}"
-
-    def _commit_key(self, checkpoint: CheckpointId) -> str:
-        return f"{self._prefix}commits/{checkpoint}"
 
     def _warn(self, line: str) -> None:
         if line not in self.warnings:
             self.warnings.append(line)
 
 
-def _is_complete(names: set[tuple[int, int]]) -> bool:
-    """Return whether these are all ranks of one world."""
-    sizes = {world_size for _, world_size in names}
-    return len(sizes) == 1 and len(names) == sizes.pop()
-
-
-def _check_sizes(checkpoint: CheckpointId, names: set[tuple[int, int]]) -> None:
+def _check_sizes(checkpoint: CheckpointId, names: PartNames) -> None:
     sizes = sorted({world_size for _, world_size in names})
     if len(sizes) > 1:
         raise RanksDisagreeError(

@@ -257,7 +257,7 @@ class Checkpoints(RuleBasedStateMachine):
 
 
 Checkpoints.TestCase.settings = settings(
-    max_examples=12,
+    max_examples=25,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=list(HealthCheck),
