@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from envstore.checkpoint.service import LINGER_SECONDS, LOG, BusyError, Persister
@@ -17,10 +18,12 @@ from envstore.errors import EnvstoreError
 MAX_LOG = 1 << 20
 """Bytes of a log; a longer one loses its older half."""
 
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 _BEST_EFFORT_LAST = 2 << 13 | 7
 _OOM_LESS = 100
-_BUSY = 75  # EX_TEMPFAIL
+BUSY = 75  # EX_TEMPFAIL
 
 _log = logging.getLogger(__name__)
 
@@ -28,13 +31,13 @@ _log = logging.getLogger(__name__)
 def settle_in(nice: int) -> None:
     """Make this process give way to others, and none that it was started by matter to it."""
     os.chdir("/")
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # Those that ask it to end wait until it knows how, see ``heed``.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ENDING)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     for ignored in (signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_DFL)
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
+    os.setpriority(os.PRIO_PROCESS, 0, max(nice, os.getpriority(os.PRIO_PROCESS, 0)))
     number = _IOPRIO_SET.get(platform.machine())
     if number is not None:
         ctypes.CDLL(None).syscall(number, 1, 0, _BEST_EFFORT_LAST)
@@ -74,7 +77,7 @@ def serve(options: argparse.Namespace) -> int:
         persister.run()
     except BusyError as error:
         _log.info("%s", error)
-        return _BUSY
+        return BUSY
     except EnvstoreError as error:
         _log.error("%s", error)
         return error.exit_code
@@ -96,8 +99,14 @@ def _end_on_signals(persister: Persister) -> None:
         asked = True
         persister.terminate()
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    heed(end)
+
+
+def heed(end: Callable[[int, object], None]) -> None:
+    """Have ``end`` called by the signals that ask a process to end, and let them come."""
+    for number in ENDING:
+        signal.signal(number, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 class BoundedLog(logging.Handler):

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from envstore.checkpoint.backstage import BUSY, ENDING, heed
+
 POLL_SECONDS = 0.5
 AGAIN_SECONDS = 5.0
 """When a directory whose persister ended, and which is still there, is served again."""
@@ -44,42 +46,49 @@ class _Served:
 def watch(root: str, arguments: list[str]) -> int:
     """Serve what is below ``root`` until SIGTERM or SIGINT, then finish what is staged.
 
-    ``arguments`` are passed to each persister. Returns an exit status. Call from the main thread.
+    ``arguments`` are passed to each persister. Returns an exit status, that of a failure if one of
+    them could not finish. Call from the main thread.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     ended = threading.Event()
     served: dict[tuple[int, int], _Served] = {}
 
     def end(number: int, frame: object) -> None:
-        again = ended.is_set()
-        ended.set()
-        for item in served.values():
-            _signal(item, signal.SIGTERM)
-        if again:
+        if ended.is_set():
+            for item in list(served.values()):
+                _signal(item, signal.SIGTERM)
             os._exit(1)
+        ended.set()
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    heed(end)
     _log.info("process %d serves all slots below %s", os.getpid(), root)
     while not ended.is_set():
-        for path, fd in slot_directories(root):
-            found = os.fstat(fd)
-            if (found.st_dev, found.st_ino) in served:
-                os.close(fd)
-            else:
-                served[found.st_dev, found.st_ino] = _Served(path, fd)
+        _find(root, served)
         for key, item in list(served.items()):
             _tend(item, arguments)
             if item.process is None and not os.fstat(item.fd).st_nlink:
                 os.close(served.pop(key).fd)
         ended.wait(POLL_SECONDS)
+    # What a trainer staged a moment ago, or what is to be tried again, has one more try, too.
+    _find(root, served)
+    failed = 0
     for item in served.values():
-        _signal(item, signal.SIGTERM)  # those that were started while the signal came
+        item.again = 0.0
+        _tend(item, arguments)
+        _signal(item, signal.SIGTERM)
     for item in served.values():
-        if item.process is not None:
-            item.process.wait()
+        failed |= item.process is not None and item.process.wait() not in (0, BUSY)
         os.close(item.fd)
-    return 0
+    return int(failed)
+
+
+def _find(root: str, served: dict[tuple[int, int], _Served]) -> None:
+    for path, fd in slot_directories(root):
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) in served:
+            os.close(fd)
+        else:
+            served[found.st_dev, found.st_ino] = _Served(path, fd)
 
 
 def _tend(item: _Served, arguments: list[str]) -> None:
@@ -100,12 +109,17 @@ def _tend(item: _Served, arguments: list[str]) -> None:
     if now < item.again or not os.fstat(item.fd).st_nlink:
         return
     program = str(Path(__file__).with_name("persister.py"))
-    item.process = subprocess.Popen(
-        [sys.executable, "-P", program, *arguments, f"/proc/self/fd/{item.fd}"],
-        stdin=subprocess.DEVNULL,
-        pass_fds=(item.fd,),
-        start_new_session=True,  # a terminal's ^C comes to this process, which passes it on
-    )
+    # One that is told to end while it starts still has to look for what is staged.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        item.process = subprocess.Popen(
+            [sys.executable, "-P", program, *arguments, f"/proc/self/fd/{item.fd}"],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(item.fd,),
+            start_new_session=True,  # a terminal's ^C comes to this process, which passes it on
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _log.info("process %d serves %s", item.process.pid, item.path)
 
 
