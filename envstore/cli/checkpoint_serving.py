@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @run_argument()
 @click.option(
     "--quiet-for",
-    "quiet",
+    "rest",
     type=click.FloatRange(0.1, 86_400),
     default=5.0,
     show_default=True,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     help="Keep the last N [all]. Pinned ones always stay.",
 )
 @click.pass_obj
-def watch(settings: Settings, directory: Path, run: str, quiet: float, last: int | None) -> None:
+def watch(settings: Settings, directory: Path, run: str, rest: float, last: int | None) -> None:
     """Save checkpoints of RUN as another program writes them to DIR.
 
     For programs that nobody may change. Taken for checkpoints are directories and files in DIR
@@ -61,7 +61,7 @@ def watch(settings: Settings, directory: Path, run: str, quiet: float, last: int
     settings.export_cache()
     keep = None if last is None else policies.last(last)
     with DirectoryRun(run, settings.url, keep=keep) as opened:
-        for event in events(directory, opened, quiet=quiet):
+        for event in events(directory, opened, quiet=rest):
             _tell(settings, event)
 
 
