@@ -1,6 +1,6 @@
 """Trains a small transformer on Python's own documentation, and survives being killed.
 
-Usage: python examples/train.py [--steps N] [--store URL] [--run NAME] [--save-every N]
+Usage: python examples/train.py [--steps N] [--store URL] [--name NAME] [--save-every N]
        torchrun --nproc-per-node 2 --max-restarts 3 examples/train.py [the same]
 
 Try it: start it, kill it with SIGKILL whenever you like, start it again with the same arguments.
@@ -100,13 +100,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a small transformer, with checkpoints.")
     parser.add_argument("--steps", type=int, default=200, help="how many [%(default)s]")
     parser.add_argument("--store", help="URL of the store [ENVSTORE_URL, else the user's own]")
-    parser.add_argument("--run", default="example/train", help="name of the run [%(default)s]")
+    parser.add_argument("--name", default="example/train", help="of the run [%(default)s]")
     parser.add_argument("--save-every", type=int, default=10, help="steps [%(default)s]")
     options = parser.parse_args()
 
     # Starts to look for the newest checkpoint while the model is made.
     run = checkpoint.Run(
-        options.run,
+        options.name,
         options.store,
         save=checkpoint.every(steps=options.save_every),
         keep=checkpoint.last(2) | checkpoint.best("loss", "min", 1),
@@ -127,7 +127,7 @@ def main() -> int:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     loader = Loader(encoded, run.rank, run.world_size)
     state: dict[str, Any] = {
-        "model": model,
+        "model": trained,
         "optimizer": optimizer,
         "scheduler": scheduler,
         "loader": loader,
