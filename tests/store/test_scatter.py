@@ -4,7 +4,9 @@ import os
 import random
 import signal
 import threading
+from array import array
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +19,14 @@ from envstore.store import scatter as scatter_module
 from envstore.store import seals
 from envstore.store.cache import BlobCache, CacheFullError, Held
 from envstore.store.digest import digest
+from envstore.store.frames import Codec
+from envstore.store.index import DedupIndex
 from envstore.store.locations import NOWHERE, FrameRef, Locations
+from envstore.store.packing import PackWriter
 from envstore.store.packs import pack_key
-from envstore.store.ranges import affordable_gap
+from envstore.store.ranges import Content, Range, affordable_gap
 from envstore.store.repository import Repository
-from envstore.store.scatter import prefetch
+from envstore.store.scatter import prefetch, scatter
 from tests.faulty import FaultyStore
 from tests.scattering import (
     MIB,
@@ -128,6 +133,42 @@ def test_a_range_that_leaves_its_file(pushed: Store) -> None:
     for start, length in ((-1, 1), (30_000, 1), (0, 30_001), (40_000, 0)):
         with pytest.raises(ValueError, match=r"state\.json"):
             tree.read([("state.json", start, length)])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_frames_of_every_codec(own: Store, tmp_path: Path, cached: bool) -> None:
+    objects, index = own.repository.objects, DedupIndex()
+    first = b"".join(bytes((low, low ^ 7, 3, 63)) for low in noise("numbers", MIB // 4))
+    second = bytearray(first)
+    second[::4] = noise("step", MIB // 4)
+    chunks = []
+    for codec, data in (
+        (Codec.SPLIT, first),
+        (Codec.XOR, bytes(second)),
+        (Codec.RAW, noise(5, MIB)),
+    ):
+        with closing(PackWriter(objects, index, codec=codec)) as writer:
+            like = chunks[0][0] if chunks else None
+            writer.add(digest(data), data, like=like)
+            writer.flush()
+        chunks.append((digest(data), data))
+    places = [index.find(name) for name, _ in chunks]
+    found = [place for place in places if place is not None]
+    assert [index.frames[at].codec for at, _ in found] == [Codec.SPLIT, Codec.XOR, Codec.RAW]
+    locations = Locations(
+        list(index.frames),
+        ref_frames=array("I", (at for at, _ in found)),
+        ref_offsets=array("I", (offset for _, offset in found)),
+    )
+    content = Content.of("f", [(name, len(data)) for name, data in chunks], 0)
+    whole = b"".join(data for _, data in chunks)
+    cache = BlobCache(tmp_path / "cache") if cached else None
+    repository = Repository(FarStore(objects), own.repository.config, cache)
+    for _ in range(2):
+        for start, length in ((0, 3 * MIB), (MIB, MIB), (MIB + 5, 2 * MIB - 9)):
+            view = memoryview(bytearray(length))
+            scatter(repository, locations, [Range(content, start, view)])
+            assert view == whole[start : start + length]
 
 
 # What it costs.
