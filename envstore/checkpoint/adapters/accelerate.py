@@ -8,7 +8,6 @@ saves.close()
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ class Attached:
         self._accelerator = accelerator
         self._saves = BackgroundSaves(run)
         self._save_state = accelerator.save_state
-        accelerator.save_state = functools.wraps(accelerator.save_state)(self._save)
+        accelerator.save_state = self._save
 
     def latest_dir(self, directory: str | os.PathLike[str], step: int | None = None) -> str | None:
         """Write the newest checkpoint, or that of ``step``, below ``directory`` for ``load_state``.
