@@ -90,6 +90,7 @@ class Persister:
         self._store = store
         self._messages: deque[dict[str, Any]] = deque()
         self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
         self._clients: dict[socket.socket, _Client] = {}
         self._remembered: dict[str, dict[str, Any]] = {}
         self._terminated = threading.Event()
@@ -127,6 +128,7 @@ class Persister:
             finally:
                 os.close(lock)
         finally:
+            self._selector.close()
             os.close(self._wake_in)
             os.close(self._wake_out)
 
@@ -136,40 +138,43 @@ class Persister:
         )
         worker.start()
         hurried = False
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._selector.register(self._wake_in, selectors.EVENT_READ)
         try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(listener, selectors.EVENT_READ)
-                selector.register(self._wake_in, selectors.EVENT_READ)
-                while True:
-                    self._send_messages()
-                    self._answer_flushes(worker)
-                    if self._terminated.is_set() and not hurried:
-                        hurried = True
-                        worker.hurry()
-                    if self._may_end(worker):
-                        break
-                    self._watch(selector)
-                    for key, _ in selector.select(_LOOK_SECONDS):
-                        if key.fileobj is listener:
-                            self._accept(listener)
-                        elif key.fileobj == self._wake_in:
-                            with contextlib.suppress(BlockingIOError):
-                                os.read(self._wake_in, 1 << 12)
-                        else:
-                            self._attend(key.data, worker)
+            while True:
+                self._send_messages()
+                self._answer_flushes(worker)
+                if self._terminated.is_set() and not hurried:
+                    hurried = True
+                    worker.hurry()
+                if self._may_end(worker):
+                    break
+                for key, _ in self._selector.select(_LOOK_SECONDS):
+                    if key.fileobj is listener:
+                        self._accept(listener)
+                    elif key.fileobj == self._wake_in:
+                        with contextlib.suppress(BlockingIOError):
+                            os.read(self._wake_in, 1 << 12)
+                    elif key.data.connection in self._clients:
+                        self._attend(key.data, worker)
         finally:
             worker.stop()
             worker.join()
+            self._hang_up(listener)
+        self._remove()
+
+    def _hang_up(self, listener: socket.socket) -> None:
+        """Say the last words, and be found no more."""
         self._send_messages()
         for client in list(self._clients.values()):
             if client.told:
                 self._send(client, {"say": "closed"})
-        listener.close()
         with contextlib.suppress(OSError):
             os.unlink(self._directory / SOCKET)
+        self._selector.unregister(listener)
+        listener.close()
         for client in list(self._clients.values()):
             self._drop(client)
-        self._remove()
 
     def _may_end(self, worker: Worker) -> bool:
         trainers = any(client.trainer for client in self._clients.values())
@@ -219,27 +224,16 @@ class Persister:
         except OSError:
             allowed = False
         if allowed:
-            self._clients[connection] = _Client(connection)
+            client = self._clients[connection] = _Client(connection)
+            self._selector.register(connection, selectors.EVENT_READ, client)
         else:
             connection.close()
-
-    def _watch(self, selector: selectors.BaseSelector) -> None:
-        """Have the selector look at those who are there now, and at nobody else."""
-        known = selector.get_map()
-        for connection, client in self._clients.items():
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.unsent else 0)
-            if connection not in known:
-                selector.register(connection, events, client)
-            elif selector.get_key(connection).events != events:
-                selector.modify(connection, events, client)
-        for key in list(known.values()):
-            if key.data is not None and key.fileobj not in self._clients:
-                selector.unregister(key.fileobj)
-                key.data.connection.close()
 
     def _attend(self, client: _Client, worker: Worker) -> None:
         """Send what waits for a client and hear what it asks."""
         self._push(client)
+        if client.connection not in self._clients:
+            return
         try:
             data = client.connection.recv(1 << 16)
         except BlockingIOError:
@@ -252,7 +246,8 @@ class Persister:
             return
         try:
             for message in client.lines.feed(data):
-                self._answer(client, message, worker)
+                if client.connection in self._clients:
+                    self._answer(client, message, worker)
         except CorruptError as error:
             _log.warning("somebody at the socket is not understood: %s", error.message)
             self._drop(client)
@@ -326,8 +321,9 @@ class Persister:
                     self._send(client, message)
 
     def _send(self, client: _Client, message: dict[str, Any]) -> None:
-        client.unsent += encode(message)
-        self._push(client)
+        if client.connection in self._clients:
+            client.unsent += encode(message)
+            self._push(client)
 
     def _push(self, client: _Client) -> None:
         """Send as much as goes; a client that never reads is dropped."""
@@ -340,9 +336,14 @@ class Persister:
             client.unsent.clear()  # reading will tell that it is gone
         if len(client.unsent) > MAX_UNREAD:
             self._drop(client)
+        elif client.connection in self._clients:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.unsent else 0)
+            self._selector.modify(client.connection, events, client)
 
     def _drop(self, client: _Client) -> None:
-        self._clients.pop(client.connection, None)
+        if self._clients.pop(client.connection, None) is not None:
+            self._selector.unregister(client.connection)
+            client.connection.close()
 
 
 def _listening(directory: Path) -> socket.socket:
