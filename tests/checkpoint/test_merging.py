@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from envstore.checkpoint import tensorfile
+from envstore.checkpoint.capture import capture
 from envstore.checkpoint.errors import RanksDisagreeError
 from envstore.checkpoint.layout import CheckpointId, part_prefix
 from envstore.checkpoint.merging import merge
@@ -221,3 +222,36 @@ def test_trees_of_other_kinds_are_only_put_together(store: Store, tmp_path: Path
     ]
     tree = pulled(store, merge(store.repository, RUN, ID, parts), tmp_path / "out")
     assert (tree / "ranks/00001/deep/er/file").read_bytes() == b"1"
+
+
+def capture_part(
+    repository: Repository, state: Mapping[str, object], rank: int, world_size: int
+) -> Part:
+    """Store what ``capture`` makes of a state, cut where its pieces end."""
+    files: dict[str, Sequence[bytes]] = {}
+    for file in capture(state, rank=rank, world_size=world_size, replicated=True).files:
+        pieces = []
+        for piece in file.pieces:
+            data = bytearray(piece.nbytes)
+            piece.copy_into(memoryview(data))
+            pieces += [bytes(data[at : at + (4 << 20)]) for at in range(0, len(data), 4 << 20)]
+        files[file.path] = pieces
+    return Part(ID, rank, world_size, store_tree(repository, files), SAVED)
+
+
+def test_what_ranks_have_divided_among_them_is_one_file(store: Store, tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    model = {
+        f"layers.{n}.{kind}": random.standard_normal(shape).astype(dtype)
+        for n in range(5)
+        for kind, shape, dtype in (("w", (7, 3), np.float32), ("b", (3,), np.float16))
+    }
+    model["large"] = random.integers(0, 255, 5 << 20, np.uint8)
+    state = {"model": model, "step": 5}
+    parts = [capture_part(store.repository, state, rank, 3) for rank in range(3)]
+    assert len({part.snapshot for part in parts}) == 3
+    tree = pulled(store, merge(store.repository, RUN, ID, parts), tmp_path / "out")
+    found = load_file(tree / "model.safetensors")
+    assert found.keys() == model.keys()
+    assert all(np.array_equal(found[name], model[name]) for name in model)
+    assert store.verify(whole=True).problems == []
