@@ -212,6 +212,7 @@ class SlotOwner:
         for held in self._mapped.values():
             held.close()
         self._mapped.clear()
+        fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         os.close(self._lock_fd)
         self._lock_fd = -1
 
