@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 from envstore.checkpoint.layout import Want
@@ -34,6 +35,7 @@ class SnapshotTree:
         """
         self._repository = repository
         self._threads = threads
+        self._closed = threading.Event()
         self.snapshot = repository.snapshot(snapshot)
         self._root, self._locations = repository.located(self.snapshot.manifest)
         entries: dict[str, Entry] = {}
@@ -85,14 +87,18 @@ class SnapshotTree:
     def prefetch(self, paths: Iterable[str] | None = None) -> int:
         """Have the node cache hold these files, by default all; returns the bytes fetched.
 
-        As much as the cache has room for. Does nothing for a store on this machine.
+        As much as the cache has room for, and until ``close``. Does nothing for a store on this
+        machine.
         """
         chosen = self._contents if paths is None else paths
         ranges = [(self._content(path), 0, self._content(path).size) for path in chosen]
-        return prefetch(self._repository, self._locations, ranges, threads=self._threads)
+        return prefetch(
+            self._repository, self._locations, ranges, threads=self._threads, stop=self._closed
+        )
 
     def close(self) -> None:
-        """Do nothing: nothing is held open between two calls."""
+        """End a ``prefetch`` that another thread is at; idempotent. Nothing else is held open."""
+        self._closed.set()
 
     def _content(self, path: str) -> Content:
         content = self._contents.get(path)

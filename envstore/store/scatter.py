@@ -37,7 +37,7 @@ _SHARE = 0.9
 
 
 class _StoppedError(Exception):
-    """Another thread has failed: what this one does is of no use any more."""
+    """Another thread has failed, or nobody waits any more: what this one does is of no use."""
 
 
 def scatter(
@@ -65,16 +65,17 @@ def prefetch(
     ranges: Iterable[tuple[Content, int, int]],
     *,
     threads: int | None = None,
+    stop: threading.Event | None = None,
 ) -> int:
     """Have the node cache hold all frames of ``(content, start, length)``; returns bytes fetched.
 
-    As far as it has room without giving up others of the same call. Does nothing for a store on
-    this machine, or without a cache. Raises as ``scatter``.
+    As far as it has room without giving up others of the same call, and until ``stop`` is set.
+    Does nothing for a store on this machine, or without a cache. Raises as ``scatter``.
     """
     if repository.cache is None or is_local(repository):
         return 0
     jobs = plan_frames(ranges, locations)
-    return _Scatter(repository, threads).fill(jobs)
+    return _Scatter(repository, threads, stop).fill(jobs)
 
 
 def is_local(repository: Repository) -> bool:
@@ -85,13 +86,16 @@ def is_local(repository: Repository) -> bool:
 class _Scatter:
     """One call of ``scatter``: its threads and what they share."""
 
-    def __init__(self, repository: Repository, threads: int | None) -> None:
+    def __init__(
+        self, repository: Repository, threads: int | None, stop: threading.Event | None = None
+    ) -> None:
         self._objects = repository.objects
         self._fetcher = repository.fetcher
         self._local = is_local(repository)
         self._cache = None if self._local else repository.cache
         self._threads = threads or (LOCAL_THREADS if self._local else REMOTE_THREADS)
         self._stop = threading.Event()
+        self._told = stop or self._stop
         self._ended = threading.Semaphore(0)
         self._failures: list[BaseException] = []
         self._lock = threading.Lock()
@@ -108,7 +112,7 @@ class _Scatter:
         """Fetch those that are not in the cache, as many as it takes; returns their bytes."""
         kept = [job for job in self._sorted(jobs)[1] if job.keep]
         self._filling = True
-        with contextlib.suppress(CacheFullError):
+        with contextlib.suppress(CacheFullError, _StoppedError):
             self._do(self._grouped(kept), [])
         return self._kept
 
@@ -182,23 +186,29 @@ class _Scatter:
     def _work(self, work: deque[list[Job]]) -> None:
         """Do what is left of ``work`` until there is none, or another thread has failed."""
         scratch = _Scratch()
-        while not self._stop.is_set():
+        while not self._is_over():
             try:
                 group = work.popleft()
             except IndexError:
                 return
-            if not self._from_cache(group, scratch):
-                self._fetch(group, scratch)
+            # Another process may have fetched some of it since this was planned.
+            rest = [job for job in group if not self._from_cache(job, scratch)]
+            for part in [group] if len(rest) == len(group) else self._grouped(rest):
+                self._fetch(part, scratch)
+
+    def _is_over(self) -> bool:
+        return self._stop.is_set() or self._told.is_set()
 
     def _arrived(self, _size: int) -> None:
-        if self._stop.is_set():
+        if self._is_over():
             raise _StoppedError
 
-    def _from_cache(self, group: Sequence[Job], scratch: _Scratch) -> bool:
-        """Read a single frame from the cache; whether it was there, and sound."""
-        if self._cache is None or len(group) > 1:
+    def _from_cache(self, job: Job, scratch: _Scratch) -> bool:
+        """Read a frame from the cache; whether it was there, and sound."""
+        if self._cache is None:
             return False
-        (job,) = group
+        if not job.pieces:
+            return self._cache.contains(job.frame.digest)
         scratch.begin(job.frame.raw)
         raw = job.direct()
         if raw is None:

@@ -200,6 +200,54 @@ def test_prefetch_and_then_without_the_store(source: Path, pushed: Store, tmp_pa
         tree.prefetch(["nothing"])
 
 
+def test_closing_ends_a_prefetch(source: Path, pushed: Store, tmp_path: Path) -> None:
+    far = FarStore(pushed.repository.objects)
+    repository = Repository(far, pushed.repository.config, BlobCache(tmp_path / "cache"))
+    tree = SnapshotTree(repository, repository.resolve("tree"), threads=1)
+    fault = far.fail("get_range", UnavailableError("gone"), key="packs/")
+    with pytest.raises(UnavailableError, match="gone"):
+        tree.prefetch()
+    fault.remove()
+    gate = far.gate("get_range", key="packs/", skip=1)
+    fetched: list[int] = []
+    other = threading.Thread(target=lambda: fetched.append(tree.prefetch()))
+    with no_thread_left():
+        other.start()
+        gate.wait_entered()
+        tree.close()
+        gate.open()
+        other.join()
+    assert 0 < fetched[0] < sum(tree.sizes.values()) // 2
+    # What is there of it is not fetched again.
+    far.clear()
+    traffic = far.traffic
+    before = traffic.bytes_in
+    assert read(tree, everything(tree)) == contents(source, everything(tree))
+    assert traffic.bytes_in - before < sum(tree.sizes.values()) - fetched[0] // 2
+
+
+def test_what_is_prefetched_meanwhile_is_not_fetched(
+    source: Path, pushed: Store, tmp_path: Path
+) -> None:
+    far = FarStore(pushed.repository.objects)
+    repository = Repository(far, pushed.repository.config, BlobCache(tmp_path / "cache"))
+    tree = SnapshotTree(repository, repository.resolve("tree"), threads=1)
+    other = SnapshotTree(repository, repository.resolve("tree"))
+    far.clear()
+    gate = far.gate("get_range", key="packs/", times=1)
+    found: list[list[bytes]] = []
+    reader = threading.Thread(target=lambda: found.append(read(tree, everything(tree))))
+    with no_thread_left():
+        reader.start()
+        gate.wait_entered()
+        assert other.prefetch() > 0
+        before = far.traffic.bytes_in
+        gate.open()
+        reader.join()
+    assert found == [contents(source, everything(tree))]
+    assert far.traffic.bytes_in - before < sum(tree.sizes.values()) // 2
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_real_server(source: Path, server_url: str, tmp_path: Path, cached: bool) -> None:
     cache = BlobCache(tmp_path / "cache") if cached else None
