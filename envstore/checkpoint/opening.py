@@ -46,7 +46,8 @@ class Opening:
         self._place = place
         self._lock = threading.Lock()
         self._opened: RunStore | None = None
-        self._closed = False
+        self._enough = False
+        self._tree: SnapshotTree | None = None
         self._done: Future[None] = Future()
         threading.Thread(
             target=self._ahead, args=(look, prefetch), name="envstore-open", daemon=True
@@ -59,9 +60,15 @@ class Opening:
                 self._opened = RunStore(open_repository(self._place), self._place.run)
             return self._opened
 
+    def stop_prefetch(self) -> None:
+        """Fetch no further ahead: whoever calls reads for itself what has not come yet."""
+        self._enough = True
+        if self._tree is not None:
+            self._tree.close()
+
     def close(self) -> None:
         """Let go of the store; waits for the thread. Idempotent."""
-        self._closed = True
+        self.stop_prefetch()
         self._done.result()
         with self._lock:
             if self._opened is not None:
@@ -72,9 +79,11 @@ class Opening:
         try:
             run_store = self.run_store()
             latest = run_store.latest() if look or prefetch else None
-            if latest is not None and prefetch and not self._closed:
+            if latest is not None and prefetch and not self._enough:
                 with run_store.lease(latest):
-                    SnapshotTree(run_store.repository, latest.snapshot).prefetch()
+                    self._tree = SnapshotTree(run_store.repository, latest.snapshot)
+                    if not self._enough:
+                        self._tree.prefetch()
         except EnvstoreError as error:
             _log.debug("reading ahead: %s", error)
         except Exception:  # noqa: BLE001 - a bug here must not fail who only wants to be early

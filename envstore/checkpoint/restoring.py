@@ -59,6 +59,7 @@ class Restorer:
     ) -> int | None:
         """See ``Run.restore``."""
         runs = self._opening.run_store()
+        self._opening.stop_prefetch()
         slots = staged_here(self._directories, self._place.store, self._place.run)
         try:
             chosen = self._agree(runs, slots, step)
@@ -90,6 +91,7 @@ class Restorer:
     def opened(self, step: int | None) -> Iterator[tuple[CheckpointId, Tree] | None]:
         """See ``Run.opened``."""
         runs = self._opening.run_store()
+        self._opening.stop_prefetch()
         slots = staged_here(self._directories, self._place.store, self._place.run)
         try:
             chosen = self._agree(runs, slots, step)
