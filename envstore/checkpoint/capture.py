@@ -43,6 +43,11 @@ def capture(
     A piece is ``stable`` if it is a parameter or state of a torch optimizer in ``state``. Raises
     ``CheckpointError`` for what cannot be saved, naming it, and ``UsageError``.
     """
+    if isinstance(replicated, str):
+        replicated = (replicated,)
+    unknown = [] if replicated is True else [name for name in replicated if name not in state]
+    if unknown:
+        raise UsageError(f"replicated names {unknown[0]!r}, which the state has not")
     memories = _Memories()
     items: list[_Item] = []
     for name, value in state.items():
@@ -68,6 +73,12 @@ def capture(
         "items": described,
     }
     head = BytesPiece(encoding.dumps(body))
+    if head.nbytes > encoding.MAX_JSON:
+        raise CheckpointError(
+            f"the values of the state are {head.nbytes} bytes of JSON, more than "
+            f"{encoding.MAX_JSON}",
+            hint="put long lists into tensors or arrays",
+        )
     prefix = part_prefix(rank, world_size)
     return Captured((CapturedFile(f"{prefix}{STATE_FILE}", (head,)), *files))
 
@@ -136,7 +147,8 @@ class _Item(encoding.Encoder):
 
     def read(self, value: Any) -> None:
         """Walk through ``value``."""
-        self.kind = encoding.type_name(type(live.unwrap(value)))
+        inner = live.unwrap(value)
+        self.kind = encoding.type_name(type(inner if live.is_module(inner) else value))
         self.value = self.encode(value)
 
     def other(self, value: Any, name: str, depth: int) -> Any:
@@ -167,14 +179,17 @@ class _Item(encoding.Encoder):
             raise CheckpointError(f"{self.name}/{name} has an object with a state as a key")
         if live.is_replicated_module(value):
             self.memories.note_parallel(value)
+        kind = encoding.type_name(type(value))
         value = live.unwrap(value)
+        if live.is_module(value):
+            kind = encoding.type_name(type(value))
         if live.is_optimizer(value):
             self.memories.note_optimizer(value)
         self.per_rank = self.per_rank or getattr(value, "per_rank", False) is True
         before, self._owner = self._owner, value
         body = self.encode(value.state_dict(), name, depth + 1)
         self._owner = before
-        return {"$": "stateful", "c": encoding.type_name(type(value)), "v": body}
+        return {"$": "stateful", "c": kind, "v": body}
 
     def _pickled(self, value: Any, what: str) -> Any:
         try:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import struct
 import sys
@@ -44,6 +45,7 @@ _INT64 = 1 << 63
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMPY_DTYPE = re.compile(r"[<>|=](?:[biufcSU][0-9]{1,9}|[mM]8(?:\[[0-9]{0,9}[a-zA-Zμ]{1,3}\])?)")
 _SCALAR = re.compile(r"[<>|=](?:[biufc][0-9]{1,2}|[mM]8(?:\[[0-9]{0,9}[a-zA-Zμ]{1,3}\])?)")
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
 
@@ -111,9 +113,8 @@ class Encoder:
         return _tag("float", struct.pack(">d", value).hex())
 
     def _list(self, value: Any, name: str, depth: int) -> list[Any]:
-        kinds = set(map(type, value))
-        if kinds == {int} and min(value) >= -_INT64 and max(value) < _INT64:
-            return list(value)  # the 625 words of a random generator
+        if _is_plain(value):
+            return list(value)
         return [
             self.encode(item, f"{name}.{index}" if name else str(index), depth + 1)
             for index, item in enumerate(value)
@@ -192,6 +193,8 @@ class Decoder:
         if depth > 2 * MAX_DEPTH:
             raise CorruptError(f"{self._what} nests deeper than {2 * MAX_DEPTH} levels")
         if kind is list:
+            if _PLAIN.issuperset(map(type, value)):
+                return list(value)
             return [self.decode(item, join(name, at), depth + 1) for at, item in enumerate(value)]
         if kind is not dict:
             self.corrupt(name)
@@ -215,7 +218,9 @@ class Decoder:
         raise CorruptError(f"{self._what} has no valid value at {name[:200]!r}")
 
     def _list(self, body: dict[str, Any], name: str, depth: int) -> list[Any]:
-        found = _member(body, "v", list)
+        found: list[Any] = _member(body, "v", list)
+        if _PLAIN.issuperset(map(type, found)):
+            return found
         return [self.decode(item, join(name, at), depth + 1) for at, item in enumerate(found)]
 
     def _three(self, body: dict[str, Any], name: str, depth: int) -> list[Any]:
@@ -317,6 +322,16 @@ def _foreign(value: Any) -> dict[str, Any] | None:
         elif isinstance(value, np.dtype) and _NUMPY_DTYPE.fullmatch(value.str):
             return _tag("npdtype", value.str)
     return None
+
+
+def _is_plain(values: Any) -> bool:
+    """Tell at once whether a long list can be written as it is: one kind, nothing awkward."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        return bool(min(values) >= -_INT64 and max(values) < _INT64)
+    if kinds == {float}:
+        return all(map(math.isfinite, values))
+    return kinds == {str} and all(map(str.isascii, values))
 
 
 def _text(value: str) -> Any:

@@ -10,8 +10,10 @@ from envstore.checkpoint.errors import StateMismatchError
 
 
 def is_stateful(value: Any) -> bool:
-    """Tell whether ``value`` has ``state_dict`` and ``load_state_dict``."""
+    """Tell whether ``value`` has ``state_dict`` and ``load_state_dict``, or is a generator."""
     kind = type(value)
+    if _is_generator(value):
+        return True
     return callable(getattr(kind, "state_dict", None)) and callable(
         getattr(kind, "load_state_dict", None)
     )
@@ -36,11 +38,13 @@ def is_replicated_module(value: Any) -> bool:
 
 
 def unwrap(value: Any) -> Any:
-    """Return the module inside DistributedDataParallel and torch.compile, else ``value``.
+    """Return the object whose state ``value`` has: mostly itself.
 
-    So the names of its tensors are those of the plain module, and it can be restored without
-    the wrapper.
+    Of modules in DistributedDataParallel or torch.compile it is the plain module, so that its
+    tensors have their plain names and it can be restored without the wrapper.
     """
+    if _is_generator(value):
+        return _Generator(value)
     while True:
         if is_replicated_module(value):
             value = value.module
@@ -50,6 +54,32 @@ def unwrap(value: Any) -> Any:
             value = value._orig_mod
             continue
         return value
+
+
+class _Generator:
+    """A random generator as an object with a state."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the generator is."""
+        generator = self._generator
+        if isinstance(generator, random.Random):
+            return {"state": generator.getstate()}
+        if hasattr(generator, "bit_generator"):
+            return {"state": generator.bit_generator.state}
+        return {"state": generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the generator there."""
+        generator = self._generator
+        if isinstance(generator, random.Random):
+            generator.setstate(state["state"])
+        elif hasattr(generator, "bit_generator"):
+            generator.bit_generator.state = state["state"]
+        else:
+            generator.set_state(state["state"])
 
 
 class Rng:
@@ -108,6 +138,17 @@ class Rng:
 def rng() -> Rng:
     """Return what holds all random generators of this process, for ``{"rng": rng(), ...}``."""
     return Rng()
+
+
+def _is_generator(value: Any) -> bool:
+    """Tell whether ``value`` is a random generator of Python, numpy or torch."""
+    if type(value) is random.Random:
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Generator):
+        return True
+    np = sys.modules.get("numpy")
+    return np is not None and isinstance(value, np.random.Generator)
 
 
 def _accelerators(torch: Any) -> list[tuple[str, Any]]:

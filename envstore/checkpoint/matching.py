@@ -92,7 +92,7 @@ class SavedStructure(encoding.Decoder):
             if number in self._item.tensors or number in self._item.aliases:
                 return TensorRef(tag, number)
         elif tag == "stateful" and isinstance(body.get("c"), str):
-            return StatefulRef(body["c"], self.decode(body.get("v"), name, depth + 1))
+            return StatefulRef(body["c"][:200], self.decode(body.get("v"), name, depth + 1))
         elif tag == "object" and type(number) is int and 0 <= number < len(self._item.objects):
             return self._object(number, name) if self._values else None
         self.corrupt(name)
@@ -142,9 +142,14 @@ class Matcher:
         if type(saved) is TensorRef:
             return self._tensor(saved, here, name)
         if type(saved) is StatefulRef:
+            is_mapping = isinstance(here, MutableMapping) and not live.is_stateful(here)
+            if is_mapping and isinstance(saved.value, dict):
+                return self._mapping(saved.value, here, name)
             return self._stateful(saved, here, name)
         if isinstance(saved, dict) and isinstance(here, MutableMapping):
             return self._mapping(saved, here, name)
+        if isinstance(saved, dict) and live.is_stateful(here):
+            return self._stateful(StatefulRef(_kind(here), saved), here, name)
         if type(saved) in (list, tuple) and type(here) is type(saved) and _has_refs(saved):
             return self._sequence(saved, here, name)
         if here is not ABSENT and self._holds_live(here):
@@ -383,7 +388,7 @@ class Matcher:
 
                 return np.empty(record.shape, np.dtype(record.dtype.removeprefix("numpy:")))
             return _empty(record)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RuntimeError, MemoryError):
             raise CorruptError(
                 f"{self._path(record.name)} is no {ref.kind} of {record.dtype}"
             ) from None

@@ -461,6 +461,44 @@ def test_all_random_generators_go_on_where_they_were() -> None:
     assert draw() == expected
 
 
+def test_single_generators_go_on_where_they_were() -> None:
+    def make(seed: int) -> dict[str, Any]:
+        return {
+            "python": random.Random(seed),
+            "numpy": np.random.default_rng(seed),
+            "old": np.random.Generator(np.random.MT19937(seed)),
+            "nested": [torch.Generator().manual_seed(seed)],
+        }
+
+    def draw(state: dict[str, Any]) -> list[Any]:
+        return [
+            state["python"].gauss(0, 1),
+            state["numpy"].normal(),
+            state["old"].integers(1 << 40),
+            torch.randn(3, generator=state["nested"][0]).tolist(),
+        ]
+
+    first, second = make(1), make(2)
+    draw(first)
+    tree = saved(first)
+    assert not any(path.startswith("objects") for path in tree.files)
+    apply(second, tree)
+    assert draw(second) == draw(first)
+
+
+def test_a_module_takes_a_plain_state_and_a_mapping_takes_a_modules() -> None:
+    model, other = linear(2, 3), linear(2, 3)
+    apply({"m": other}, saved({"m": model.state_dict()}))
+    assert torch.equal(other[0].weight, model[0].weight)
+    tree = saved({"m": model})
+    plain: dict[str, Any] = {"m": {}}
+    apply(plain, tree)
+    assert torch.equal(plain["m"]["0.weight"], model[0].weight)
+    apply({"m": linear(2, 3).state_dict()}, tree)
+    with pytest.raises(StateMismatchError, match=r"m is the state of torch.*, which is missing"):
+        apply({}, tree)
+
+
 def test_a_step_that_is_no_number_is_none() -> None:
     assert apply({}, saved({}, step="x")) == Applied(None, (), 0)
 

@@ -326,6 +326,19 @@ def test_replicated_tensors_are_stored_by_one_rank_each() -> None:
         assert sum(len(tree.files[f"ranks/0000{r}/model.safetensors"]) for r in range(3)) < 3000
 
 
+def test_replicated_names_must_be_items() -> None:
+    part = capture({"model": torch.ones(1)}, rank=0, world_size=2, replicated="model")
+    assert not table_of(part).tensors[0].per_rank
+    with pytest.raises(UsageError, match="replicated names 'modle'"):
+        capture({"model": 1}, replicated=["modle"])
+
+
+def test_values_that_no_reader_would_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("envstore.checkpoint.encoding.MAX_JSON", 1000)
+    with pytest.raises(CheckpointError, match="bytes of JSON, more than 1000"):
+        capture({"x": list(range(500))})
+
+
 def test_tensors_of_each_rank_stay_its_own() -> None:
     made = parts([{"x": torch.tensor([rank, 1])} for rank in range(2)])
     whole = table.assemble(table_of(part) for part in reversed(made))

@@ -111,6 +111,11 @@ def test_any_nest_of_values_comes_back_exactly(value: Any) -> None:
         {(1, 2): {frozenset({3}): None}},
         OrderedDict([("b", 1), ("a", 2)]),
         slice(None, -1, None),
+        [1.5, float("inf")],
+        [1.5, -0.0],
+        ["ascii", "ä\ud800"],
+        [2**63, 1],
+        [True, 1, 1.0],
     ],
     ids=repr,
 )
