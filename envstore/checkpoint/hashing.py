@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from envstore.checkpoint.layout import StagedFile
 from envstore.store.chunking import TENSOR_PIECE, Chunk
@@ -42,6 +43,18 @@ def spans(files: Iterable[StagedFile]) -> list[Span]:
     return sorted(found, key=lambda span: span.start)
 
 
+class Filling(Protocol):
+    """How far a view is filled."""
+
+    def reached(self, end: int) -> bool:
+        """Return whether all bytes before the offset ``end`` are there."""
+        ...
+
+    def wait(self, end: int) -> None:
+        """Return once they are, or raise."""
+        ...
+
+
 class HashPool:
     """A few threads that hash; BLAKE3 runs at 1-2 GB/s in each. Always ``close``."""
 
@@ -51,17 +64,21 @@ class HashPool:
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="hash")
 
     def run(
-        self, wanted: Iterable[Span], view: memoryview, wait: Callable[[int], None]
+        self, wanted: Iterable[Span], view: memoryview, filling: Filling
     ) -> Iterator[list[tuple[Span, Chunk]]]:
         """Yield the chunks of ``wanted``, in its order, in batches of about 4 MiB.
 
-        Before bytes are touched ``wait`` is called with the offset in ``view`` at which they end;
-        it returns once they are there, or raises. Chunks refer to ``view``.
+        Bytes are touched when ``filling`` says that they are there. What is hashed is handed on
+        before that is waited for. Chunks refer to ``view``.
         """
         pending: deque[tuple[list[Span], Future[list[Chunk]]]] = deque()
         try:
             for batch in _batches(wanted):
-                wait(max(span.start + span.length for span in batch))
+                end = max(span.start + span.length for span in batch)
+                while pending and not filling.reached(end):
+                    done, task = pending.popleft()
+                    yield list(zip(done, task.result(), strict=True))
+                filling.wait(end)
                 pending.append((batch, self._pool.submit(_hash, view, batch)))
                 while len(pending) > self.threads + _AHEAD or (pending and pending[0][1].done()):
                     done, task = pending.popleft()

@@ -11,18 +11,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from envstore.checkpoint import recipes, retention
 from envstore.checkpoint.errors import CheckpointError
 from envstore.checkpoint.hashing import HashPool
-from envstore.checkpoint.layout import Orders
+from envstore.checkpoint.layout import CheckpointId, Orders
 from envstore.checkpoint.peeking import Peek, break_slot, peek
 from envstore.checkpoint.protocol import RunStore
 from envstore.checkpoint.records import Commit, Part
-from envstore.checkpoint.slotformat import STAGED, WAVE, WRITING
+from envstore.checkpoint.slotformat import DURABLE, STAGED, WAVE, WRITING
 from envstore.checkpoint.slots import SlotDirectory, StagedSlot
 from envstore.checkpoint.stores import Stores
 from envstore.checkpoint.uploading import PartUpload, save_part_snapshot
@@ -52,6 +52,38 @@ Key = tuple[int, int]
 
 class _Abandoned(Exception):  # noqa: N818 - it is no error
     """The trainer ended before the part was staged."""
+
+
+class _SlotFilling:
+    """How far a trainer is with a slot; raises ``_Abandoned`` if it will never get there."""
+
+    def __init__(self, slot: StagedSlot, slots: SlotDirectory) -> None:
+        self._slot = slot
+        self._slots = slots
+        self._looked = time.monotonic()
+
+    def reached(self, end: int) -> bool:
+        return self._slot.filled >= end
+
+    def wait(self, end: int) -> None:
+        self._until(lambda: self.reached(end))
+
+    def finish(self) -> None:
+        """Wait until the slot is staged, or its wave complete."""
+        state = STAGED if self._slot.last else WAVE
+        self._until(lambda: self._slot.state == state)
+
+    def _until(self, true: Callable[[], bool]) -> None:
+        while not true():
+            if self._slot.state not in (WRITING, STAGED, WAVE):
+                raise _Abandoned
+            now = time.monotonic()
+            if now - self._looked > _ALIVE_POLL:
+                self._looked = now
+                # It may have got there just before it ended.
+                if not self._slots.trainer_alive() and not true():
+                    raise _Abandoned
+            time.sleep(_FILL_POLL)
 
 
 @dataclass(slots=True)
@@ -118,9 +150,10 @@ class Worker(threading.Thread):
         self._retry = False
         self._idle = False
         self._counts = _Counts()
+        self._asked: list[tuple[str, int]] = []
         # Of the thread alone:
         self._trouble: dict[Key, _Trouble] = {}
-        self._waiting: dict[Key, _Waiting] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._recipe: tuple[Key, int, recipes.Recipe] | None = None
 
     # For other threads.
@@ -132,6 +165,16 @@ class Worker(threading.Thread):
             self._retry |= retry
             self._idle = False
             self._awake.notify()
+
+    def ask(self, id: str, number: int) -> None:
+        """Somebody waits for the outcome of a part that was staged in slot ``number``.
+
+        A persister before this one may have stored it already and died with the news.
+        """
+        with self._awake:
+            if id not in (self._counts.saving, self._counts.last):
+                self._asked.append((id, number))
+        self.wake()
 
     def hurry(self) -> None:
         """The end is near: from now on the newest part comes first."""
@@ -195,6 +238,9 @@ class Worker(threading.Thread):
             if self._stopped:
                 return False
             retry, self._retry, self._woken = self._retry, False, False
+            asked, self._asked = self._asked, []
+        for id, number in asked:
+            self._look_for(id, number)
         if retry:
             for trouble in self._trouble.values():
                 trouble.again = 0.0
@@ -226,6 +272,23 @@ class Worker(threading.Thread):
             if not (self._woken or self._stopped):
                 self._awake.wait(seconds)
 
+    def _look_for(self, id: str, number: int) -> None:
+        """Wait for the COMMIT of a part, unless it is still to be stored."""
+        slot = self._slots.read_slot(number)
+        if slot is None:
+            return
+        with slot:
+            orders, staged = slot.orders, slot.state != DURABLE
+        if str(orders.checkpoint) == id and staged:
+            return
+        try:
+            checkpoint = CheckpointId(*(int(number) for number in id.split("-")))
+        except (TypeError, ValueError):
+            return
+        # If another save is in the slot by now, that one was stored: it is of the same run.
+        orders = replace(orders, checkpoint=checkpoint, keep="", pin="")
+        self._waiting.setdefault(id, _Waiting(orders, 0))
+
     def _next(self) -> tuple[StagedSlot | None, bool]:
         """Return the slot to save now, and whether there is any part that is not stored yet."""
         alive = self._slots.trainer_alive()
@@ -233,7 +296,6 @@ class Worker(threading.Thread):
             page
             for number in self._slots.numbers()
             if (page := peek(self._slots.slot_path(number), number)) is not None
-            and page.key not in self._waiting
             and self._is_wanted(page, alive=alive)
         ]
         self._keep_trouble({page.key for page in found})
@@ -320,12 +382,12 @@ class Worker(threading.Thread):
         before = traffic.bytes_out
         recipe = self._recipe_of(slot, key)
         pending = self._slots.path / PENDING
-        view = slot.view
+        filling = _SlotFilling(slot, self._slots)
         with PartUpload(
             store.knowledge, self._hashes, recipe, codec=orders.codec, pending=pending
         ) as upload:
-            upload.add(slot.files, view, lambda end: self._wait_filled(slot, end))
-            self._wait_state(slot, STAGED if slot.last else WAVE)
+            upload.add(slot.files, slot.view, filling)
+            filling.finish()
             if not slot.last:
                 upload.flush()
                 store.knowledge.settle()
@@ -362,7 +424,7 @@ class Worker(threading.Thread):
         with self._awake:
             self._counts.sent += sent
         if commit is None:
-            self._waiting[key] = _Waiting(orders, sent)
+            self._waiting[str(orders.checkpoint)] = _Waiting(orders, sent)
             self._note_waiting()
         else:
             self._committed(run, commit, orders, sent)
@@ -377,41 +439,17 @@ class Worker(threading.Thread):
     def _recipe_path(self, slot: StagedSlot) -> Path:
         return self._slots.path / f"waves-{slot.number}"
 
-    def _wait_filled(self, slot: StagedSlot, end: int) -> None:
-        looked = time.monotonic()
-        while slot.filled < end:
-            looked = self._look(slot, looked, lambda: slot.filled >= end)
-
-    def _wait_state(self, slot: StagedSlot, state: str) -> None:
-        looked = time.monotonic()
-        while slot.state != state:
-            looked = self._look(slot, looked, lambda: slot.state == state)
-
-    def _look(self, slot: StagedSlot, looked: float, done: Callable[[], bool]) -> float:
-        """Wait a little. Raises ``_Abandoned`` if the trainer will never get there."""
-        if slot.state not in (WRITING, STAGED, WAVE):
-            raise _Abandoned
-        now = time.monotonic()
-        if now - looked > _ALIVE_POLL:
-            looked = now
-            # It may have got there just before it ended.
-            if not self._slots.trainer_alive() and not done():
-                raise _Abandoned
-        time.sleep(_FILL_POLL)
-        return looked
-
     def _commit_waiting(self) -> None:
         """Look whether the parts of other ranks have come."""
-        for key, waiting in list(self._waiting.items()):
+        for id, waiting in list(self._waiting.items()):
             if waiting.again > time.monotonic():
                 continue
             orders = waiting.orders
-            id = str(orders.checkpoint)
             try:
                 _, run, _ = self._stores.prepare(orders)
                 commit = run.try_commit(orders.checkpoint)
             except _FINAL as error:
-                del self._waiting[key]
+                del self._waiting[id]
                 self._report(id, error, final=True)
                 continue
             except Exception as error:  # noqa: BLE001 - the part stays where it is
@@ -421,19 +459,19 @@ class Worker(threading.Thread):
                 self._report(id, error, final=False)
                 continue
             if commit is not None:
-                del self._waiting[key]
+                del self._waiting[id]
                 self._committed(run, commit, orders, waiting.sent)
             else:
                 waiting.pause = min(2 * waiting.pause, LONGEST_COMMIT_PAUSE)
                 waiting.again = time.monotonic() + waiting.pause
-        for key in list(self._waiting)[:-MAX_WAITING]:
-            orders = self._waiting.pop(key).orders
+        for id in list(self._waiting)[:-MAX_WAITING]:
+            orders = self._waiting.pop(id).orders
             lacking = CheckpointError(
                 f"step {orders.checkpoint.step} of {orders.run} is not complete: parts of other "
                 f"ranks have not come",
                 hint="look at the logs of their persisters",
             )
-            self._report(str(orders.checkpoint), lacking, final=True)
+            self._report(id, lacking, final=True)
         self._note_waiting()
 
     def _committed(self, run: RunStore, commit: Commit, orders: Orders, sent: int) -> None:
@@ -484,7 +522,7 @@ class Worker(threading.Thread):
         )
 
     def _note_waiting(self) -> None:
-        ids = tuple(str(waiting.orders.checkpoint) for waiting in self._waiting.values())
+        ids = tuple(self._waiting)
         with self._awake:
             changed = self._counts.waiting != ids
             self._counts.waiting = ids

@@ -263,8 +263,7 @@ class Persister:
             case "writing" | "wave":
                 worker.wake()
             case "staged":
-                self._send(client, self._acknowledge(message))
-                worker.wake()
+                self._send(client, self._acknowledge(message, worker))
             case "flush":
                 client.flush = time.monotonic()
                 worker.wake(retry=True)
@@ -284,7 +283,7 @@ class Persister:
         limits = [limit for limit in (asked, self._own_limit) if limit is not None]
         self._bucket.limit(min(limits, default=None))
 
-    def _acknowledge(self, message: dict[str, Any]) -> dict[str, Any]:
+    def _acknowledge(self, message: dict[str, Any], worker: Worker) -> dict[str, Any]:
         """Return the answer to who says that a part is staged: whether it is there."""
         id, number = message.get("id"), message.get("slot")
         if not isinstance(id, str) or not isinstance(number, int):
@@ -293,6 +292,7 @@ class Persister:
             return self._remembered[id]
         page = peek(self._slots.slot_path(number), number)
         if page is not None and page.state in (STAGED, DURABLE):
+            worker.ask(id, number)
             return {"say": "local", "id": id}
         return {
             "say": "failed",

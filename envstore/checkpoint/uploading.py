@@ -7,11 +7,11 @@ is staged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from envstore.checkpoint.hashing import HashPool, Span, spans
+from envstore.checkpoint.hashing import Filling, HashPool, Span, spans
 from envstore.checkpoint.layout import Orders, StagedFile
 from envstore.checkpoint.recipes import Recipe, names
 from envstore.errors import CorruptError, UsageError
@@ -115,21 +115,19 @@ class PartUpload:
     ) -> None:
         self._writer.close()
 
-    def add(
-        self, files: Sequence[StagedFile], view: memoryview, wait: Callable[[int], None]
-    ) -> None:
+    def add(self, files: Sequence[StagedFile], view: memoryview, filling: Filling) -> None:
         """Store what is new of the segments of ``files`` that lie in ``view``.
 
-        ``wait`` is as ``HashPool.run`` takes it. ``view`` must stay as it is until ``flush`` or
-        ``finish``. Raises ``CheckpointError`` if these are not the files of the recipe, the
-        errors of the store and those of ``wait``.
+        They are taken as ``filling`` says that they are there. ``view`` must stay as it is until
+        ``flush`` or ``finish``. Raises ``CheckpointError`` if these are not the files of the
+        recipe, the errors of the store and those of ``filling``.
         """
         self.recipe.check(files)
         wanted = spans(files)
         refs = self.recipe.refs
         for span in wanted:
             refs[span.file][span.segment].clear()
-        self._store(wanted, view, wait, note=True)
+        self._store(wanted, view, filling, note=True)
         found = [refs[span.file][span.segment][_place(files, span)][0] for span in wanted]
         while not self._knowledge.known.forget_lost(found):
             # The packs of some are gone: these are stored again, from where they still lie.
@@ -137,20 +135,20 @@ class PartUpload:
             lost = [
                 span for span, name in zip(wanted, found, strict=True) if index.find(name) is None
             ]
-            self._store(lost, view, wait, note=False)
+            self._store(lost, view, filling, note=False)
         self.recipe.new_bytes += self._writer.new_bytes
 
     def _store(
         self,
         wanted: Sequence[Span],
         view: memoryview,
-        wait: Callable[[int], None],
+        filling: Filling,
         *,
         note: bool,
     ) -> None:
         window: list[Chunk] = []
         size = 0
-        for batch in self._hashes.run(wanted, view, wait):
+        for batch in self._hashes.run(wanted, view, filling):
             for span, chunk in batch:
                 if note:
                     self.recipe.refs[span.file][span.segment].append((chunk.digest, span.length))

@@ -227,7 +227,9 @@ def test_hashing_and_uploads_begin_before_all_is_staged(
     slots: SlotDirectory, owner: SlotOwner, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("envstore.store.packs.TARGET_SIZE", 1 << 20)
-    segments = [content(seed, 2 << 20) for seed in range(8)]
+    # More frames than may wait for a writer.
+    count = 4 * (os.cpu_count() or 1) + 12
+    segments = [content(seed, 1 << 20) for seed in range(count)]
     files = {"m": segments, "state.json": [table()]}
     with serving(slots.path, **_faulty(store)), Talker(slots.path) as talker:
         writer, header, _ = begin(owner, orders(store.url, 1), files)
@@ -540,6 +542,29 @@ def test_an_older_incarnation_is_told_that_it_is_fenced(
         assert said["kind"] == "FencedError"
 
 
+def test_the_news_that_a_dead_persister_did_not_tell_is_told_by_the_next(
+    slots: SlotDirectory, owner: SlotOwner, store: Store
+) -> None:
+    """Also of a part whose slot another save has taken since."""
+    ids = [str(orders("", step).checkpoint) for step in (1, 2, 3)]
+    with serving(slots.path, linger=3600, **_faulty(store)), Talker(slots.path) as talker:
+        for step in (1, 2, 3):
+            stage(owner, orders(store.url, step), state({"m": (1000, step)}))
+            talker.ask("writing", slot=0, id="")
+            talker.hear("durable")
+
+    with serving(slots.path, linger=3600, **_faulty(store)), Talker(slots.path) as talker:
+        for number, id in ((0, ids[0]), (1, ids[1]), (0, ids[2])):
+            talker.ask("staged", slot=number, id=id)
+            talker.hear("local", id=id)
+            said = talker.hear("durable", id=id)
+            assert said["snapshot"] == run_of(store.repository).find(int(id[:12])).snapshot.hex()
+        talker.ask("staged", slot=0, id="not an id")
+        talker.hear("local")
+        talker.ask("flush")
+        talker.hear("flushed")
+
+
 # The end.
 
 
@@ -555,14 +580,36 @@ def test_told_to_end_it_finishes_what_is_staged(slots: SlotDirectory, store: Sto
         talker.hear("failed")
         persister.terminate()
         fault.remove()
-        ids = [talker.hear("durable")["id"] for _ in range(2)]
+        ids = {talker.hear("durable")["id"] for _ in range(2)}
         talker.hear("closed")
     thread.join(60)
 
     assert not thread.is_alive()
     assert not slots.path.exists()
-    # The newest first: there might have been time for only one.
-    assert ids == [str(orders("", step).checkpoint) for step in (2, 1)]
+    assert ids == {str(orders("", step).checkpoint) for step in (1, 2)}
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_the_oldest_is_first_unless_the_trainer_is_gone(
+    slots: SlotDirectory, store: Store, alive: bool
+) -> None:
+    # There might be time for only one.
+    with SlotOwnerOf(slots) as owner:
+        for step in (1, 2):
+            stage(owner, orders(store.url, step), state({"m": (1000, step)}))
+        if not alive:
+            owner.close()
+        with serving(slots.path, **_faulty(store)), Talker(slots.path) as talker:
+            talker.ask("flush")
+            talker.hear("flushed")
+
+    commits = [
+        call.key.rpartition("/")[2]
+        for call in store.faults.calls
+        if call.operation == "put_if" and "/commits/" in call.key
+    ]
+    wanted = (1, 2) if alive else (2, 1)
+    assert commits == [str(orders("", step).checkpoint) for step in wanted]
 
 
 def test_a_signal_ends_it_and_a_second_one_at_once(slots: SlotDirectory, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from envstore.store.index import DedupIndex
 from envstore.store.known import KnownChunks
 from envstore.store.verify import verify
 from tests.checkpoint.slotfill import Files, content, orders, state
+from tests.checkpoint.talker import wait_for
 from tests.faulty import FaultyStore
 from tests.stores import Store
 
@@ -56,8 +57,22 @@ def _placed(files: Files) -> tuple[list[StagedFile], memoryview]:
     return placed, memoryview(data).toreadonly()
 
 
-def _there(end: int) -> None:
-    """All is filled."""
+class _Filling:
+    """All is there, but what ``wait`` is to do when somebody asks for the last bytes."""
+
+    def __init__(self, last: int = 1 << 62, wait: Callable[[], None] = lambda: None) -> None:
+        self._last = last
+        self._wait = wait
+
+    def reached(self, end: int) -> bool:
+        return end < self._last
+
+    def wait(self, end: int) -> None:
+        if end >= self._last:
+            self._wait()
+
+
+_there = _Filling()
 
 
 def _upload(store: Store, knowledge: Knowledge, hashes: HashPool, files: Files, step: int) -> bytes:
@@ -206,20 +221,22 @@ def test_an_upload_begins_before_all_is_there(
     store: Store, hashes: HashPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packs, "TARGET_SIZE", MIB)
-    files = {"model.safetensors": [content(seed, 2 * MIB) for seed in range(8)]}
+    # More frames than may wait for a writer.
+    count = 4 * (os.cpu_count() or 1) + 12
+    files = {"model.safetensors": [content(seed, MIB) for seed in range(count)]}
     placed, view = _placed(files)
-    last = placed[0].segments[-1][0]
-    stored_before_the_last = []
+    waited = []
 
-    def wait(end: int) -> None:
-        if end > last:
-            stored_before_the_last.append(store.faults.count("put", "packs/"))
+    def wait() -> None:
+        wait_for(lambda: store.faults.count("put", "packs/"), "an upload")
+        waited.append(True)
 
+    filling = _Filling(placed[0].segments[-1][0] + MIB, wait)
     with PartUpload(Knowledge(store.repository), hashes, recipes.Recipe(placed)) as upload:
-        upload.add(placed, view, wait)
+        upload.add(placed, view, filling)
         upload.finish()
 
-    assert stored_before_the_last[0] >= 1
+    assert waited
 
 
 def test_nothing_touches_the_slot_any_more_when_the_trainer_has_ended(
@@ -231,15 +248,14 @@ def test_nothing_touches_the_slot_any_more_when_the_trainer_has_ended(
     class GoneError(Exception):
         pass
 
-    def wait(end: int) -> None:
-        if end > placed[0].segments[5][0]:
-            raise GoneError
+    def gone() -> None:
+        raise GoneError
 
     with (
         pytest.raises(GoneError),
         PartUpload(Knowledge(store.repository), hashes, recipes.Recipe(placed)) as upload,
     ):
-        upload.add(placed, view, wait)
+        upload.add(placed, view, _Filling(placed[0].segments[5][0], gone))
 
     assert store.object_keys("snapshots/") == []
 
@@ -295,7 +311,9 @@ def test_a_codec_that_there_is_not_is_refused(store: Store, hashes: HashPool) ->
 
 
 def test_numbers_can_be_stored_with_their_bytes_apart(store: Store, hashes: HashPool) -> None:
-    data = b"".join(b"\x3f\x80" + content(seed, 2) for seed in range(300_000))
+    numbers = bytearray(b"\0\0\x80\x3f" * 300_000)
+    numbers[0::4], numbers[1::4] = content(1, 300_000), content(2, 300_000)
+    data = bytes(numbers)
     placed, view = _placed({"m": [data]})
     knowledge = Knowledge(store.repository)
     traffic = store.repository.objects.traffic
