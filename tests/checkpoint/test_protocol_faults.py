@@ -6,8 +6,10 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -63,7 +65,7 @@ class Rank:
         return objects
 
     def work(self, task: Callable[[], object]) -> None:
-        for _ in range(3):
+        for _ in range(4):
             if self.dead:
                 return
             try:
@@ -75,7 +77,7 @@ class Rank:
                 return
             except Killed:
                 self.dead = True
-        raise AssertionError("one failure is mended by one more try")
+        assert self.dead, "each failure is mended by one more try"
 
     def begin(self) -> None:
         self.work(lambda: self.run.open_epoch("second", self.parts[0].world_size, newest))
@@ -197,3 +199,30 @@ def test_any_request_may_fail(tmp_path: Path, world_size: int, each: int) -> Non
             error.add_note(f"rank {number} {what} at {at}: {calm[number].faults.calls[at]}")
             raise
         shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_at_once_with_failures_now_and_then(tmp_path: Path, seed: int) -> None:
+    trees = prepare(tmp_path, 4)
+    random = Random(seed)
+    ranks = [
+        Rank(n, RunStore(repository_at(tmp_path / "objects"), RUN), parts)
+        for n, parts in enumerate(trees)
+    ]
+    for rank in ranks:
+        for after in (False, True):
+            error = UnavailableError("now and then")
+            rank.faults.fail("*", error, times=1, skip=random.randrange(60), after=after)
+    doomed = random.choice([None, 0, 3])
+    if doomed is not None:
+        ranks[doomed].faults.fail("*", Killed(), skip=random.randrange(40, 120))
+
+    def live(rank: Rank) -> None:
+        rank.begin()
+        for part in rank.parts:
+            rank.put(part)
+            rank.commit(part.checkpoint)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(live, ranks))
+    check(tmp_path / "objects", ranks)
