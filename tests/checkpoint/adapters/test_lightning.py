@@ -45,14 +45,12 @@ class Marker:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    slots = Path("/dev/shm") / f"envstore-test-{tmp_path.name}-lightning"
-    monkeypatch.setenv("ENVSTORE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("ENVSTORE_SLOTS", str(slots))
+def store(
+    tmp_path: Path, slots_root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
     with Store(tmp_path / "store") as store:
         monkeypatch.setenv("ENVSTORE_URL", store.url)
         yield store
-    shutil.rmtree(slots, ignore_errors=True)
 
 
 def fit(
