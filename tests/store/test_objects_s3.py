@@ -388,6 +388,7 @@ class Script:
     endpoint: str
     answers: list[Answer]
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
 
     def store(self) -> ObjectStore:
         return open_objects(f"s3://bucket?endpoint={self.endpoint}")
@@ -399,7 +400,7 @@ def scripted(*answers: Answer) -> Iterator[Script]:
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            script.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
             headers = {name.lower(): value for name, value in self.headers.items()}
             script.requests.append((self.command, self.path, headers))
             answer = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
@@ -460,6 +461,19 @@ def test_a_final_error_is_not_tried_again(final: Answer) -> None:
         with pytest.raises(EnvstoreError):
             objects.get("x")
         assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize("size", [1000, 300_000, 700_000])
+def test_buffers_are_sent_whole_at_every_attempt(size: int) -> None:
+    data = os.urandom(3 * size)
+    buffers = [memoryview(data)[:size], data[size : 2 * size], memoryview(data)[2 * size :]]
+    script_of = scripted(xml(503, "SlowDown"), xml(500, "InternalError"), STORED)
+    with script_of as script, closing(script.store()) as objects:
+        objects.put("x", buffers)
+        assert objects.traffic.bytes_out == 3 * len(data)
+    assert script.bodies == [data] * 3
+    md5 = base64.b64encode(hashlib.md5(data).digest()).decode()
+    assert [sent["content-md5"] for _, _, sent in script.requests] == [md5] * 3
 
 
 @pytest.mark.usefixtures("impatient")

@@ -44,6 +44,7 @@ _FIRST_PAUSE = 0.25
 _LONGEST_PAUSE = 4.0
 
 _PIECE = 128 << 10  # bytes handed on at a time
+_JOINED = 1 << 20  # buffers of fewer bytes in all are sent as one
 _STEP = 512 << 10  # bytes that are received at a time into a buffer: they stay in the core's cache
 
 _MAX_OBJECT = 5 << 30  # S3's limit for one PUT
@@ -213,7 +214,7 @@ class S3Objects:
         """Store ``data`` under ``key`` in one PUT of at most 5 GiB."""
         name = self._name(key)
         self._check_size(key, data)
-        small = length(data) <= _PIECE
+        small = length(data) < _JOINED
         whole = joined(data) if small or isinstance(data, bytes) else None
 
         def attempt() -> None:
