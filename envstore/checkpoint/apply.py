@@ -11,8 +11,9 @@ from envstore.checkpoint import live
 from envstore.checkpoint.errors import StateMismatchError
 from envstore.checkpoint.filling import Filler
 from envstore.checkpoint.layout import Tree
-from envstore.checkpoint.matching import ABSENT, Later, Matcher, Problems, SavedStructure
+from envstore.checkpoint.matching import Later, Matcher, Problems
 from envstore.checkpoint.sources import Sources
+from envstore.checkpoint.structure import ABSENT, SavedStructure
 from envstore.checkpoint.table import ItemRecord
 from envstore.errors import UsageError
 

@@ -6,7 +6,6 @@ function that, once the bytes are there, gives what stands in its place.
 
 from __future__ import annotations
 
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -15,37 +14,20 @@ from typing import Any
 from envstore.checkpoint import arrays, encoding, live
 from envstore.checkpoint.arrays import Shard
 from envstore.checkpoint.encoding import join
-from envstore.checkpoint.errors import CheckpointError, UntrustedObjectError
 from envstore.checkpoint.filling import Filler
-from envstore.checkpoint.layout import Tree
 from envstore.checkpoint.sources import Sources
+from envstore.checkpoint.structure import (
+    ABSENT,
+    StatefulRef,
+    TensorRef,
+    has_refs,
+    kind_of,
+    refs_of,
+)
 from envstore.checkpoint.table import ItemRecord, TensorRecord, describe
 from envstore.errors import CorruptError
 
 Later = Callable[[], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor or array (``kind``) of a saved structure, by its name in the item."""
-
-    kind: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class StatefulRef:
-    """The saved state of an object, and the class it had."""
-
-    kind: str
-    value: Any
-
-
-class _Absent:
-    """What stands where the program has nothing; it tells this from ``None``."""
-
-
-ABSENT = _Absent()
 
 
 @dataclass(slots=True)
@@ -69,49 +51,6 @@ class Problems:
                 shown = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
                 said.append(f"{len(found)} {words}: {shown}")
         return "; ".join(said) or None
-
-
-class SavedStructure(encoding.Decoder):
-    """Decodes the structure of an item; tensors become references, objects are unpickled.
-
-    ``trusted`` allows that; ``values`` is whether they are wanted at all.
-    """
-
-    def __init__(self, item: ItemRecord, tree: Tree, *, trusted: bool, values: bool) -> None:
-        super().__init__(f"the state of {item.name!r}")
-        self._item = item
-        self._tree = tree
-        self._trusted = trusted
-        self._values = values
-
-    def other(self, body: dict[str, Any], name: str, depth: int) -> Any:
-        """Return a reference or an object. Raises ``UntrustedObjectError``."""
-        tag = body["$"]
-        number = body.get("n")
-        if tag in ("tensor", "array") and isinstance(number, str):
-            if number in self._item.tensors or number in self._item.aliases:
-                return TensorRef(tag, number)
-        elif tag == "stateful" and isinstance(body.get("c"), str):
-            return StatefulRef(body["c"][:200], self.decode(body.get("v"), name, depth + 1))
-        elif tag == "object" and type(number) is int and 0 <= number < len(self._item.objects):
-            return self._object(number, name) if self._values else None
-        self.corrupt(name)
-
-    def _object(self, number: int, name: str) -> Any:
-        what = f"{self._item.name}/{name}" if name else self._item.name
-        if not self._trusted:
-            raise UntrustedObjectError(
-                f"{what} is a pickled object, which could run any program when it is loaded",
-                hint="trusted=True restores it, if you trust whoever wrote the checkpoint",
-            )
-        data = self._tree.read(self._item.objects[number])
-        try:
-            return pickle.loads(data)  # noqa: S301 - the caller trusts it, and its bytes are verified
-        except Exception as error:  # the constructors of any class may raise anything
-            raise CheckpointError(
-                f"{what} cannot be unpickled here: {type(error).__name__}: {error}",
-                hint="make its class importable, or leave the item out with only=",
-            ) from error
 
 
 class Matcher:
@@ -149,12 +88,12 @@ class Matcher:
         if isinstance(saved, dict) and isinstance(here, MutableMapping):
             return self._mapping(saved, here, name)
         if isinstance(saved, dict) and live.is_stateful(here):
-            return self._stateful(StatefulRef(_kind(here), saved), here, name)
-        if type(saved) in (list, tuple) and type(here) is type(saved) and _has_refs(saved):
+            return self._stateful(StatefulRef(kind_of(here), saved), here, name)
+        if type(saved) in (list, tuple) and type(here) is type(saved) and has_refs(saved):
             return self._sequence(saved, here, name)
         if here is not ABSENT and self._holds_live(here):
-            self._differs(name, _kind(here), _kind(saved))
-        elif _has_refs(saved):
+            self._differs(name, kind_of(here), kind_of(saved))
+        elif has_refs(saved):
             return self._template(saved, ABSENT, name, self._allocate)
         if self._wanted is not None:
             return lambda: here
@@ -200,7 +139,7 @@ class Matcher:
     def _stateful(self, saved: StatefulRef, here: Any, name: str) -> Later:
         if here is ABSENT or not live.is_stateful(here):
             if self._wants(name, saved.value):
-                found = "missing" if here is ABSENT else _kind(here)
+                found = "missing" if here is ABSENT else kind_of(here)
                 self._problems.other.append(
                     f"{self._path(name)} is the state of {saved.kind}, which is {found} here"
                 )
@@ -210,13 +149,13 @@ class Matcher:
             load = self._module(saved.value, inner, name)
         elif self._wanted is not None:
             self._problems.other.append(
-                f"{self._path(name)} cannot be restored in part: it is {_kind(inner)}"
+                f"{self._path(name)} cannot be restored in part: it is {kind_of(inner)}"
             )
             return lambda: here
         elif live.is_optimizer(inner):
             load = self._optimizer(saved.value, inner, name)
         else:
-            now = inner.state_dict() if _has_refs(saved.value) else ABSENT
+            now = inner.state_dict() if has_refs(saved.value) else ABSENT
             body = self._template(saved.value, now, name, self._allocate)
 
             def load() -> None:
@@ -301,7 +240,7 @@ class Matcher:
             return self._tensor(saved, here, name)
         if type(saved) is StatefulRef:
             return self._stateful(saved, here, name)
-        if not _has_refs(saved):
+        if not has_refs(saved):
             return lambda: saved
         if isinstance(saved, dict):
             mapping = here if isinstance(here, Mapping) else {}
@@ -343,7 +282,7 @@ class Matcher:
         shard = arrays.shard_of(here, self._path(name), self._places)
         record = self._record(saved.name)
         if shard is None:
-            self._differs(name, _kind(here), describe(record.dtype, record.shape))
+            self._differs(name, kind_of(here), describe(record.dtype, record.shape))
         elif (shard.dtype, shard.shape) != (record.dtype, record.shape):
             self._differs(
                 name, describe(shard.dtype, shard.shape), describe(record.dtype, record.shape)
@@ -400,7 +339,7 @@ class Matcher:
         """Tell whether any of ``saved`` is asked for."""
         if self._wanted is None:
             return True
-        return any(self._wanted(ref.name) for ref in _refs(saved))
+        return any(self._wanted(ref.name) for ref in refs_of(saved))
 
     def _holds_live(self, value: Any) -> bool:
         """Tell whether replacing ``value`` would lose tensors or objects of the program."""
@@ -435,34 +374,6 @@ def _like(parameter: Any, dtype: str) -> Any:
 
 def _is_elements(value: Any) -> bool:
     return arrays.is_tensor(value) or type(value).__name__ == "ndarray"
-
-
-def _kind(value: Any) -> str:
-    if type(value) is TensorRef:
-        return value.kind
-    if type(value) is StatefulRef:
-        return f"the state of {value.kind}"
-    return encoding.type_name(type(value)).removeprefix("builtins.")
-
-
-def _refs(saved: Any) -> list[TensorRef]:
-    if type(saved) is TensorRef:
-        return [saved]
-    if type(saved) is StatefulRef:
-        return _refs(saved.value)
-    if isinstance(saved, dict):
-        return [ref for item in saved.values() for ref in _refs(item)]
-    if type(saved) in (list, tuple):
-        return [ref for item in saved for ref in _refs(item)]
-    return []
-
-
-def _has_refs(saved: Any) -> bool:
-    if type(saved) is TensorRef or type(saved) is StatefulRef:
-        return True
-    if isinstance(saved, dict):
-        return any(_has_refs(item) for item in saved.values())
-    return type(saved) in (list, tuple) and any(_has_refs(item) for item in saved)
 
 
 def _group_sizes(state: Any) -> list[int] | None:

@@ -3,8 +3,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import subprocess
+import sys
 import zlib
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -473,6 +476,25 @@ def test_a_damaged_table_never_does_anything_else(data: st.DataObject) -> None:
         whole[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     with contextlib.suppress(CorruptError, UnsupportedFormatError):
         parse_table(bytes(whole), "state.json")
+
+
+PLAIN = """
+import sys
+from envstore.checkpoint.apply import apply
+from envstore.checkpoint.capture import capture
+from envstore.checkpoint.live import rng
+from tests.checkpoint.memory_tree import MemoryTree
+state = {"step": 3, "rng": rng(), "log": {"losses": [1.5]}}
+tree = MemoryTree.of(capture(state, check_finite="refuse"))
+state["step"] = 4
+apply(state, tree)
+assert state["step"] == 3
+assert not {"torch", "numpy"} & sys.modules.keys()
+"""
+
+
+def test_plain_states_need_neither_torch_nor_numpy() -> None:
+    subprocess.run([sys.executable, "-c", PLAIN], cwd=Path(__file__).parents[2], check=True)
 
 
 def test_capture_copies_nothing_and_draws_no_random_number() -> None:
