@@ -13,7 +13,7 @@ from types import TracebackType
 
 from envstore.checkpoint.hashing import Filling, HashPool, Span, spans
 from envstore.checkpoint.layout import Orders, StagedFile
-from envstore.checkpoint.recipes import Recipe, names
+from envstore.checkpoint.recipes import Recipe, Ref, names
 from envstore.errors import CorruptError, UsageError
 from envstore.store.chunking import TENSOR_PIECE, Chunk
 from envstore.store.dedup import places_to_reuse
@@ -32,7 +32,7 @@ MAX_INDEX = 500_000
 """Chunks after which what is known is forgotten and learned anew (100 MB of memory)."""
 
 _WINDOW = 8 << 20
-_CODECS = {"raw": Codec.RAW, "split": Codec.SPLIT}
+_CODECS = {"raw": Codec.RAW, "split": Codec.SPLIT, "xor": Codec.XOR}
 
 
 class Knowledge:
@@ -49,6 +49,10 @@ class Knowledge:
         """Begin anew."""
         self.index = DedupIndex()
         self.known = KnownChunks(self.repository, self.index)
+        self.last: dict[str, list[list[Ref]]] = {}
+        """By path what each segment was made of in the save before: what differences are taken to.
+
+        A persister that begins anew knows of none, and stores numbers with their bytes apart."""
         self._learned: set[bytes] = set()
         self._segments = False
 
@@ -100,7 +104,11 @@ class PartUpload:
         orphans = find_orphans(repository, pending)
         knowledge.index.add_packs(orphans)
         self._writer = PackWriter(
-            repository.objects, knowledge.index, pending=pending, codec=_CODECS[codec]
+            repository.objects,
+            knowledge.index,
+            pending=pending,
+            codec=_CODECS[codec],
+            fetcher=repository.fetcher,
         )
         self._writer.adopt(orphans)
 
@@ -127,7 +135,7 @@ class PartUpload:
         refs = self.recipe.refs
         for span in wanted:
             refs[span.file][span.segment].clear()
-        self._store(wanted, view, filling, note=True)
+        self._store(wanted, files, view, filling, note=True)
         found = [refs[span.file][span.segment][_place(files, span)][0] for span in wanted]
         while not self._knowledge.known.forget_lost(found):
             # The packs of some are gone: these are stored again, from where they still lie.
@@ -135,42 +143,51 @@ class PartUpload:
             lost = [
                 span for span, name in zip(wanted, found, strict=True) if index.find(name) is None
             ]
-            self._store(lost, view, filling, note=False)
+            self._store(lost, files, view, filling, note=False)
         self.recipe.new_bytes += self._writer.new_bytes
 
     def _store(
         self,
         wanted: Sequence[Span],
+        files: Sequence[StagedFile],
         view: memoryview,
         filling: Filling,
         *,
         note: bool,
     ) -> None:
-        window: list[Chunk] = []
+        window: list[tuple[Chunk, bytes | None]] = []
         size = 0
         for batch in self._hashes.run(wanted, view, filling):
             for span, chunk in batch:
                 if note:
                     self.recipe.refs[span.file][span.segment].append((chunk.digest, span.length))
-                window.append(chunk)
+                window.append((chunk, self._like(files, span)))
                 size += span.length
             if size >= _WINDOW:
                 self._file(window)
                 window, size = [], 0
         self._file(window)
 
-    def _file(self, window: Sequence[Chunk]) -> None:
-        """Give the chunks to the writer that are not to be had from elsewhere."""
+    def _like(self, files: Sequence[StagedFile], span: Span) -> bytes | None:
+        """Return which chunk lay in the same place in the save before."""
+        segments = self._knowledge.last.get(files[span.file].path, [])
+        before = segments[span.segment] if span.segment < len(segments) else []
+        place = _place(files, span)
+        return before[place][0] if place < len(before) else None
+
+    def _file(self, window: Sequence[tuple[Chunk, bytes | None]]) -> None:
+        """Give the chunks to the writer that are not to be had from elsewhere, and what is like."""
         index = self._knowledge.index
-        self._knowledge.known.consider(window)
-        small = [chunk for chunk in window if len(chunk.data) < LARGE]
+        chunks = [chunk for chunk, _ in window]
+        self._knowledge.known.consider(chunks)
+        small = [chunk for chunk in chunks if len(chunk.data) < LARGE]
         places = iter(places_to_reuse(index, small))
-        for chunk in window:
+        for chunk, like in window:
             large = len(chunk.data) >= LARGE
             place = index.find(chunk.digest) if large else next(places)
             # The same chunk may come twice in one window: the second time it is no longer new.
             if place is None and (index.find(chunk.digest) or (-1,))[0] not in index.own:
-                self._writer.add(chunk.digest, chunk.data)
+                self._writer.add(chunk.digest, chunk.data, like=like)
 
     def flush(self) -> None:
         """Return when all that was added is in the store. Raises any error of the uploads."""
@@ -190,7 +207,9 @@ class PartUpload:
                 hint="run `envstore verify`",
             )
         repository = self._knowledge.repository
-        return store_manifest(repository, entries, self._knowledge.known, self._writer)
+        root = store_manifest(repository, entries, self._knowledge.known, self._writer)
+        self._knowledge.last = dict(zip(self.recipe.paths, self.recipe.refs, strict=True))
+        return root
 
 
 def _place(files: Sequence[StagedFile], span: Span) -> int:

@@ -327,6 +327,25 @@ def test_numbers_can_be_stored_with_their_bytes_apart(store: Store, hashes: Hash
     _assert_holds(store, snapshot, {"m": [data]})
 
 
+def test_what_changed_little_can_be_stored_as_a_difference(store: Store, hashes: HashPool) -> None:
+    knowledge = Knowledge(store.repository)
+    traffic = store.repository.objects.traffic
+    tensor, frozen = bytearray(content(1, 2 * TENSOR_PIECE + MIB)), content(2, MIB)
+    for step in range(3):
+        tensor[step::64] = content(10 + step, len(tensor[step::64]))
+        files = {"m": [b"header %d" % step, bytes(tensor), frozen]}
+        placed, view = _placed(files)
+        before = traffic.bytes_out
+        with PartUpload(knowledge, hashes, recipes.Recipe(placed), codec="xor") as upload:
+            upload.add(placed, view, _there)
+            root = upload.finish()
+        knowledge.settle()
+        sent = traffic.bytes_out - before
+        snapshot = save_part_snapshot(store.repository, root, orders(store.url, step + 1))
+        _assert_holds(store, snapshot, files)
+        assert sent < 0.2 * len(tensor) if step else sent > len(tensor)
+
+
 def test_what_is_known_is_bounded(
     store: Store, hashes: HashPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
