@@ -8,12 +8,12 @@ ref, so that of several who do, nobody moves one back.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 from envstore.checkpoint.layout import RunName
 from envstore.checkpoint.records import Commit
 from envstore.errors import ConflictError, CorruptError, NotFoundError, UsageError
-from envstore.store.refs import Ref, RefName, list_refs, move_ref, try_read
+from envstore.store.refs import Ref, list_refs, move_ref, try_read
 from envstore.store.repository import Repository
 
 LATEST = "latest"
@@ -37,55 +37,77 @@ class Names:
         self._run = run
         self._commits = commits
 
-    def follow(self, commits: Sequence[Commit], steps: Iterable[int]) -> list[str]:
-        """Move ``latest`` and the refs of ``steps``, and create those of ``commits`` that lack.
+    def follow(self, steps: Iterable[int]) -> list[str]:
+        """Move ``latest`` and the refs of ``steps``, and create those of other steps that lack.
 
-        Returns warnings about refs that are somebody else's. One listing, and ``settle`` of these.
+        Returns warnings about refs that are somebody else's. A listing, a request for each ref and
+        one more if it moves, and the commits. Raises ``ConflictError`` if others keep moving one,
+        and the errors of the store.
         """
-        lacking = {step_tag(commit.step) for commit in commits} - self._tags()
-        return self.settle(sorted({LATEST, *map(step_tag, steps), *lacking}))
-
-    def stray(self, commits: Iterable[Commit]) -> list[str]:
-        """Return the tags of steps that no commit is of any more. One listing."""
-        steps = {step_tag(commit.step) for commit in commits}
-        return sorted(tag for tag in self._tags() if _STEP.fullmatch(tag) and tag not in steps)
+        present = self._tags()
+        return self._settle([LATEST, *map(step_tag, steps)], present)
 
     def settle(self, tags: Iterable[str]) -> list[str]:
-        """Make each of ``tags`` point where it should; returns warnings.
+        """Make each of ``tags`` point where it should, or nowhere; otherwise as ``follow``."""
+        return self._settle(list(tags), None)
 
-        For each, a request and the commits; two more for one that moves.
-        Raises ``ConflictError`` if others keep moving one, and the errors of the store.
-        """
-        warnings = []
-        for tag in tags:
-            warning = self._settle(self._run.ref(tag), tag)
-            if warning is not None:
-                warnings.append(warning)
-        return warnings
+    def stray(self, steps: Iterable[int]) -> list[str]:
+        """Return the tags of steps that are none of ``steps``. One listing."""
+        wanted = set(map(step_tag, steps))
+        return sorted(tag for tag in self._tags() if _STEP.fullmatch(tag) and tag not in wanted)
 
-    def _settle(self, name: RefName, tag: str) -> str | None:
+    def _settle(self, tags: Sequence[str], present: Set[str] | None) -> list[str]:
+        """Settle ``tags``; where it is known which are ``present``, create those that lack."""
         objects = self._repository.objects
+        warnings: list[str] = []
+        if not tags:
+            return warnings
         for _ in range(_RACES):
-            found = try_read(objects, name)
+            found = {tag: try_read(objects, self._run.ref(tag)) for tag in tags}
             commits = self._commits()
-            target = _target(tag, commits)
-            if found is None and target is None:
-                return None
-            if found is not None:
-                if target is not None and found[0].snapshot == target.snapshot:
-                    return None
-                if not self._is_ours(found[0], commits):
-                    return f"{name} is not a checkpoint of {self._run} and stays where it points"
-            if target is None:
-                objects.delete(name.key)
-                # Deleting knows no condition: somebody may have moved it a moment before, and
-                # then the next round finds a target.
-                continue
-            try:
-                move_ref(objects, name, target.snapshot, found)
-            except ConflictError:
-                continue
-        raise ConflictError(f"ref {name} is moved again and again", hint="look at it")
+            if present is not None:
+                for commit in commits:
+                    tag = step_tag(commit.step)
+                    if tag not in present:
+                        found.setdefault(tag, None)
+            tags = [
+                tag for tag, ref in found.items() if not self._move(tag, ref, commits, warnings)
+            ]
+            if not tags:
+                return warnings
+            present = None
+        raise ConflictError(
+            f"refs of {self._run} are moved again and again: {', '.join(tags)}", hint="look at them"
+        )
+
+    def _move(
+        self,
+        tag: str,
+        found: tuple[Ref, str] | None,
+        commits: Sequence[Commit],
+        warnings: list[str],
+    ) -> bool:
+        """Move one ref, read as ``found`` before ``commits`` were listed; whether it is settled."""
+        name, target = self._run.ref(tag), _target(tag, commits)
+        if found is None and target is None:
+            return True
+        if found is not None:
+            if target is not None and found[0].snapshot == target.snapshot:
+                return True
+            if not self._is_ours(found[0], commits):
+                warnings.append(
+                    f"{name} is not a checkpoint of {self._run} and stays where it points"
+                )
+                return True
+        if target is None:
+            self._repository.objects.delete(name.key)
+            # Deleting knows no condition: somebody may have moved it a moment before.
+            return False
+        try:
+            move_ref(self._repository.objects, name, target.snapshot, found)
+        except ConflictError:
+            return False
+        return True
 
     def _is_ours(self, ref: Ref, commits: Sequence[Commit]) -> bool:
         if any(commit.snapshot == ref.snapshot for commit in commits):

@@ -89,7 +89,7 @@ class RunStore:
         may be called several times, on several ranks. One choice is kept: ``Epoch.resumed_from``.
         It may be ``staged`` too, which lies in memory and is yet to be committed; it counts then.
 
-        Four to six listings, three writes at most. Raises ``RanksDisagreeError`` if the epoch to
+        Eight listings, two writes, and what it commits itself. Raises ``RanksDisagreeError`` if the epoch to
         join has another world size, ``FencedError`` if another incarnation begins at the same
         time and wins, and what ``choose`` raises, before anything has changed if it does at once.
         """
@@ -189,8 +189,9 @@ class RunStore:
         told to resume from something else. Moves the refs too; what keeps them from being moved
         is a warning, and the next commit moves them.
 
-        Five listings, a request for each part, and the refs'. Raises ``FencedError`` if a newer
-        epoch has begun without it, ``RanksDisagreeError`` if the parts do not fit together.
+        Seven listings, six other requests, and for several ranks those of merging. Raises
+        ``FencedError`` if a newer epoch has begun without it, ``RanksDisagreeError`` if the parts
+        do not fit together.
         """
         check_id(checkpoint)
         self._require_on_line(checkpoint, self._line())
@@ -279,7 +280,7 @@ class RunStore:
 
     def _follow(self, steps: Iterable[int]) -> None:
         try:
-            for warning in self._names.follow(self.commits(), steps):
+            for warning in self._names.follow(steps):
                 self._warn(warning)
         except (UnavailableError, AccessDeniedError, ConflictError, CorruptError) as error:
             # The checkpoint is committed, whatever its name points at.
@@ -295,10 +296,25 @@ class RunStore:
         with a warning.
         """
         ids = self._shelf.commits()
-        line = self._line()
-        wanted = sorted(id for id in ids if line.holds(id) is not fenced)
+        line = self._epochs.look().line
+        return self._read_commits(id for id in ids if line.holds(id) is not fenced)
+
+    def survey(self) -> tuple[list[Commit], list[Commit], Epoch | None]:
+        """Return the commits that count, those that do not, and the newest epoch.
+
+        Costs what ``commits`` does.
+        """
+        ids = self._shelf.commits()
+        standing = self._epochs.look()
+        commits = self._read_commits(ids)
+        counting = [commit for commit in commits if standing.line.holds(commit.checkpoint)]
+        fenced = [commit for commit in commits if commit not in counting]
+        return counting, fenced, standing.newest
+
+    def _read_commits(self, ids: Iterable[CheckpointId]) -> list[Commit]:
         with ThreadPoolExecutor(PARALLEL) as pool:
-            return [commit for commit in pool.map(self._read_commit, wanted) if commit is not None]
+            found = pool.map(self._read_commit, sorted(ids))
+            return [commit for commit in found if commit is not None]
 
     def _read_commit(self, checkpoint: CheckpointId) -> Commit | None:
         known = self._known.get(checkpoint)
@@ -388,7 +404,7 @@ class RunStore:
         """Remove what nothing needs any more: a few listings, a request or two for each thing.
 
         That is the parts of older epochs that were never committed, refs of steps that are gone,
-        leases that ran out, and older epochs that nothing was committed in or resumed through.
+        and older epochs that nothing was committed in or resumed through.
         """
         standing = self._epochs.look()
         line = standing.line
@@ -406,8 +422,8 @@ class RunStore:
         for number in sorted(standing.numbers - used):
             if number < line.newest:
                 self._epochs.forget(number)
-        self.leases()
-        self._settle(self._names.stray(self.commits()))
+        counting = {id.step for id in committed if line.holds(id)}
+        self._settle(self._names.stray(counting))
 
     def _is_held(self, checkpoint: CheckpointId) -> bool:
         return self._holds.is_pinned(checkpoint) or checkpoint in self.leases()

@@ -21,13 +21,12 @@ def apply(run_store: RunStore, keep: str, *, now: float | None = None) -> list[C
     if policy is None:
         return []
     now = time.time() if now is None else now
-    epoch = run_store.epoch()
+    commits, fenced, epoch = run_store.survey()
     protected = {epoch.resumed_from} if epoch and epoch.resumed_from else set()
-    commits = run_store.commits()
     pins = run_store.pins()
     leases = run_store.leases(now)
     going = to_delete(policy, commits, pins, leases, protected, now)
-    going += superseded(run_store.commits(fenced=True), commits, pins, leases)
+    going += superseded(fenced, commits, pins, leases)
     removed = [commit for commit in going if run_store.remove(commit)]
     run_store.sweep()
     return removed
