@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+from pathlib import Path
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _PAGE = mmap.PAGESIZE
@@ -39,6 +40,52 @@ def make_room(fd: int, size: int) -> None:
         with contextlib.suppress(OSError):
             os.ftruncate(fd, before)
         raise
+
+
+def left() -> int:
+    """Return about how many bytes of memory this process may still take before it is killed.
+
+    That is the least of what the machine has available and of what the limits of its control
+    groups (version 2) leave, file cache not counted.
+    """
+    found = [_amounts("/proc/meminfo").get("MemAvailable", 0) << 10]
+    group = Path("/sys/fs/cgroup") / _own_group().lstrip("/")
+    for directory in (group, *group.parents[: -len(Path("/sys/fs").parts)]):
+        with contextlib.suppress(OSError, ValueError):  # no limit, or another kind of group
+            limit = int((directory / "memory.max").read_text())
+            used = int((directory / "memory.current").read_text())
+            amounts = _amounts(str(directory / "memory.stat"))
+            cached = amounts.get("active_file", 0) + amounts.get("inactive_file", 0)
+            found.append(max(0, limit - used + cached))
+    return min(found)
+
+
+def is_memory(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` lies on a volume in memory (tmpfs)."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        if fields.split(" ")[2] == number:
+            return rest.split(" ")[0] in ("tmpfs", "ramfs")
+    return False
+
+
+def _own_group() -> str:
+    """Return the path of this process's control group, ``/`` if there is none."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            return line[3:]
+    return "/"
+
+
+def _amounts(path: str) -> dict[str, int]:
+    """Return the numbers of a file of the kernel with a name and a number in each line."""
+    found = {}
+    for line in Path(path).read_text().splitlines():
+        name, number, *_ = line.split()
+        found[name.rstrip(":")] = int(number)
+    return found
 
 
 def copy(target: memoryview, source: memoryview) -> None:

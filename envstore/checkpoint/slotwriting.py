@@ -269,9 +269,15 @@ class SlotOwner:
             if known < 0:
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 fd = os.open(path, flags, 0o600)
+            if size > _ROUND:
+                self._check_memory(size - os.fstat(fd).st_size)
             memory.make_room(fd, size)
             mapping = mmap.mmap(fd, 0)
             memory.fault_in(mapping)
+        except SlotSpaceError:
+            if known < 0:
+                os.close(fd)
+            raise
         except OSError as error:
             there = os.fstat(fd).st_size if fd >= 0 else 0
             if known < 0 <= fd:
@@ -279,6 +285,16 @@ class SlotOwner:
             raise self._space_error(number, size, there, error) from error
         view = memoryview(mapping)
         return _Mapped(fd, mapping, view, ControlWords(view))
+
+    def _check_memory(self, more: int) -> None:
+        """Raise ``SlotSpaceError`` where taking so much would end with a killed process."""
+        if memory.is_memory(self.directory.path) and more > (left := memory.left()):
+            raise SlotSpaceError(
+                f"no memory for a slot in {self.directory.path}: it needs {more} bytes more, and"
+                f" {left} are left",
+                hint="raise the memory limit, limit the slots (Staging(max_bytes=...)), or name a"
+                " place on a disk with ENVSTORE_SLOTS",
+            )
 
     def _space_error(self, number: int, size: int, there: int, error: OSError) -> CheckpointError:
         path = self.directory.slot_path(number)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envstore.checkpoint.errors import CheckpointError
+from envstore.checkpoint.errors import CheckpointError, SlotSpaceError
 from envstore.checkpoint.layout import CheckpointId, Orders, RunName, StagedFile, Want
 from envstore.checkpoint.slotformat import (
     CONTROL_BYTES,
@@ -394,6 +394,15 @@ print(*(os.stat(slots.slot_path(number)).st_size >> 20 for number in (0, 1)))
     assert " of 8388608 are free" in error
     assert "ENVSTORE_SLOTS" in error
     assert sizes == "5 0", "what could not be had is given back"
+
+
+def test_more_than_the_memory_is_an_error_before_anything_is_killed(
+    slots: SlotDirectory, owner: SlotOwner
+) -> None:
+    save(owner, 1)
+    with pytest.raises(SlotSpaceError, match=r"bytes more, and [0-9]+ are left"):
+        owner.reserve(1 << 50)
+    assert steps(slots) == {1: "staged"}
 
 
 # What is read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ from safetensors.torch import load
 from envstore.checkpoint.capture import capture
 from envstore.checkpoint.errors import CheckpointError, SlotSpaceError
 from envstore.checkpoint.layout import Captured, CapturedFile, CheckpointId, Orders, RunName
+from envstore.checkpoint.overlap import StepGate
 from envstore.checkpoint.slots import SlotDirectory, SlotTree, StagedSlot, slot_directory
 from envstore.checkpoint.staging import Stager
 from tests.checkpoint import slotfill
-from tests.checkpoint.test_slots import run_alone
 
 PATIENCE = 60
 
@@ -226,28 +227,19 @@ def test_a_copy_that_fails_later_fails_its_save_alone(
     assert [step for say, _, step in heard.said if say == "staged"] == [1, 3]
 
 
-_FORKS = """
-import os
-import torch
-from envstore.checkpoint.overlap import StepGate
-torch.set_num_threads(1)
-gate = StepGate()
-weight = torch.zeros(1, requires_grad=True)
-optimizer = torch.optim.SGD([weight])
-gate.shut()
-child = os.fork()
-if not child:
-    optimizer.step()
-    os._exit(7)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-gate.close()
-gate.close()
-optimizer.step()
-"""
-
-
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_an_optimizer_in_a_child_of_fork_does_not_wait() -> None:
-    run_alone(_FORKS)
+    gate = StepGate()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    gate.shut()
+    child = os.fork()
+    if not child:
+        optimizer.step()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    gate.close()
+    gate.close()
+    optimizer.step()
 
 
 def test_a_copy_that_fails_leaves_what_was_staged(slots: SlotDirectory, heard: Heard) -> None:
