@@ -105,6 +105,13 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def plain_kinds() -> list[type]:
+    """Return the classes of plain tensors and arrays, as far as they are loaded."""
+    torch, np = sys.modules.get("torch"), sys.modules.get("numpy")
+    kinds: list[type] = [] if torch is None else [torch.Tensor, torch.nn.Parameter]
+    return kinds if np is None else [*kinds, np.ndarray]
+
+
 def shard_of(value: Any, what: str, places: Places | None = None) -> Shard | None:
     """Describe a tensor or array; ``None`` if ``value`` is none that can be stored as elements.
 
@@ -209,9 +216,7 @@ def _of_tensor(torch: Any, value: Any, what: str, places: Places) -> Shard | Non
     if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
         raise CheckpointError(f"{what} has no shape yet", hint="run its lazy module once")
     dtype = _dtype_name(value.dtype)
-    if value.layout is not torch.strided or value.is_quantized or not is_known(dtype):
-        return None
-    if value.is_nested:
+    if not dtype or value.layout is not torch.strided or value.is_nested:
         return None
     if value.device.type == "meta":
         raise CheckpointError(
@@ -294,7 +299,9 @@ def _array_dtype(dtype: Any) -> str | None:
 
 @cache
 def _dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+    """Return our name of a torch dtype, ``""`` for those that are stored as objects."""
+    name = str(dtype).removeprefix("torch.")
+    return name if is_known(name) else ""
 
 
 def _widened(torch: Any, tensor: Any) -> Any:

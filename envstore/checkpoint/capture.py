@@ -142,6 +142,7 @@ class _Item(encoding.Encoder):
         self.twins: dict[str, tuple[str, str]] = {}
         self.objects: list[bytes] = []
         self.per_rank = False
+        self._kinds.update(dict.fromkeys(arrays.plain_kinds(), self.other))
         self._seen: dict[Any, str] = {}
         self._owner: Any = None
 
@@ -204,7 +205,9 @@ class _Item(encoding.Encoder):
 
     def _free_name(self, name: str) -> str:
         """Return ``name`` as safetensors can hold it, and as no other tensor of the item has it."""
-        name = (name or self.name).encode("utf-8", "backslashreplace").decode()
+        name = name or self.name
+        if not name.isascii():
+            name = name.encode("utf-8", "backslashreplace").decode()
         if len(name) > table.MAX_NAME - 20:
             name = f"{name[: table.MAX_NAME - 40]}#"
         free, number = name, 0
