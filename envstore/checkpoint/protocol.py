@@ -13,41 +13,27 @@ of its tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from envstore.checkpoint.bodies import (
-    MAX_TEXT,
-    MAX_WORLD,
-    check_id,
-)
-from envstore.checkpoint.epochs import LAST, Claim, Epoch, Epochs, Line
-from envstore.checkpoint.errors import (
-    CheckpointError,
-    FencedError,
-    NoCheckpointError,
-    RanksDisagreeError,
-)
+from envstore.checkpoint.beginning import Beginning, Choose
+from envstore.checkpoint.bodies import check_id
+from envstore.checkpoint.epochs import Epoch, Epochs, Line
+from envstore.checkpoint.errors import FencedError, NoCheckpointError, RanksDisagreeError
 from envstore.checkpoint.holds import Holds, Lease
 from envstore.checkpoint.layout import CheckpointId, RunName
 from envstore.checkpoint.merging import merge
 from envstore.checkpoint.naming import Names, step_tag
 from envstore.checkpoint.records import Commit, Part, commit_of
-from envstore.checkpoint.shelf import Names as PartNames
-from envstore.checkpoint.shelf import Shelf, is_complete
+from envstore.checkpoint.shelf import PartNames, Shelf, is_complete
 from envstore.errors import (
     AccessDeniedError,
     ConflictError,
     CorruptError,
     NotFoundError,
     UnavailableError,
-    UsageError,
 )
 from envstore.store.repository import PARALLEL, Repository
-
-_RACES = 32
-
-Choose = Callable[[Sequence[Commit]], CheckpointId | None]
 
 
 class RunStore:
@@ -89,70 +75,13 @@ class RunStore:
         may be called several times, on several ranks. One choice is kept: ``Epoch.resumed_from``.
         It may be ``staged`` too, which lies in memory and is yet to be committed; it counts then.
 
-        Eight listings, two writes, and what it commits itself. Raises ``RanksDisagreeError`` if the epoch to
-        join has another world size, ``FencedError`` if another incarnation begins at the same
-        time and wins, and what ``choose`` raises, before anything has changed if it does at once.
+        Eight listings, two writes, and what it commits itself. Raises ``RanksDisagreeError`` if
+        the epoch to join has another world size, ``FencedError`` if another incarnation begins at
+        the same time and a little later, and what ``choose`` raises; if that does so at once,
+        nothing has changed.
         """
-        if not 1 <= len(incarnation) <= MAX_TEXT:
-            raise UsageError("an incarnation is a text of 1 to 4096 characters")
-        if not 1 <= world_size <= MAX_WORLD:
-            raise UsageError(f"world size {world_size} cannot be kept", hint=f"1 to {MAX_WORLD}")
-        self._checked_choice(choose, staged)
-        for _ in range(_RACES):
-            claim = self._claim(incarnation, world_size)
-            if claim is None:
-                continue
-            epoch = self._epochs.start(claim.number)
-            if epoch is None:
-                # Whatever is committed from now on makes the claim void; whatever was before, or
-                # could have been, is in the list that is chosen from.
-                self._roll_forward()
-                epoch = self._epochs.begin(claim, self._checked_choice(choose, staged))
-            if epoch is None:
-                continue
-            newest = self._epochs.look().claimed
-            if newest == epoch.number:
-                return epoch
-            newer = self._epochs.claim(newest)
-            if newer is None or newer.incarnation != incarnation:
-                break
-        raise FencedError(
-            f"another incarnation of {self.run} has begun at the same time",
-            hint="let one job run it at a time",
-        )
-
-    def _claim(self, incarnation: str, world_size: int) -> Claim | None:
-        """Return the claim to join or the new one; ``None`` if somebody else was faster."""
-        standing = self._epochs.look()
-        newest = standing.claimed
-        started = standing.newest is not None and standing.newest.number == newest
-        may_join = newest and (started or newest in standing.pending)
-        claim = self._epochs.claim(newest) if may_join else None
-        if claim is None or claim.incarnation != incarnation or self._has_commits(newest):
-            if newest + 1 >= LAST:
-                raise CheckpointError(f"{self.run} has no epochs left", hint="use another name")
-            claim = self._epochs.take(newest + 1, incarnation, world_size)
-        if claim.incarnation != incarnation:
-            return None
-        if claim.world_size != world_size:
-            raise RanksDisagreeError(
-                f"{self.run}: one rank says that there are {world_size} of them, another "
-                f"{claim.world_size}",
-                hint="start all ranks alike, and give each start an incarnation of its own",
-            )
-        return claim
-
-    def _has_commits(self, epoch: int) -> bool:
-        return any(checkpoint.epoch == epoch for checkpoint in self._shelf.commits())
-
-    def _checked_choice(self, choose: Choose, staged: CheckpointId | None) -> CheckpointId | None:
-        chosen = choose(self.commits())
-        if chosen not in (None, staged) and self._load_commit(chosen) is None:
-            raise NoCheckpointError(
-                f"checkpoint {chosen} of {self.run} is not committed",
-                hint="see: envstore checkpoint ls",
-            )
-        return chosen
+        beginning = Beginning(self.run, self._epochs, self._shelf, incarnation, world_size)
+        return beginning.open(self._roll_forward, self.commits, choose, staged)
 
     def epoch(self) -> Epoch | None:
         """Return the newest epoch that has started. One listing and a request."""

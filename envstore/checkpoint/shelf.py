@@ -18,11 +18,11 @@ from envstore.checkpoint.records import Commit, Part, parse_commit, parse_part
 from envstore.store.objects.base import ObjectStore
 from envstore.store.repository import PARALLEL
 
-Names = set[tuple[int, int]]
+PartNames = set[tuple[int, int]]
 """The ``(rank, world size)`` of some parts of one checkpoint."""
 
 
-def is_complete(names: Names) -> bool:
+def is_complete(names: PartNames) -> bool:
     """Return whether these are all ranks of one world."""
     sizes = {world_size for _, world_size in names}
     return len(sizes) == 1 and len(names) == sizes.pop()
@@ -42,11 +42,11 @@ class Shelf:
         data, _ = create(self._objects, key, part.encode())
         return parse_part(data, part.checkpoint, part.rank, part.world_size)
 
-    def parts(self, checkpoint: CheckpointId) -> Names:
+    def parts(self, checkpoint: CheckpointId) -> PartNames:
         """Return which parts of a checkpoint are there. One listing."""
         return self._list(f"{checkpoint}/").get(checkpoint, set())
 
-    def all_parts(self) -> dict[CheckpointId, Names]:
+    def all_parts(self) -> dict[CheckpointId, PartNames]:
         """Return which parts are there. One listing."""
         return self._list("")
 
@@ -91,8 +91,8 @@ class Shelf:
         """Remove a COMMIT. One request."""
         self._objects.delete(self._commit_key(checkpoint))
 
-    def _list(self, below: str) -> dict[CheckpointId, Names]:
-        found: dict[CheckpointId, Names] = {}
+    def _list(self, below: str) -> dict[CheckpointId, PartNames]:
+        found: dict[CheckpointId, PartNames] = {}
         for info in self._objects.list(self._parts + below):
             name, _, last = info.key.removeprefix(self._parts).partition("/")
             checkpoint, rank = parse_id(name), parse_rank(last)
