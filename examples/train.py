@@ -95,6 +95,16 @@ class Loader:
         return torch.randperm(samples, generator=chooser) * CONTEXT
 
 
+def join() -> None:
+    """Make the process group of all ranks that torchrun has started."""
+    # torchrun's store goes on over restarts of the workers, and gloo would find the addresses of
+    # the dead in it: each start gets keys of its own.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    own = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=own, rank=rank, world_size=world_size)
+
+
 def main() -> int:
     """Train; returns the exit status."""
     parser = argparse.ArgumentParser(description="Train a small transformer, with checkpoints.")
@@ -116,7 +126,7 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
+        join()
     text = "".join(pydoc_data.topics.topics.values())
     letters = sorted(set(text))
     numbers = {letter: number for number, letter in enumerate(letters)}
