@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envstore.errors import CorruptError
+from envstore.store.anchors import anchor_behind
 from envstore.store.locations import NOWHERE
 from envstore.store.manifest import HOLE
 from envstore.store.refs import RefName, read_ref
@@ -18,7 +19,8 @@ class Usage:
 
     ``logical`` sums the files; ``unique`` counts each distinct chunk once, raw; ``stored`` is
     what those chunks take compressed (a frame's size shared out by raw bytes); ``exclusive`` is
-    the part of ``stored`` that no other of the measured refs uses.
+    the part of ``stored`` that no other of the measured refs uses. What a frame is a difference to
+    counts like a chunk.
     """
 
     logical: int
@@ -91,5 +93,9 @@ def _tally(repository: Repository, manifest: bytes) -> _Tally:
                     raise CorruptError(f"locations: chunk {name.hex()} is nowhere")
                 frame = locations.frames[locations.ref_frames[number]]
                 chunks[name] = size, frame.stored * size / max(1, frame.raw)
+                anchor = anchor_behind(locations.frames, locations.ref_frames[number])
+                if anchor is not None:
+                    # Almost always a chunk of an earlier tree: its frame then has its digest.
+                    chunks.setdefault(anchor.digest, (anchor.raw, anchor.stored))
             number += 1
     return _Tally(root.logical, chunks)

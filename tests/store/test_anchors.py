@@ -31,8 +31,10 @@ from envstore.store.locations import FrameRef, Locations, open_locations
 from envstore.store.packing import PackWriter
 from envstore.store.packs import pack_key
 from envstore.store.refs import RefName, move_ref
+from envstore.store.repack import _moved
 from envstore.store.snapshots import Snapshot, save_snapshot
 from envstore.store.source import Kind
+from envstore.store.usage import measure
 from tests.damage import assert_noticed
 from tests.store.independent_reader import Tree
 from tests.stores import Store
@@ -309,6 +311,33 @@ def test_another_anchor_than_the_locations_say_is_damage(steps: Steps) -> None:
     locations.frames[at[0] + 1] = locations.frames[at[1] + 1]
     steps.store.repository.objects.put(f"locations/{manifest.hex()}", locations.seal())
     assert any("another anchor" in p.reason for p in steps.store.verify(whole=False).problems)
+
+
+def test_anchors_count_as_used(steps: Steps) -> None:
+    steps.save(FIRST)
+    steps.save(SECOND, like=FIRST)
+    first, second = (RefName.parse(f"step:{number}") for number in (1, 2))
+    used = measure(steps.store.repository, [first, second])
+    assert used.refs[first].unique == 3 * MIB
+    assert used.refs[second].unique == 6 * MIB
+    assert used.refs[second].stored > used.refs[first].stored >= 3 * MIB
+    assert used.refs[first].exclusive == 0
+    assert 0 < used.refs[second].exclusive < MIB
+    assert used.total.unique == 6 * MIB
+
+
+def test_a_repack_keeps_anchors(steps: Steps) -> None:
+    first = steps.save(FIRST)
+    second = steps.save(SECOND, like=FIRST)
+    for manifest, refs in ((first, FIRST), (second, SECOND)):
+        locations = steps.locations(manifest)
+        names = b"".join(map(digest, refs))
+        moved = _moved(locations, names, DedupIndex())
+        assert set(moved.frames) == set(locations.frames)
+        for old, new in zip(locations.ref_frames, moved.ref_frames, strict=True):
+            assert moved.frames[new] == locations.frames[old]
+            behind = anchor_behind(locations.frames, old)
+            assert anchor_behind(moved.frames, new) == behind
 
 
 def test_chains_are_never_longer_than_one() -> None:
