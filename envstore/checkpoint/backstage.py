@@ -71,6 +71,7 @@ def serve(options: argparse.Namespace) -> int:
             linger=linger,
             allowed=options.allow_store,
             store=options.store,
+            trusted=not options.distrust,
         )
         _end_on_signals(persister)
         _log.info("process %d serves %s", os.getpid(), directory)

@@ -59,6 +59,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="URLs of stores that may be written to, as a shell pattern; may be repeated",
     )
     parser.add_argument("--store", default="", help="a store to open before the first save")
+    parser.add_argument(
+        "--distrust", action="store_true", help="others write into the directory (as with --watch)"
+    )
     parser.add_argument("--detach", action="store_true", help="go on in the background")
     options = parser.parse_args(arguments)
     if (options.directory is None) == (options.watch is None):
@@ -74,7 +77,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _passed_on(options: argparse.Namespace) -> list[str]:
     """Return the arguments of each process of ``--watch``."""
-    found = [f"--allow-store={pattern}" for pattern in options.allow_store]
+    found = ["--distrust", *(f"--allow-store={pattern}" for pattern in options.allow_store)]
     if options.bandwidth is not None:
         found.append(f"--bandwidth={options.bandwidth!r}")
     if options.linger is not None:

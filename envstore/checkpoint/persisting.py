@@ -31,7 +31,7 @@ from envstore.errors import EnvstoreError, UnsupportedFormatError, UsageError
 PENDING = "pending"
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a part that failed is tried again; twice as long after each failure."""
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.25
 """How often slots are looked at while a trainer lives: it says when there is something to do."""
 COMMIT_PAUSE, LONGEST_COMMIT_PAUSE = 0.1, 5.0
 """Seconds between two looks whether all ranks have stored their parts."""
@@ -133,14 +133,20 @@ class Worker(threading.Thread):
         tell: Callable[[dict[str, Any]], None],
         turned: Callable[[], None],
         store: str = "",
+        trusted: bool = True,
     ) -> None:
-        """``store`` is opened at once, so that the first save finds it open."""
+        """``store`` is opened at once, so that the first save finds it open.
+
+        Unless ``trusted``, others write into the directory: lists of packs that are kept there
+        to be taken over could make the store's index lie, so none are.
+        """
         super().__init__(name="persist", daemon=True)
         self._slots = slots
         self._stores = stores
         self._tell = tell
         self._turned = turned
         self._store = store
+        self._pending = slots.path / PENDING if trusted else None
         self._hashes = HashPool()
         self._awake = threading.Condition()
         # Under the lock of ``_awake``:
@@ -381,10 +387,9 @@ class Worker(threading.Thread):
         traffic = store.repository.objects.traffic
         before = traffic.bytes_out
         recipe = self._recipe_of(slot, key)
-        pending = self._slots.path / PENDING
         filling = _SlotFilling(slot, self._slots)
         with PartUpload(
-            store.knowledge, self._hashes, recipe, codec=orders.codec, pending=pending
+            store.knowledge, self._hashes, recipe, codec=orders.codec, pending=self._pending
         ) as upload:
             upload.add(slot.files, slot.view, filling)
             filling.finish()

@@ -78,9 +78,13 @@ class Persister:
         linger: float = LINGER_SECONDS,
         allowed: Sequence[str] = (),
         store: str = "",
+        trusted: bool = True,
         open_objects: Callable[[str], ObjectStore] = open_objects,
     ) -> None:
-        """See ``spawning.PersisterOptions``; ``allowed`` are patterns of URLs of stores."""
+        """See ``spawning.PersisterOptions``; ``allowed`` are patterns of URLs of stores.
+
+        Not ``trusted`` is a directory that others than this process's user write into.
+        """
         self._slots = SlotDirectory(directory)
         self._directory = directory
         self._own_limit = bandwidth
@@ -88,6 +92,7 @@ class Persister:
         self._linger = linger
         self._stores = Stores(self._bucket, allowed, open_objects=open_objects)
         self._store = store
+        self._trusted = trusted
         self._messages: deque[dict[str, Any]] = deque()
         self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
@@ -134,7 +139,12 @@ class Persister:
 
     def _serve(self, listener: socket.socket) -> None:
         worker = Worker(
-            self._slots, self._stores, tell=self._tell, turned=self._wake, store=self._store
+            self._slots,
+            self._stores,
+            tell=self._tell,
+            turned=self._wake,
+            store=self._store,
+            trusted=self._trusted,
         )
         worker.start()
         hurried = False
@@ -149,6 +159,8 @@ class Persister:
                     worker.hurry()
                 if self._may_end(worker):
                     break
+                if not worker.is_alive():
+                    raise CheckpointError("the thread that saves has ended; its log says why")
                 for key, _ in self._selector.select(_LOOK_SECONDS):
                     if key.fileobj is listener:
                         self._accept(listener)
@@ -206,7 +218,8 @@ class Persister:
             time.sleep(_LET_GO_POLL)
         shutil.rmtree(self._directory / PENDING, ignore_errors=True)
         for path in [*self._directory.glob("waves-*"), *(self._directory / n for n in (LOG, LOCK))]:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         if not self._slots.remove():
             _log.info("the slots stay: a trainer has come")
 
@@ -257,6 +270,8 @@ class Persister:
             case "hello":
                 client.told = True
                 client.trainer = isinstance(message.get("pid"), int)
+                if client.trainer:
+                    self._closing = None  # whoever asked for the end was another
                 if client.trainer and "bandwidth" in message:
                     self._set_limit(message["bandwidth"])
                 self._send(client, {"say": "hello", "pid": os.getpid()})

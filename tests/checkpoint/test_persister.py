@@ -716,3 +716,39 @@ def test_who_asks_may_limit_uploads_but_not_beyond_the_persister(slots: SlotDire
             talker.hear("hello")
             talker.ask("status")
             assert talker.hear("status")["bandwidth"] == rate
+
+
+def test_lists_of_packs_that_others_may_have_written_are_not_believed(
+    slots: SlotDirectory, owner: SlotOwner, store: Store
+) -> None:
+    lie = slots.path / "pending" / ("ab" * 32)
+    lie.parent.mkdir()
+    lie.write_bytes(b"a list of packs that is none")
+    with serving(slots.path, trusted=False, **_faulty(store)), Talker(slots.path) as talker:
+        stage(owner, orders(store.url, 1), state(FILES))
+        talker.ask("writing", slot=0, id="")
+        talker.hear("durable")
+        assert lie.exists()
+
+    with serving(slots.path, **_faulty(store)), Talker(slots.path) as talker:
+        stage(owner, orders(store.url, 2), state({"m": (10, 1)}))
+        talker.ask("writing", slot=0, id="")
+        talker.hear("durable")
+        assert not lie.exists()
+
+
+def test_a_trainer_that_comes_back_keeps_a_persister_that_was_told_to_close(
+    slots: SlotDirectory, store: Store
+) -> None:
+    fault = store.faults.fail("put", _DOWN, key="packs/")
+    with serving(slots.path, linger=3600, **_faulty(store)):
+        with SlotOwnerOf(slots) as owner, Talker(slots.path) as talker:
+            stage(owner, orders(store.url, 1), state(FILES))
+            talker.ask("close")
+            talker.hear("failed")
+        with SlotOwnerOf(slots), Talker(slots.path) as talker:
+            fault.remove()
+            talker.hear("durable")
+            talker.ask("flush")
+            talker.hear("flushed")
+            assert _state(slots, 0) == DURABLE
