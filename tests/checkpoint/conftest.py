@@ -48,10 +48,16 @@ def store_url(tmp_path: Path, slots_root: Path, cache_dir: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def trainers() -> Iterator[Trainers]:
-    """Return what starts trainers."""
+def _template() -> Iterator[Trainers]:
     with Trainers() as opened:
         yield opened
+
+
+@pytest.fixture
+def trainers(_template: Trainers, slots_root: Path) -> Iterator[Trainers]:
+    """Return what starts trainers; they are gone before the slots are removed."""
+    yield _template
+    _template.end_all()
 
 
 @pytest.fixture

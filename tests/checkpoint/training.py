@@ -152,6 +152,14 @@ class Trainers:
         trainer.pid = trainer.wait_for("begin")["pid"]
         return trainer
 
+    def end_all(self) -> None:
+        """Kill all that are under way, and wait until they are gone."""
+        for trainer in self._trainers.values():
+            if trainer.pid:
+                trainer.kill()
+                trainer.end()
+                trainer.pid = 0
+
     def __enter__(self) -> Trainers:
         return self
 
@@ -161,9 +169,7 @@ class Trainers:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for trainer in self._trainers.values():
-            if trainer.pid:
-                trainer.kill()
+        self.end_all()
         self._process.kill()
         self._process.wait()
         self._reader.join()
