@@ -129,6 +129,8 @@ def _torch_lacks(candidate: Candidate) -> str | None:
             return f"{start}.metadata"
         if f"{start}.metadata.tmp" in candidate.files:
             return f"{start}.metadata to take its place"
+        if candidate.path.suffix == ".ckpt" and "meta.pt" not in candidate.files:
+            return "meta.pt"  # which Lightning writes after it
     return None
 
 

@@ -28,8 +28,8 @@ from envstore.checkpoint.encoding import torch_dtype
 from envstore.checkpoint.errors import UntrustedObjectError
 from envstore.checkpoint.filling import Filler
 from envstore.checkpoint.layout import Tree
-from envstore.checkpoint.matching import SavedStructure, StatefulRef, TensorRef
 from envstore.checkpoint.sources import Sources
+from envstore.checkpoint.structure import SavedStructure, StatefulRef, TensorRef
 from envstore.checkpoint.table import ItemRecord, TensorRecord
 
 

@@ -17,14 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from envstore.checkpoint.adapters.recording import Recorder
 from envstore.checkpoint.adapters.storing import store_directory
-from envstore.checkpoint.errors import RanksDisagreeError
-from envstore.checkpoint.layout import CheckpointId
-from envstore.checkpoint.lineage import surroundings
 from envstore.checkpoint.places import find_place
 from envstore.checkpoint.policies import Policy, encode_keep
 from envstore.checkpoint.protocol import RunStore
-from envstore.checkpoint.records import Commit, Part
+from envstore.checkpoint.records import Commit
 from envstore.checkpoint.retention import apply
 from envstore.errors import UsageError
 from envstore.store.cache import default_cache
@@ -33,8 +31,6 @@ from envstore.store.repository import Repository
 from envstore.store.source import ChangedError
 
 Step = int | Literal["latest"]
-
-_ATTEMPTS = 16
 
 
 class DirectoryRun:
@@ -53,8 +49,7 @@ class DirectoryRun:
         self.name = place.run
         self._repository = Repository.open(place.store, default_cache())
         self.run = RunStore(self._repository, place.run)
-        self._lineage = surroundings(1, os.environ)
-        self._epoch: int | None = None
+        self._recorder = Recorder(self.run)
         self._saving = threading.Lock()
 
     def begin(self, resumed_from: int | None, *, incarnation: str | None = None) -> None:
@@ -65,8 +60,7 @@ class DirectoryRun:
         ``NoCheckpointError`` if the run has no such step.
         """
         chosen = None if resumed_from is None else self.run.find(resumed_from).checkpoint
-        epoch = self.run.open_epoch(incarnation or secrets.token_hex(16), 1, lambda _: chosen)
-        self._epoch = epoch.number
+        self._recorder.begin(chosen, incarnation)
 
     def save(
         self,
@@ -164,44 +158,16 @@ class DirectoryRun:
             raise ChangedError(os.fsencode(path))
         if same and self._repository.snapshot(same[-1].snapshot).manifest == stored.manifest:
             return same[-1]
-        epoch = self._joined_epoch()
-        for attempt in range(self._next_attempt(step, epoch), _ATTEMPTS + len(same) + 1):
-            checkpoint = CheckpointId(step, epoch, attempt)
-            part = Part(
-                checkpoint, 0, 1, stored.snapshot, saved, size=stored.logical_bytes,
-                sent=stored.sent_bytes, metrics=metrics, lineage=self._lineage,
-            )  # fmt: skip
-            try:
-                self.run.put_part(part)
-            except RanksDisagreeError:
-                continue  # another process saves the same step
-            commit = self.run.try_commit(checkpoint)
-            if commit is not None:
-                self._retain()
-                return commit
-        raise RanksDisagreeError(
-            f"others save step {step} of {self.name} again and again",
-            hint="give each job its own run",
+        commit = self._recorder.commit(
+            step,
+            stored.snapshot,
+            saved,
+            size=stored.logical_bytes,
+            sent=stored.sent_bytes,
+            metrics=metrics,
         )
-
-    def _joined_epoch(self) -> int:
-        if self._epoch is None:
-            epoch = self.run.epoch()
-            if epoch is None:
-                self.begin(None)
-            else:
-                self._epoch = epoch.number
-        assert self._epoch is not None  # noqa: S101 - begin sets it
-        return self._epoch
-
-    def _next_attempt(self, step: int, epoch: int) -> int:
-        known = [*self.run.commits(), *self.run.commits(fenced=True)]
-        attempts = [
-            commit.checkpoint.attempt
-            for commit in known
-            if (commit.step, commit.checkpoint.epoch) == (step, epoch)
-        ]
-        return max(attempts, default=-1) + 1
+        self._retain()
+        return commit
 
     def _retain(self) -> None:
         if self._keep:

@@ -5,7 +5,8 @@ names, in the store of ``storage_options={"store": URL}``, else of ``ENVSTORE_UR
 user's own. Reading fetches the ranges that are asked for, through the node's cache. Contents are
 stored while they are written; the tree changes when a file is closed, or all at once when a
 transaction ends. What PyTorch writes as a distributed checkpoint (``*.distcp``) joins the tree
-when its ``.metadata`` does, so that nobody meets half a checkpoint, whoever dies.
+when its ``.metadata`` does, so that nobody meets half a checkpoint, whoever dies; at
+``namespace/run/step-<n>`` it is then a checkpoint of the run ``namespace/run``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from fsspec import AbstractFileSystem
@@ -26,8 +27,11 @@ from fsspec.spec import AbstractBufferedFile
 from fsspec.transaction import Transaction
 
 from envstore.checkpoint.adapters.drafts import Draft, Drafts
+from envstore.checkpoint.adapters.recording import Recorder
 from envstore.checkpoint.adapters.reftrees import RefTrees, View
 from envstore.checkpoint.adapters.storing import StoredFile, Upload
+from envstore.checkpoint.layout import RunName
+from envstore.checkpoint.protocol import RunStore
 from envstore.errors import (
     AccessDeniedError,
     EnvstoreError,
@@ -54,6 +58,7 @@ _ERRNO = (
 # with one for each.
 _COMPLETION = re.compile(rb"(?:__(\d+))?\.metadata")
 _INCOMPLETE = re.compile(rb".*\.distcp|(?:__\d+)?\.metadata\.tmp", re.DOTALL)
+_STEP_TAG = re.compile(r"step-(0|[1-9]\d{0,11})", re.ASCII)
 
 Info = dict[str, Any]
 
@@ -329,7 +334,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
         drafts = [draft for file in ready for draft in self._completed_by(ref, file.entry.path)]
         drafts = [draft for draft in drafts if draft.path not in {f.entry.path for f in ready}]
         complete = any(_COMPLETION.fullmatch(_name(file.entry.path)) for file in ready)
-        self._trees.change(
+        changed = self._trees.change(
             ref,
             lambda _: None,
             [*map(self._drafts.load, drafts), *ready],
@@ -337,6 +342,27 @@ class EnvstoreFileSystem(AbstractFileSystem):
         )
         for draft in drafts:
             self._drafts.remove(ref, draft.path)
+        if changed.snapshot is not None and any(f.entry.path == b".metadata" for f in ready):
+            self._record(ref, changed.snapshot)
+
+    def _record(self, ref: RefName, name: bytes) -> None:
+        """Have a distributed checkpoint at ``namespace/run/step-<n>`` be one of the run's."""
+        step = step_of_tag(ref.tag)
+        if step is not None:
+            repository = self._trees.repository
+            snapshot = repository.snapshot(name)
+            saved = datetime.now(UTC).isoformat(timespec="microseconds")
+            run = RunStore(repository, RunName(ref.namespace, ref.name))
+            Recorder(run).commit(step, name, saved, size=snapshot.logical_bytes)
+
+    def _unrecord(self, ref: RefName, name: bytes) -> None:
+        """Have the run forget the checkpoint that was removed as a tree."""
+        step = step_of_tag(ref.tag)
+        if step is not None:
+            run = RunStore(self._trees.repository, RunName(ref.namespace, ref.name))
+            for commit in run.commits():
+                if commit.step == step and commit.snapshot == name:
+                    run.remove(commit)
 
     def _completed_by(self, ref: RefName, path: bytes) -> list[Draft]:
         match = _COMPLETION.fullmatch(_name(path))
@@ -379,7 +405,9 @@ class EnvstoreFileSystem(AbstractFileSystem):
             b"" in inners or any(path in view.entries for path in inners)
         )
         if present and inners:
-            self._trees.change(ref, lambda entries: _drop(entries, inners))
+            changed = self._trees.change(ref, lambda entries: _drop(entries, inners))
+            if changed.snapshot is None and changed.before is not None:
+                self._unrecord(ref, changed.before)
         elif not gone and not kept:
             raise _missing(", ".join(os.fsdecode(path) for path in inners))
 
@@ -501,6 +529,12 @@ def _place(path: str) -> tuple[RefName, bytes]:
             f"{path} is not a place for a file", hint="write envstore://namespace/name/tag/file"
         )
     return ref, inner
+
+
+def step_of_tag(tag: str) -> int | None:
+    """Return the step whose checkpoint the ref of a run with this tag names, if it is one."""
+    match = _STEP_TAG.fullmatch(tag)
+    return int(match[1]) if match else None
 
 
 def _name(path: bytes) -> bytes:

@@ -3,8 +3,8 @@
 What Lightning saves is an ordinary checkpoint of the run: staged in shared memory, uploaded by the
 persister even if the trainer is killed, its weights as ``model.safetensors``. At the path where
 Lightning expects a file lies a small one that names the checkpoint, so that ``ckpt_path="last"``,
-``best_model_path`` and ``save_top_k`` work as ever. FSDP and ModelParallel strategies do not ask
-plugins: give them ``dirpath="envstore://namespace/run/tag"`` instead.
+``best_model_path`` and ``save_top_k`` work as ever. Strategies that shard (FSDP, ModelParallel) do
+not ask plugins but write directories on a local disk: ``watching`` saves those.
 """
 
 from __future__ import annotations

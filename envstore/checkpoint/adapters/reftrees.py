@@ -158,7 +158,7 @@ class RefTrees:
             if not any(entry.kind is not Kind.DIRECTORY for entry in entries.values()):
                 objects.delete(ref.key)
                 return Changed(None, before.name if before else None)
-            name = self._store(entries, before, files, bases, kind)
+            name = self._store(ref, entries, before, files, bases, kind)
             if before is not None and name == before.name:
                 return Changed(name, name)
             if self._moved(ref, name, expected):
@@ -178,6 +178,7 @@ class RefTrees:
 
     def _store(
         self,
+        ref: RefName,
         entries: dict[bytes, Entry],
         before: View | None,
         files: Sequence[StoredFile],
@@ -189,9 +190,14 @@ class RefTrees:
         root = store_entries(self.repository, uniform, bases=(*parents, *bases), files=files)
         if before is not None and root.digest == before.snapshot.manifest:
             return before.name
+        attributes = {}
         if before is not None:
-            kind = before.snapshot.kind
-        return save_checkpoint_snapshot(self.repository, root, parents, kind=kind)
+            kind, attributes = before.snapshot.kind, dict(before.snapshot.attributes)
+        if kind == "checkpoint":
+            attributes["run"] = f"{ref.namespace}/{ref.name}"
+        return save_checkpoint_snapshot(
+            self.repository, root, parents, kind=kind, attributes=attributes
+        )
 
 
 def _check_place(entries: dict[bytes, Entry], path: bytes) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from envstore.checkpoint.adapters.directory import DirectoryRun
 from envstore.checkpoint.adapters.filesystem import EnvstoreFileSystem
 from envstore.checkpoint.trees import SnapshotTree
 from envstore.errors import NotFoundError
@@ -242,7 +243,7 @@ def _loaded(url: str) -> tuple[float, int]:
     return float(state["model"]["w"].mean()), state["step"]
 
 
-def test_a_distributed_checkpoint(fs: EnvstoreFileSystem, store: Store) -> None:
+def test_a_distributed_checkpoint(fs: EnvstoreFileSystem, store: Store, tmp_path: Path) -> None:
     url = "envstore://team/llm/step-100"
     dcp.save(_state(1), checkpoint_id=url)
     assert names(fs, url) == [".metadata", "__0_0.distcp"]
@@ -253,6 +254,16 @@ def test_a_distributed_checkpoint(fs: EnvstoreFileSystem, store: Store) -> None:
     assert _loaded(url) == (2, 2)
     sequence = read_ref(store.repository.objects, RefName("team", "llm", "step-100")).sequence
     assert sequence == 2  # each save moved the ref once
+    # It is a checkpoint of the run, until its tree is removed.
+    with DirectoryRun("team/llm") as run:
+        assert run.latest() == 100
+        assert run.restore(tmp_path / "restored") == 100
+        assert sorted(path.name for path in (tmp_path / "restored").iterdir()) == names(fs, url)
+        dcp.save(_state(4), checkpoint_id="envstore://team/llm/step-200")
+        assert run.latest() == 200
+        fs.rm("envstore://team/llm/step-200", recursive=True)
+        assert run.latest() == 100
+        assert store.snapshot("team/llm:latest") == store.snapshot("team/llm:step-100")
     dcp.async_save(_state(3), checkpoint_id=f"{url}/below").result()
     assert _loaded(f"{url}/below") == (3, 3)
 

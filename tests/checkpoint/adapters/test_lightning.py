@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from envstore.checkpoint.adapters.filesystem import EnvstoreFileSystem
 from envstore.checkpoint.adapters.lightning import EnvstoreCheckpointIO
 from envstore.checkpoint.errors import CheckpointError, NoCheckpointError, UntrustedObjectError
 from envstore.checkpoint.run import Run
@@ -54,15 +56,19 @@ def store(
 
 
 def fit(
-    out: Path, io: EnvstoreCheckpointIO, epochs: int, ckpt_path: str | None = None, **options: Any
+    out: Path | str,
+    io: EnvstoreCheckpointIO | None,
+    epochs: int,
+    ckpt_path: str | None = None,
+    **options: Any,
 ) -> Model:
     torch.manual_seed(0)
     model = Model()
     data = TensorDataset(torch.randn(32, 8), torch.randn(32, 1))
     saves = ModelCheckpoint(out, monitor="loss", save_last=True, **{"save_top_k": 2, **options})
     trainer = pl.Trainer(
-        plugins=[io], callbacks=[saves], max_epochs=epochs, accelerator="cpu", devices=1,
-        logger=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[io] if io else None, callbacks=[saves], max_epochs=epochs, accelerator="cpu",
+        devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(model, DataLoader(data, batch_size=8), ckpt_path=ckpt_path)
     return model
@@ -127,3 +133,13 @@ def test_a_fit_that_forgot_to_resume_is_stopped(store: Store, tmp_path: Path) ->
     io.run.close()
     with pytest.raises(CheckpointError, match="restore"):
         fit(tmp_path / "out", EnvstoreCheckpointIO("team/llm"), 1)
+
+
+def test_without_the_plugin_files_are_written_through_fsspec(store: Store, tmp_path: Path) -> None:
+    fsspec.register_implementation("envstore", EnvstoreFileSystem, clobber=True)
+    whole = fit(tmp_path / "whole", EnvstoreCheckpointIO("team/whole"), 3)
+    out = "envstore://team/files/run"
+    fit(out, None, 1)
+    again = fit(out, None, 3, f"{out}/last.ckpt")
+    assert again.losses == whole.losses[4:]
+    EnvstoreFileSystem.clear_instance_cache()

@@ -118,6 +118,13 @@ def test_signs_of_completeness(out: Path) -> None:
     assert lacks(out) is None
     clear()
 
+    place("epoch=0-step=5.ckpt/__0_0.distcp")
+    place("epoch=0-step=5.ckpt/.metadata")
+    assert lacks(out) == "meta.pt"
+    place("epoch=0-step=5.ckpt/meta.pt", archive())
+    assert lacks(out) is None
+    clear()
+
     place("epoch=0-step=5.ckpt", archive()[:-10])
     assert lacks(out) == "the rest of epoch=0-step=5.ckpt"
     place("epoch=0-step=5.ckpt", archive())
