@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from envstore.checkpoint import table
@@ -199,6 +200,27 @@ def test_replicated_items_go_to_any_number_of_ranks() -> None:
         assert all(torch.equal(state["x"][name], tensor) for name, tensor in value.items())
         assert state["x"]["mine"] == (2 if world_size == 3 else 0)
         assert tree.read_bytes == 9 * 16
+
+
+@pytest.mark.parametrize("rows", [7, 8, 10])
+def test_rows_dealt_out_twice_are_found_in_their_order(rows: int) -> None:
+    full = torch.arange(rows * 3.0).reshape(rows, 3)
+    ranks = iter(range(4))
+
+    def make() -> dict[str, Any]:
+        # Tensor parallel first, then FSDP within: the outer dimension of the mesh cuts last.
+        outer, inner = divmod(next(ranks), 2)
+        local = full.chunk(2)[inner].chunk(2)[outer].clone()
+        placements = (_StridedShard(0, split_factor=2), Shard(0))
+        mesh = init_device_mesh("cpu", (2, 2))
+        made = DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+        )
+        return {"w": made}
+
+    state = {"w": torch.zeros(rows, 3)}
+    apply(state, save(make, 4))
+    assert torch.equal(state["w"], full)
 
 
 def test_partial_sums_are_refused() -> None:
