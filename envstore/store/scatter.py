@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -147,7 +148,12 @@ class _Scatter:
         ]
 
     def _do(self, remote: Sequence[list[Job]], cached: Sequence[list[Job]]) -> None:
-        work = deque([*remote, *cached])
+        work = deque(remote)
+        if self._cache is not None and work:
+            # Ranks that restore the same at the same time begin at different places, and find in
+            # the cache what the others have fetched when they come to it.
+            work.rotate(random.randrange(len(work)))  # noqa: S311
+        work.extend(cached)
         count = min(self._threads if remote else LOCAL_THREADS, len(work))
         if count < 2:
             self._work(work)

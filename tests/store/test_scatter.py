@@ -237,6 +237,22 @@ def test_what_came_from_afar_is_kept(source: Path, far: Opened) -> None:
     assert objects.calls == []
 
 
+def test_ranks_that_want_the_same_begin_at_different_places(
+    pushed: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    firsts = set()
+    for number in range(3):
+        far = FarStore(pushed.repository.objects)
+        cache = BlobCache(tmp_path / f"cache-{number}")
+        repository = Repository(far, pushed.repository.config, cache)
+        tree = Opened(repository, pushed.repository.resolve("tree"))
+        far.clear()
+        monkeypatch.setattr(random, "randrange", lambda count, number=number: number % count)
+        tree.read(tree.everything(), threads=1)
+        firsts.add((far.calls[0].key, far.calls[0].length))
+    assert len(firsts) == 3
+
+
 def test_a_store_on_this_machine_is_not_copied_into_the_cache(
     source: Path, pushed: Store, tmp_path: Path
 ) -> None:
