@@ -56,7 +56,8 @@ class EnvstoreWriter(StorageWriter):
 
     ``step`` is the step to save: set it anew for each, or give ``checkpoint_id="step-100"`` to
     ``dcp.save``, or have an integer ``"step"`` in the state. Plain tensors are taken to be equal
-    on all ranks, as DCP does. Planners that change what is saved are refused.
+    on all ranks, as DCP does; name their items in ``Run(replicated=)`` so that each is stored
+    once. Planners that change what is saved are refused. All keys become text, as DCP makes them.
     """
 
     # What makes it an AsyncStager, so that ``dcp.async_save`` stages with it.

@@ -75,6 +75,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
         self.store = store
         self._opened: dict[str, tuple[RefTrees, Drafts]] = {}
         self._opening = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def transaction_type(self) -> type[Transaction]:
@@ -253,6 +254,9 @@ class EnvstoreFileSystem(AbstractFileSystem):
 
     def _store(self) -> tuple[RefTrees, Drafts]:
         url = self._url()
+        if os.getpid() != self._process:
+            # After a fork, as in the workers of a data loader, connections are the parent's.
+            self._opened, self._opening, self._process = {}, threading.Lock(), os.getpid()
         with self._opening:
             if url not in self._opened:
                 repository = Repository.open(url, default_cache())

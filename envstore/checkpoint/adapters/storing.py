@@ -137,14 +137,19 @@ class Upload:
 
     def write(self, data: bytes | memoryview) -> None:
         """Take the next bytes. Raises what befell the thread."""
-        self._carry += data
-        whole = len(self._carry) // WINDOW * WINDOW
-        if not whole:
-            return
-        view = memoryview(bytes(self._carry[:whole]))
-        del self._carry[:whole]
-        for at in range(0, whole, WINDOW):
+        view = memoryview(data)
+        at = 0
+        if self._carry:
+            at = min(WINDOW - len(self._carry), len(view))
+            self._carry += view[:at]
+            if len(self._carry) < WINDOW:
+                return
+            self._hand(bytes(self._carry))
+            self._carry.clear()
+        while len(view) - at >= WINDOW:
             self._hand(bytes(view[at : at + WINDOW]))
+            at += WINDOW
+        self._carry += view[at:]
 
     def finish(self) -> StoredFile:
         """Return the file once all its chunks are stored. Raises what befell the thread."""
