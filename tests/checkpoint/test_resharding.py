@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from envstore.checkpoint import table
@@ -221,6 +222,40 @@ def test_rows_dealt_out_twice_are_found_in_their_order(rows: int) -> None:
     state = {"w": torch.zeros(rows, 3)}
     apply(state, save(make, 4))
     assert torch.equal(state["w"], full)
+
+
+BUFFERS = {"8.running_mean", "8.running_var", "8.num_batches_tracked"}
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_what_data_parallel_ranks_have_alike_is_stored_once(broadcast: bool) -> None:
+    def make() -> dict[str, Any]:
+        inner = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(8)))
+        inner.append(torch.nn.BatchNorm1d(2))
+        model = DistributedDataParallel(inner)
+        model.broadcast_buffers = broadcast  # as an option it has another name in newer torch
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+        inner(torch.ones(3, 2)).sum().backward()
+        optimizer.step()
+        loose = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], momentum=0.9)
+        loose.param_groups[0]["params"][0].grad = torch.ones(2)
+        loose.step()
+        return {"model": model, "optim": optimizer, "loose": loose}
+
+    tree = save(make, 2)
+    tables = [
+        parse_table(tree.files[f"ranks/{rank:05d}/state.json"], "state.json") for rank in range(2)
+    ]
+    whole = table.assemble(tables)
+    owners = {piece.owner for found in whole.values() for piece in found.pieces}
+    assert owners == {0, 1}
+    for (item, name), found in whole.items():
+        buffer = item == "model" and name in BUFFERS
+        own = item == "loose" or (buffer and not broadcast)
+        assert found.per_rank == own, (item, name)
+        if buffer and broadcast:
+            assert [piece.owner for piece in found.pieces] == [0]
+    assert "0.weight" in tables[0].items["model"].tensors
 
 
 def test_partial_sums_are_refused() -> None:
