@@ -190,8 +190,8 @@ class Decoder:
         kind = type(value)
         if kind is str or kind is int or kind is float or value is None or kind is bool:
             return value
-        if depth > 2 * MAX_DEPTH:
-            raise CorruptError(f"{self._what} nests deeper than {2 * MAX_DEPTH} levels")
+        if depth > MAX_DEPTH:
+            raise CorruptError(f"{self._what} nests deeper than {MAX_DEPTH} levels")
         if kind is list:
             if _PLAIN.issuperset(map(type, value)):
                 return list(value)

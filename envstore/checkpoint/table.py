@@ -1,7 +1,22 @@
 """``state.json``: what a rank saved, which tensors there are and where their bytes lie.
 
 It comes from a store or a slot and is not trusted: every count, size and name is checked before
-anything is made of it, and no path is taken from it.
+anything is made of it, and no path is taken from it. It is one JSON object:
+
+``format`` 1, ``rank``, ``world_size``, ``facts`` (step, metrics, lineage: encoded values), and
+``items``, a list of objects with
+
+- ``name`` of the item (an encoded string), ``kind``: its class, for people;
+- ``value``: its structure as ``encoding`` writes it, with ``{"$": "tensor" | "array", "n": name}``
+  for tensors, ``{"$": "stateful", "c": class, "v": state}`` for objects with a state, and
+  ``{"$": "object", "n": number}`` for pickled ones;
+- ``size``: bytes of its file of tensors, 0 if this rank stores none; ``objects``: their number;
+- ``tensors``: rows of name, dtype, shape of the whole, first byte in the file (-1 if another rank
+  stores it) and, where needed, an object with ``owner`` (that rank), ``own`` (each rank has its
+  own), ``offsets`` and ``lengths`` (the box this rank has) and ``twin`` (item and name of the same
+  memory);
+- ``aliases``: further names of a tensor to the name in its row; ``own``: no other number of ranks
+  can restore it.
 """
 
 from __future__ import annotations

@@ -243,3 +243,12 @@ def test_any_json_decodes_or_is_corrupt(value: Any) -> None:
     except CorruptError:
         return
     pickle.dumps(found)
+
+
+def test_what_may_be_written_may_be_read() -> None:
+    value: Any = 1
+    for at in range(encoding.MAX_DEPTH):
+        value = [value] if at % 3 else ({"$": value} if at % 2 else (value,))
+    assert round_trip(value) == value
+    with pytest.raises(CheckpointError, match="deeper than 100"):
+        encoding.Encoder().encode([[value]])
