@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from envstore.errors import CorruptError
 from envstore.store.codecs import measure, split, unsplit, xor
@@ -24,15 +24,6 @@ _WORTH = 0.9
 def may_be_anchor(anchor: FrameRef, raw: int) -> bool:
     """Whether a frame of ``raw`` bytes may be stored as the difference to ``anchor``."""
     return anchor.codec in _SIMPLE and anchor.raw == raw
-
-
-def anchor_behind(frames: Sequence[FrameRef], number: int) -> FrameRef | None:
-    """Return the anchor of frame ``number`` of some locations, if it has one there."""
-    frame = frames[number]
-    if frame.codec != Codec.XOR or number + 1 == len(frames):
-        return None
-    anchor = frames[number + 1]
-    return anchor if may_be_anchor(anchor, frame.raw) else None
 
 
 def encode_difference(

@@ -46,7 +46,7 @@ def store_manifest(
             writer.add(chunk.digest, chunk.data)
     writer.flush()
     progress("commit", 0, 0)
-    builder = LocationsBuilder(index)
+    builder = LocationsBuilder(index.frames)
     for info in parts:
         builder.part(place_of(index, info.digest))
     for entry in entries:

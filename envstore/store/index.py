@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from envstore.errors import CorruptError
-from envstore.store.anchors import anchor_behind
 from envstore.store.binary import U32, U64, Cursor, seal, unseal
 from envstore.store.digest import digest
 from envstore.store.frames import Codec, decode_table, encode_table
@@ -64,14 +63,12 @@ class DedupIndex:
     """Finds chunks by digest among the packs and snapshots it was fed.
 
     About 200 bytes of memory for each chunk; the first place fed for a chunk wins. ``own`` are the
-    numbers of the frames that are being made, ``anchors`` those that frames are differences to, by
-    number. Not safe for concurrent use.
+    numbers of the frames that are being made. Not safe for concurrent use.
     """
 
     def __init__(self) -> None:
         self.frames: list[FrameRef] = []
         self.own: set[int] = set()
-        self.anchors: dict[int, FrameRef] = {}
         self._lost: set[bytes] = set()
         self._places: dict[bytes, int] = {}
         self._known: dict[tuple[bytes, int], int] = {}
@@ -90,11 +87,9 @@ class DedupIndex:
         self.own.add(len(self.frames) - 1)
         return len(self.frames) - 1
 
-    def settle(self, number: int, frame: FrameRef, anchor: FrameRef | None = None) -> None:
-        """Say where the frame reserved as ``number`` came to lie, and its anchor if it has one."""
+    def settle(self, number: int, frame: FrameRef) -> None:
+        """Say where the frame reserved as ``number`` came to lie."""
         self.frames[number] = frame
-        if anchor is not None:
-            self.anchors[number] = anchor
 
     def learn(self, name: bytes, number: int, offset: int) -> None:
         """Say that a chunk lies in a frame, wherever it was before."""
@@ -106,7 +101,7 @@ class DedupIndex:
         places = (self._places.get(name) for name in names)
         for number in {place >> 32 for place in places if place is not None}:
             if number not in self.own:
-                for frame in filter(None, (self.frames[number], self.anchors.get(number))):
+                for frame in filter(None, (self.frames[number], self.frames[number].anchor)):
                     end = frame.offset + frame.stored
                     needed[frame.pack] = max(end, needed.get(frame.pack, 0))
         return needed
@@ -114,8 +109,11 @@ class DedupIndex:
     def forget_packs(self, packs: Collection[bytes]) -> None:
         """Make every chunk unknown that was to be found in ``packs``, now and in later feeds."""
         self._lost.update(packs)
-        gone = {number for number, frame in enumerate(self.frames) if frame.pack in packs}
-        gone |= {number for number, anchor in self.anchors.items() if anchor.pack in packs}
+        gone = {
+            number
+            for number, frame in enumerate(self.frames)
+            if frame.pack in packs or (frame.anchor is not None and frame.anchor.pack in packs)
+        }
         self._places = {
             name: place for name, place in self._places.items() if place >> 32 not in gone
         }
@@ -147,14 +145,12 @@ class DedupIndex:
                 continue
             number = numbers.get(frame)
             if number is None:
-                anchor = anchor_behind(frames, frame)
+                anchor = frames[frame].anchor
                 if frames[frame].codec == Codec.XOR and (
                     anchor is None or anchor.pack in self._lost
                 ):
                     continue
                 number = numbers[frame] = self._frame(frames[frame])
-                if anchor is not None:
-                    self.anchors[number] = anchor
             self._places[name] = number << 32 | offset
 
     def _frame(self, frame: FrameRef) -> int:
@@ -169,8 +165,8 @@ class DedupIndex:
 class LocationsBuilder:
     """Turns places of an index into the numbering of one manifest's locations."""
 
-    def __init__(self, index: DedupIndex) -> None:
-        self._index = index
+    def __init__(self, frames: Sequence[FrameRef]) -> None:
+        self._source = frames
         self._numbers: dict[int, int] = {}
         self.result = Locations()
 
@@ -193,8 +189,8 @@ class LocationsBuilder:
         number = self._numbers.get(frame)
         if number is None:
             number = self._numbers[frame] = len(self.result.frames)
-            self.result.frames.append(self._index.frames[frame])
-            anchor = self._index.anchors.get(frame)
-            if anchor is not None:
-                self.result.frames.append(anchor)
+            found = self._source[frame]
+            self.result.frames.append(found)
+            if found.anchor is not None:
+                self.result.frames.append(found.anchor)
         return number

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from envstore.errors import CorruptError
@@ -31,7 +31,11 @@ def locations_key(manifest: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class FrameRef:
-    """Enough to fetch and check one frame: ``offset`` and ``stored`` are bytes in ``pack``."""
+    """Enough to fetch and check one frame: ``offset`` and ``stored`` are bytes in ``pack``.
+
+    ``anchor`` is what a frame of ``Codec.XOR`` is a difference to, where that is known without
+    looking into it; it does not make two frames of one place different.
+    """
 
     pack: bytes
     offset: int
@@ -39,6 +43,7 @@ class FrameRef:
     raw: int
     codec: int
     digest: bytes
+    anchor: FrameRef | None = field(default=None, compare=False)
 
 
 class Located(Protocol):
@@ -103,6 +108,21 @@ class Locations:
         return seal(MAGIC, body)
 
 
+def anchored(frames: Sequence[FrameRef], what: str) -> list[FrameRef]:
+    """Return ``frames``, each difference with its anchor, which comes directly behind it.
+
+    Raises ``CorruptError`` naming ``what`` if there is none.
+    """
+    found = list(frames)
+    for number, frame in enumerate(frames):
+        if frame.codec == Codec.XOR:
+            anchor = frames[number + 1] if number + 1 < len(frames) else frame
+            if anchor.codec >= Codec.XOR or anchor.raw != frame.raw:
+                raise CorruptError(f"{what}: a difference without its anchor")
+            found[number] = replace(frame, anchor=anchor)
+    return found
+
+
 def open_locations(data: bytes, manifest: bytes, *, parts: int, refs: int) -> Locations:
     """Decode the locations of ``manifest``, which has so many parts and references.
 
@@ -129,12 +149,8 @@ def open_locations(data: bytes, manifest: bytes, *, parts: int, refs: int) -> Lo
         )
         for i in range(frame_count)
     ]  # fmt: skip
-    if Codec.XOR in codecs:
-        for frame, behind in zip(frames, [*frames[1:], None], strict=True):
-            if frame.codec == Codec.XOR and (behind is None or behind.raw != frame.raw):
-                raise CorruptError(f"{what}: a difference without its anchor")
     found = Locations(
-        frames,
+        anchored(frames, what) if Codec.XOR in codecs else frames,
         cursor.array(part_count, 4),
         cursor.array(part_count, 4),
         cursor.array(ref_count, 4),

@@ -21,7 +21,7 @@ from envstore.store.describing import place_of
 from envstore.store.digest import DIGEST_SIZE
 from envstore.store.frames import MAX_SIZE
 from envstore.store.index import DedupIndex, LocationsBuilder
-from envstore.store.locations import NOWHERE, FrameRef, Locations
+from envstore.store.locations import NOWHERE, FrameRef, Locations, anchored
 from envstore.store.manifest import HOLE, Entry, build_parts, decode_part, read_entries
 from envstore.store.objects.base import ObjectStore
 
@@ -68,7 +68,7 @@ def describe_package(
     entries: Sequence[Entry], facts: dict[str, Any], index: DedupIndex
 ) -> StoredPackage:
     """Return what to store of a package whose chunks are all in ``index``, settled."""
-    builder = LocationsBuilder(index)
+    builder = LocationsBuilder(index.frames)
     for entry in entries:
         for name, _ in entry.refs:
             if name == HOLE:
@@ -134,13 +134,14 @@ def decode_package(data: bytes, what: str) -> StoredPackage:
     cursor.finish()
     if count and (max(numbers) >= len(packs) or max(raw) > MAX_SIZE or max(stored) > MAX_SIZE):
         raise CorruptError(f"{what}: a frame out of bounds")
-    locations.frames += (
+    frames = [
         FrameRef(
             packs[numbers[i]], offsets[i], stored[i], raw[i], codecs[i],
             names[i * DIGEST_SIZE : (i + 1) * DIGEST_SIZE],
         )
         for i in range(count)
-    )  # fmt: skip
+    ]  # fmt: skip
+    locations.frames = anchored(frames, what)
     entries = tuple(read_entries(parts))
     chunks = [ref for entry in entries for ref in entry.refs]
     if len(chunks) != refs:

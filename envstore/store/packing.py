@@ -138,8 +138,9 @@ class PackWriter:
         place = self._index.find(like)
         if place is None or place[1]:
             return None
-        frame = self._index.anchors.get(place[0], self._index.frames[place[0]])
-        return frame if frame.pack and may_be_anchor(frame, raw) else None
+        frame = self._index.frames[place[0]]
+        anchor = frame.anchor or frame
+        return anchor if anchor.pack and may_be_anchor(anchor, raw) else None
 
     def _encode(
         self, chunks: list[tuple[bytes, Buffer]], anchor: FrameRef | None
@@ -182,11 +183,8 @@ class PackWriter:
         pack, data = finished
         rows = zip(self._building, pack.frames, pack.offsets(), strict=True)
         for (number, anchor), frame, offset in rows:
-            self._index.settle(
-                number,
-                FrameRef(pack.digest, offset, frame.stored, frame.raw, frame.codec, frame.digest),
-                anchor,
-            )
+            facts = frame.stored, frame.raw, frame.codec, frame.digest
+            self._index.settle(number, FrameRef(pack.digest, offset, *facts, anchor))
         self._builder, self._building = PackBuilder(), []
         while len(self._uploading) >= UPLOADS:
             self._reap(block=True)

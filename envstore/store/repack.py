@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from envstore.errors import ConflictError, CorruptError, NotFoundError, UnavailableError
 from envstore.store import frames
-from envstore.store.anchors import anchor_behind
 from envstore.store.digest import DIGEST_SIZE, digest
 from envstore.store.entries import HOLE, Entry
 from envstore.store.fetch import MAX_GAP
@@ -247,18 +246,15 @@ def _moved(old: Locations, names: bytes, index: DedupIndex) -> Locations:
     new = Locations()
     numbers: dict[tuple[bytes, int], int] = {}
 
-    def number(frame: FrameRef, anchor: FrameRef | None = None) -> int:
+    def number(frame: FrameRef) -> int:
         found = numbers.setdefault((frame.pack, frame.offset), len(new.frames))
         if found == len(new.frames):
             new.frames.append(frame)
-            if anchor is not None:
-                new.frames.append(anchor)
+            if frame.anchor is not None:
+                new.frames.append(frame.anchor)
         return found
 
-    def same(at: int) -> int:
-        return number(old.frames[at], anchor_behind(old.frames, at))
-
-    new.part_frames.extend(map(same, old.part_frames))
+    new.part_frames.extend(number(old.frames[at]) for at in old.part_frames)
     new.part_offsets.extend(old.part_offsets)
     for ref, (at, offset) in enumerate(zip(old.ref_frames, old.ref_offsets, strict=True)):
         place = index.find(names[ref * DIGEST_SIZE : (ref + 1) * DIGEST_SIZE])
@@ -266,6 +262,6 @@ def _moved(old: Locations, names: bytes, index: DedupIndex) -> Locations:
             new.ref_frames.append(number(index.frames[place[0]]))
             new.ref_offsets.append(place[1])
         else:
-            new.ref_frames.append(at if at == NOWHERE else same(at))
+            new.ref_frames.append(at if at == NOWHERE else number(old.frames[at]))
             new.ref_offsets.append(offset)
     return new

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envstore.errors import CorruptError
-from envstore.store.anchors import anchor_behind
 from envstore.store.locations import NOWHERE
 from envstore.store.manifest import HOLE
 from envstore.store.refs import RefName, read_ref
@@ -93,9 +92,8 @@ def _tally(repository: Repository, manifest: bytes) -> _Tally:
                     raise CorruptError(f"locations: chunk {name.hex()} is nowhere")
                 frame = locations.frames[locations.ref_frames[number]]
                 chunks[name] = size, frame.stored * size / max(1, frame.raw)
-                anchor = anchor_behind(locations.frames, locations.ref_frames[number])
-                if anchor is not None:
+                if frame.anchor is not None:
                     # Almost always a chunk of an earlier tree: its frame then has its digest.
-                    chunks.setdefault(anchor.digest, (anchor.raw, anchor.stored))
+                    chunks.setdefault(frame.anchor.digest, (frame.anchor.raw, frame.anchor.stored))
             number += 1
     return _Tally(root.logical, chunks)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from envstore.errors import CorruptError, NotFoundError, UnsupportedFormatError
-from envstore.store.anchors import anchor_behind, anchor_of, decode
+from envstore.store.anchors import anchor_of, decode
 from envstore.store.digest import digest, parse_hex
 from envstore.store.frames import Codec, Frame
 from envstore.store.locations import FrameRef, Locations
@@ -206,11 +206,10 @@ def _expect(
             planned.add(number)
             plan.users.add(user)
             plan.frames.add(frame)
-            anchor = anchor_behind(locations.frames, number)
-            if anchor is not None:
-                plan.anchors[frame.offset] = anchor
-                plans[anchor.pack].users.add(user)
-                plans[anchor.pack].frames.add(anchor)
+            if frame.anchor is not None:
+                plan.anchors[frame.offset] = frame.anchor
+                plans[frame.anchor.pack].users.add(user)
+                plans[frame.anchor.pack].frames.add(frame.anchor)
         plan.chunks.setdefault(frame.offset, set()).add((offset, size, name))
 
     for i, info in enumerate(root.parts):

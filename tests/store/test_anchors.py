@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from envstore.errors import CorruptError, NotFoundError
 from envstore.fuse.content import load_content
 from envstore.store.anchors import (
-    anchor_behind,
     anchor_of,
     decode,
     encode_difference,
@@ -209,8 +208,9 @@ def test_later_steps_are_differences_to_the_first(steps: Steps, tmp_path: Path) 
         frames = steps.locations(manifest).frames
         differences = [n for n, frame in enumerate(frames) if frame.codec == Codec.XOR]
         assert len(differences) == 3
-        behind = [anchor_behind(frames, number) for number in differences]
-        assert [anchor.digest for anchor in behind if anchor] == list(map(digest, FIRST))
+        anchors = [frames[number].anchor for number in differences]
+        assert anchors == [frames[number + 1] for number in differences]
+        assert [anchor.digest for anchor in anchors if anchor] == list(map(digest, FIRST))
     steps.store.assert_sound()
     for number, pieces in enumerate((FIRST, SECOND, THIRD), 1):
         steps.store.pull(tmp_path / str(number), f"step:{number}")
@@ -253,7 +253,7 @@ def test_segments_do_not_lead_to_differences(steps: Steps) -> None:
 def test_what_lost_its_anchor_is_stored_again(steps: Steps) -> None:
     steps.save(FIRST)
     steps.save(SECOND, like=FIRST)
-    (anchor,) = {frame.pack for frame in steps.index.anchors.values()}
+    (anchor,) = {frame.anchor.pack for frame in steps.index.frames if frame.anchor}
     steps.store.repository.objects.delete(pack_key(anchor))
     report = steps.store.verify(read_data=False, whole=False)
     harmed = {name for problem in report.problems for name in problem.harms}
@@ -336,8 +336,25 @@ def test_a_repack_keeps_anchors(steps: Steps) -> None:
         assert set(moved.frames) == set(locations.frames)
         for old, new in zip(locations.ref_frames, moved.ref_frames, strict=True):
             assert moved.frames[new] == locations.frames[old]
-            behind = anchor_behind(locations.frames, old)
-            assert anchor_behind(moved.frames, new) == behind
+            anchor = locations.frames[old].anchor
+            assert anchor is None or moved.frames[new + 1] == anchor
+
+
+def test_a_place_brings_its_anchor_along(steps: Steps) -> None:
+    steps.save(FIRST)
+    locations = steps.locations(steps.save(SECOND, like=FIRST))
+    frame = locations.frames[locations.ref_frames[0]]
+    assert frame.codec == Codec.XOR
+    index = DedupIndex()
+    index.add_located([frame], [(digest(SECOND[0]), 0, 0)])
+    place = index.find(digest(SECOND[0]))
+    assert place is not None
+    builder = LocationsBuilder(index.frames)
+    builder.ref(place)
+    assert builder.result.frames == [frame, frame.anchor]
+    other = DedupIndex()
+    other.add_located([replace(frame, anchor=None)], [(digest(SECOND[0]), 0, 0)])
+    assert other.find(digest(SECOND[0])) is None
 
 
 def test_chains_are_never_longer_than_one() -> None:
@@ -346,8 +363,8 @@ def test_chains_are_never_longer_than_one() -> None:
     assert not may_be_anchor(_ref(base, Codec.XOR), 4000)
     index = DedupIndex()
     number = index.reserve()
-    index.settle(number, _ref(later(base, 1), Codec.XOR), _ref(base))
-    builder = LocationsBuilder(index)
+    index.settle(number, replace(_ref(later(base, 1), Codec.XOR), anchor=_ref(base)))
+    builder = LocationsBuilder(index.frames)
     builder.ref((number, 0))
     builder.ref((number, 0))
     assert [frame.codec for frame in builder.result.frames] == [Codec.XOR, Codec.RAW]
@@ -367,5 +384,6 @@ def test_split_frames_may_be_anchors(steps: Steps) -> None:
     assert frame.codec == Codec.SPLIT
     steps.save([numbers])
     steps.save([later(numbers, 1)], like=[numbers])
-    assert [anchor.codec for anchor in steps.index.anchors.values()] == [Codec.SPLIT]
+    anchors = [frame.anchor for frame in steps.index.frames if frame.anchor]
+    assert [anchor.codec for anchor in anchors] == [Codec.SPLIT]
     steps.store.assert_sound()

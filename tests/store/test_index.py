@@ -136,7 +136,7 @@ def test_locations_list_frames_once_and_in_order_of_use() -> None:
     index = DedupIndex()
     index.add_packs([pack])
     chunks = _chunks(pack)
-    builder = LocationsBuilder(index)
+    builder = LocationsBuilder(index.frames)
     order = [9, 0, 1, 9, 5]
     place = index.find(chunks[4][0])
     assert place is not None
