@@ -8,20 +8,26 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from envstore.checkpoint.errors import CheckpointError
-from envstore.checkpoint.layout import CheckpointId, RunName
+from envstore.checkpoint.layout import Captured, CapturedFile, CheckpointId, RunName
 from envstore.checkpoint.link import Link
 from envstore.checkpoint.slots import SlotDirectory, slot_directory
 from envstore.checkpoint.slotwriting import SlotOwner
 from envstore.checkpoint.spawning import PersisterOptions
+from envstore.checkpoint.staging import Stager
 from envstore.checkpoint.talking import Lines, encode, listen
+from envstore.store.config import load_config
+from envstore.store.objects import open_objects
+from envstore.store.repository import Repository
 from tests.checkpoint import slotfill
 from tests.checkpoint.conftest import is_gone, wait_until
+from tests.checkpoint.talker import assert_holds
 from tests.checkpoint.test_slots import run_alone
 
 PATIENCE = 60
@@ -311,3 +317,44 @@ def test_a_real_persister_that_is_killed_is_replaced(store_url: str, heard: Hear
     owner.close()
     link.close()
     wait_until(lambda: not slots.path.exists())
+
+
+@dataclass
+class Piece:
+    """A piece of bytes; during its copy the persister at the end of ``link`` is killed."""
+
+    data: bytes
+    link: Link | None = None
+    stable: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def copy_into(self, view: memoryview) -> None:
+        view[:] = self.data
+        if self.link is None:
+            return
+        status = self.link.status(PATIENCE)
+        assert status is not None
+        os.kill(status["pid"], signal.SIGKILL)
+        wait_until(lambda: is_gone(status["pid"]))
+
+
+def test_waves_go_on_with_another_persister(store_url: str, heard: Heard) -> None:
+    slots = SlotDirectory(slot_directory(store_url, RunName("team", "llm"), 0))
+    slots.create()
+    link = Link(slots, PersisterOptions(store=store_url), heard)
+    stager = Stager(slots, link, max_bytes=400_000)
+    data = [slotfill.content(seed, 90_000) for seed in range(5)]
+    pieces = [Piece(one, link if one is data[3] else None) for one in data]
+    table = CapturedFile("state.json", (Piece(slotfill.table()),))
+    captured = Captured((table, CapturedFile("a", tuple(pieces))))
+    assert stager.stage(captured, slotfill.orders(store_url, 1)) is not None
+    while heard.next()["say"] != "durable":
+        pass
+    stager.close()
+    link.close()
+    objects = open_objects(store_url)
+    with Repository(objects, load_config(objects), None) as repository:
+        assert_holds(repository, 1, {"state.json": [slotfill.table()], "a": data})
