@@ -101,6 +101,7 @@ class Persister:
         self._terminated = threading.Event()
         self._closing: float | None = None
         self._alone_since = time.monotonic()
+        self._looked_again = False
 
     # For other threads and signal handlers.
 
@@ -193,13 +194,21 @@ class Persister:
         alone = not trainers and not self._slots.trainer_alive()
         if not alone:
             self._alone_since = time.monotonic()
+            self._looked_again = False
         if not worker.idle:
             return False
         if self._closing is not None:
             return self._settled(worker, self._closing)
         if self._terminated.is_set():
             return True
-        return alone and time.monotonic() - self._alone_since >= self._linger
+        if not alone or time.monotonic() - self._alone_since < self._linger:
+            return False
+        if not self._looked_again:
+            # The trainer may have staged something just before it ended.
+            self._looked_again = True
+            worker.wake()
+            return False
+        return True
 
     def _settled(self, worker: Worker, since: float) -> bool:
         """Whether all is done that was asked for at ``since``; other ranks have a while."""

@@ -8,6 +8,7 @@ all processes of a container or control group ends it too: a sidecar is for that
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ START_SECONDS = 60.0
 """How long a persister may take to answer on a busy machine."""
 
 _ASK_SECONDS = 10.0
+_AGAIN_SECONDS = 20.0
 _PAUSE = 0.005
 _LONGEST_PAUSE = 0.1
 # What of Python's own variables says where modules are; others would change how it behaves.
@@ -76,12 +78,21 @@ def ensure_persister(
     options = options or PersisterOptions()
     end = time.monotonic() + timeout
     found = ask_hello(directory)
-    if found is None and options.mode == "daemon":
-        _start(directory, options)
+    started = -math.inf
     pause = _PAUSE
     while found is None:
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"there is no slot directory {directory}",
+                hint="whoever saves makes it, and holds it as long as there is something to save",
+            )
+        if now > end:
             raise _absent(directory, options, timeout)
+        if options.mode == "daemon" and now - started > _AGAIN_SECONDS:
+            # Again, if the first has given way to one that was about to end.
+            started = now
+            _start(directory, options)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
         found = ask_hello(directory)

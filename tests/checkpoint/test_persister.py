@@ -642,6 +642,19 @@ def test_slots_stay_for_a_trainer_that_comes_back(slots: SlotDirectory, store: S
             talker.hear("flushed")
 
 
+def test_what_is_staged_in_the_last_moment_is_seen(slots: SlotDirectory, store: Store) -> None:
+    """The trainer dies before the persister has looked again, and nobody told it anything."""
+    with SlotOwnerOf(slots) as owner, serving(slots.path, linger=0.0, **_faulty(store)):
+        with Talker(slots.path, trainer=False) as talker:
+            talker.ask("flush")
+            talker.hear("flushed")
+        stage(owner, orders(store.url, 1), state(FILES))
+        owner.close()
+        wait_for(lambda: not slots.path.exists(), "all is stored and removed")
+
+    assert_holds(store.repository, 1, state(FILES))
+
+
 def test_close_finishes_and_removes_everything(slots: SlotDirectory, store: Store) -> None:
     with serving(slots.path, linger=3600.0, **_faulty(store)):
         owner = SlotOwner(slots)
