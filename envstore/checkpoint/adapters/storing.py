@@ -1,6 +1,7 @@
 """Storing files and directories without moving a ref, for adapters that decide later what to name.
 
-Cost as of a push: what is new is hashed (1 GB/s), compressed and sent; a few requests besides.
+Cost as of a push, but that tensors are not compressed: what is new is hashed (about 1 GB/s) and
+sent; a few requests besides.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from envstore.errors import EnvstoreError, UsageError
 from envstore.store.describing import place_of, store_manifest
 from envstore.store.filing import FiledTree, entries_of, scan, silent, store_files
+from envstore.store.frames import Codec
 from envstore.store.index import DedupIndex
 from envstore.store.known import KnownChunks
 from envstore.store.locations import FrameRef
@@ -25,6 +27,9 @@ from envstore.store.packing import PackWriter
 from envstore.store.repository import Repository
 from envstore.store.snapshots import Snapshot, save_snapshot
 from envstore.store.source import WINDOW, DirectorySource, Kind, SourceEntry
+
+TENSOR_FILES = (b".safetensors", b".distcp", b".pt", b".pth", b".ckpt", b".bin")
+"""How the names of files end that hold numbers, which are not worth compressing."""
 
 _LENGTH_BYTES = 8
 _AHEAD = 2
@@ -76,7 +81,8 @@ def store_directory(
         tree = scan(source)
         known.learn_snapshots(bases)
         known.learn_segments()
-        with _writer(repository, known.index) as writer:
+        # Checkpoints are numbers, which hardly compress: trying would cost most of the time.
+        with _writer(repository, known.index, Codec.RAW) as writer:
             store_files(source, tree, known, writer, silent)
             while not known.forget_lost(tree.chunks()):
                 store_files(source, tree, known, writer, silent)
@@ -196,7 +202,8 @@ class Upload:
         known.learn_segments()
         entry = SourceEntry(self._path, Kind.FILE, size=source.size)
         tree = FiledTree([entry], b"")
-        with _writer(self._repository, index) as writer:
+        tensors = self._path.endswith(TENSOR_FILES)
+        with _writer(self._repository, index, Codec.RAW if tensors else Codec.ZSTD) as writer:
             store_files(source, tree, known, writer, silent)
             writer.flush()
             lost = known.index.reused(tree.chunks())
@@ -342,8 +349,10 @@ def with_parents(entries: Iterable[Entry]) -> list[Entry]:
 
 
 @contextmanager
-def _writer(repository: Repository, index: DedupIndex) -> Iterator[PackWriter]:
-    writer = PackWriter(repository.objects, index)
+def _writer(
+    repository: Repository, index: DedupIndex, codec: Codec = Codec.ZSTD
+) -> Iterator[PackWriter]:
+    writer = PackWriter(repository.objects, index, codec=codec)
     try:
         yield writer
     finally:
