@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from envstore.checkpoint import recipes, retention
 from envstore.checkpoint.errors import CheckpointError
 from envstore.checkpoint.hashing import HashPool
 from envstore.checkpoint.layout import CheckpointId, Orders
+from envstore.checkpoint.news import News, described
 from envstore.checkpoint.peeking import Peek, break_slot, peek
 from envstore.checkpoint.protocol import RunStore
 from envstore.checkpoint.records import Commit, Part
+from envstore.checkpoint.slotfilling import AbandonedError, SlotFilling
 from envstore.checkpoint.slotformat import DURABLE, STAGED, WAVE, WRITING
 from envstore.checkpoint.slots import SlotDirectory, StagedSlot
 from envstore.checkpoint.stores import Stores
@@ -38,52 +40,12 @@ COMMIT_PAUSE, LONGEST_COMMIT_PAUSE = 0.1, 5.0
 MAX_WAITING = 4
 """Parts whose COMMIT is waited for; of more, the oldest will hardly ever come."""
 
-_FILL_POLL = 0.002
-_ALIVE_POLL = 0.1
-_MAX_WARNINGS = 8
-
 # No trying again will help. All else may pass: the store is down, full, or denied.
 _FINAL = (CheckpointError, UsageError, UnsupportedFormatError)
 
 _log = logging.getLogger(__name__)
 
 Key = tuple[int, int]
-
-
-class _Abandoned(Exception):  # noqa: N818 - it is no error
-    """The trainer ended before the part was staged."""
-
-
-class _SlotFilling:
-    """How far a trainer is with a slot; raises ``_Abandoned`` if it will never get there."""
-
-    def __init__(self, slot: StagedSlot, slots: SlotDirectory) -> None:
-        self._slot = slot
-        self._slots = slots
-        self._looked = time.monotonic()
-
-    def reached(self, end: int) -> bool:
-        return self._slot.filled >= end
-
-    def wait(self, end: int) -> None:
-        self._until(lambda: self.reached(end))
-
-    def finish(self) -> None:
-        """Wait until the slot is staged, or its wave complete."""
-        state = STAGED if self._slot.last else WAVE
-        self._until(lambda: self._slot.state == state)
-
-    def _until(self, true: Callable[[], bool]) -> None:
-        while not true():
-            if self._slot.state not in (WRITING, STAGED, WAVE):
-                raise _Abandoned
-            now = time.monotonic()
-            if now - self._looked > _ALIVE_POLL:
-                self._looked = now
-                # It may have got there just before it ended.
-                if not self._slots.trainer_alive() and not true():
-                    raise _Abandoned
-            time.sleep(_FILL_POLL)
 
 
 @dataclass(slots=True)
@@ -104,18 +66,6 @@ class _Waiting:
     sent: int
     pause: float = COMMIT_PAUSE
     again: float = 0.0
-
-
-@dataclass(slots=True)
-class _Counts:
-    saving: str = ""
-    waiting: tuple[str, ...] = ()
-    failing: dict[str, str] = field(default_factory=dict)
-    last: str = ""
-    durable: int = 0
-    failed: int = 0
-    sent: int = 0
-    warnings: list[str] = field(default_factory=list)
 
 
 class Worker(threading.Thread):
@@ -143,7 +93,7 @@ class Worker(threading.Thread):
         super().__init__(name="persist", daemon=True)
         self._slots = slots
         self._stores = stores
-        self._tell = tell
+        self._news = News(tell)
         self._turned = turned
         self._store = store
         self._pending = slots.path / PENDING if trusted else None
@@ -155,7 +105,6 @@ class Worker(threading.Thread):
         self._hurried = False
         self._retry = False
         self._idle = False
-        self._counts = _Counts()
         self._asked: list[tuple[str, int]] = []
         # Of the thread alone:
         self._trouble: dict[Key, _Trouble] = {}
@@ -177,8 +126,8 @@ class Worker(threading.Thread):
 
         A persister before this one may have stored it already and died with the news.
         """
-        with self._awake:
-            if id not in (self._counts.saving, self._counts.last):
+        if not self._news.will_come(id):
+            with self._awake:
                 self._asked.append((id, number))
         self.wake()
 
@@ -203,24 +152,11 @@ class Worker(threading.Thread):
     @property
     def waiting(self) -> bool:
         """Whether a part in the store waits for those of other ranks."""
-        with self._awake:
-            return bool(self._counts.waiting)
+        return self._news.waiting
 
     def status(self) -> dict[str, Any]:
-        """Return what ``status`` answers: ids of checkpoints, counts, bytes sent."""
-        with self._awake:
-            counts = self._counts
-            return {
-                "saving": counts.saving,
-                "waiting": list(counts.waiting),
-                "failing": dict(counts.failing),
-                "last": counts.last,
-                "durable": counts.durable,
-                "failed": counts.failed,
-                "sent": counts.sent,
-                "warnings": list(counts.warnings),
-                "idle": self._idle,
-            }
+        """Return what ``status`` answers, see ``News.status``."""
+        return {**self._news.status(), "idle": self.idle}
 
     # The thread.
 
@@ -346,48 +282,48 @@ class Worker(threading.Thread):
         gone = self._trouble.keys() - keys
         for key in gone:
             del self._trouble[key]
-        with self._awake:
-            self._counts.failing = {item.id: item.message for item in self._trouble.values()}
+        self._news.failing({item.id: item.message for item in self._trouble.values()})
 
     def _refuse(self, page: Peek) -> None:
         path = self._slots.slot_path(page.number)
         break_slot(path)
         error = CheckpointError(f"{path} is damaged: what was staged in it is lost")
-        self._report("", error, final=True)
+        self._news.failed("", error, final=True)
 
     def _save(self, slot: StagedSlot) -> None:
         """Store and commit the part in ``slot``, and tell how it went. Does not raise."""
         key = slot.number, slot.sequence
         id = str(slot.orders.checkpoint)
+        self._news.saving(id)
         with self._awake:
-            self._counts.saving = id
             self._idle = False
         try:
             self._store_part(slot, key)
-        except _Abandoned:
+        except AbandonedError:
             _log.info("%s was not staged to its end", id)
             self._stores.drop(slot.orders.store)
         except _FINAL as error:
             self._stores.drop(slot.orders.store)
             self._trouble.pop(key, None)
             slot.mark_broken()
-            self._report(id, error, final=True)
+            self._news.failed(id, error, final=True)
         except Exception as error:  # noqa: BLE001 - whatever it is, the part is still there
             self._stores.drop(slot.orders.store)
             self._try_later(key, id, error)
         finally:
-            with self._awake:
-                self._counts.saving = ""
+            self._news.saving("")
 
     def _store_part(self, slot: StagedSlot, key: Key) -> None:
         orders = slot.orders
         store, run, missing = self._stores.prepare(orders)
         for base in missing:
-            self._warn(f"{orders.checkpoint}: no chunks shared with {base}, which is not there")
+            self._news.warn(
+                f"{orders.checkpoint}: no chunks shared with {base}, which is not there"
+            )
         traffic = store.repository.objects.traffic
         before = traffic.bytes_out
         recipe = self._recipe_of(slot, key)
-        filling = _SlotFilling(slot, self._slots)
+        filling = SlotFilling(slot, self._slots)
         with PartUpload(
             store.knowledge, self._hashes, recipe, codec=orders.codec, pending=self._pending
         ) as upload:
@@ -425,9 +361,8 @@ class Worker(threading.Thread):
         if slot.wave:
             self._recipe = None
             self._recipe_path(slot).unlink(missing_ok=True)
-        self._take_warnings(store.knowledge.known.warnings, run.warnings)
-        with self._awake:
-            self._counts.sent += sent
+        self._news.take_warnings(store.knowledge.known.warnings, run.warnings)
+        self._news.stored(sent)
         if commit is None:
             self._waiting[str(orders.checkpoint)] = _Waiting(orders, sent)
             self._note_waiting()
@@ -455,13 +390,13 @@ class Worker(threading.Thread):
                 commit = run.try_commit(orders.checkpoint)
             except _FINAL as error:
                 del self._waiting[id]
-                self._report(id, error, final=True)
+                self._news.failed(id, error, final=True)
                 continue
             except Exception as error:  # noqa: BLE001 - the part stays where it is
                 self._stores.drop(orders.store)
                 waiting.pause = min(max(FIRST_PAUSE, 2 * waiting.pause), LONGEST_PAUSE)
                 waiting.again = time.monotonic() + waiting.pause
-                self._report(id, error, final=False)
+                self._news.failed(id, error, final=False)
                 continue
             if commit is not None:
                 del self._waiting[id]
@@ -476,16 +411,12 @@ class Worker(threading.Thread):
                 f"ranks have not come",
                 hint="look at the logs of their persisters",
             )
-            self._report(id, lacking, final=True)
+            self._news.failed(id, lacking, final=True)
         self._note_waiting()
 
     def _committed(self, run: RunStore, commit: Commit, orders: Orders, sent: int) -> None:
         id = str(orders.checkpoint)
-        _log.info("%s is durable: %s, %d bytes sent", id, commit.snapshot.hex(), sent)
-        with self._awake:
-            self._counts.last = id
-            self._counts.durable += 1
-        self._tell({"say": "durable", "id": id, "snapshot": commit.snapshot.hex(), "sent": sent})
+        self._news.durable(id, commit.snapshot, sent)
         if orders.rank:
             return  # one rank does the rest
         try:
@@ -495,58 +426,17 @@ class Worker(threading.Thread):
                 for removed in retention.apply(run, orders.keep):
                     _log.info("%s is removed, as retention says", removed.checkpoint)
         except EnvstoreError as error:
-            self._warn(f"{id} is kept, but retention failed: {error.message}")
-        self._take_warnings(run.warnings)
+            self._news.warn(f"{id} is kept, but retention failed: {error.message}")
+        self._news.take_warnings(run.warnings)
 
     def _try_later(self, key: Key, id: str, error: Exception) -> None:
         trouble = self._trouble.setdefault(key, _Trouble(id))
-        trouble.message = _described(error).message
+        trouble.message = described(error).message
         pause = min(FIRST_PAUSE * 2**trouble.times, LONGEST_PAUSE)
         trouble.times += 1
         trouble.again = time.monotonic() + pause
-        self._report(id, error, final=False)
-
-    def _report(self, id: str, error: Exception, *, final: bool) -> None:
-        said = _described(error)
-        if isinstance(error, EnvstoreError):
-            _log.warning("%s %s: %s", id, "is lost" if final else "has to wait", error)
-        else:
-            _log.error("%s has to wait", id, exc_info=error)
-        if final:
-            with self._awake:
-                self._counts.failed += 1
-        self._tell(
-            {
-                "say": "failed",
-                "id": id,
-                "error": said.message,
-                "hint": said.hint,
-                "kind": type(said).__name__,
-                "final": final,
-            }
-        )
+        self._news.failed(id, error, final=False)
 
     def _note_waiting(self) -> None:
-        ids = tuple(self._waiting)
-        with self._awake:
-            changed = self._counts.waiting != ids
-            self._counts.waiting = ids
-        if changed:
+        if self._news.wait_for(list(self._waiting)):
             self._turned()
-
-    def _take_warnings(self, *lists: list[str]) -> None:
-        for found in lists:
-            for warning in found:
-                self._warn(warning)
-            found.clear()
-
-    def _warn(self, text: str) -> None:
-        _log.warning("%s", text)
-        with self._awake:
-            self._counts.warnings = [*self._counts.warnings, text][-_MAX_WARNINGS:]
-
-
-def _described(error: Exception) -> EnvstoreError:
-    if isinstance(error, EnvstoreError):
-        return error
-    return EnvstoreError(f"the persister met {error!r}", hint="see its log; it tries again")
