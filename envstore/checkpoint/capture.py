@@ -245,8 +245,7 @@ class _Placing:
             owners[name] = owner
             if owner == self._rank:
                 stored.append(name)
-        # Falling element sizes keep every tensor aligned to its elements, without gaps.
-        stored.sort(key=lambda name: -min(8, dtypes.item_size(item.shards[name].dtype)))
+        stored.sort(key=lambda name: _alignment(item.shards[name]))
         starts: dict[str, int] = {}
         files: list[CapturedFile] = []
         size = 0
@@ -337,6 +336,16 @@ class _Placing:
     def _by_name(self, item: _Item, name: str) -> int:
         what = f"{item.name}/{name}".encode("utf-8", "surrogatepass")
         return zlib.crc32(what) % self._world_size
+
+
+def _alignment(shard: Shard) -> tuple[bool, int]:
+    """Return the rank of a tensor in its file: there are no gaps, yet all should be aligned.
+
+    Those that leave the next one aligned for a fast copy come first, and the rest, mostly small,
+    by falling size of their elements, so that each is aligned to those.
+    """
+    odd = shard.nbytes % tensorfile.ALIGNMENT != 0
+    return odd, -min(8, dtypes.item_size(shard.dtype)) if odd else 0
 
 
 def _look_for_nan(items: list[_Item], facts: dict[str, Any], check: CheckFinite) -> None:

@@ -69,7 +69,7 @@ def test_any_loader_reads_the_file_of_an_item() -> None:
     }
     length = int.from_bytes(tree.files["model.safetensors"][:8], "little")
     head = json.loads(tree.files["model.safetensors"][8 : 8 + length])
-    assert length % 8 == 0
+    assert (8 + length) % 64 == 0
     assert head["__metadata__"] == {"format": "pt"}
     assert sorted(tree.files) == ["model.safetensors", "state.json"]
 
@@ -163,6 +163,16 @@ def test_a_strided_tensor_goes_to_an_address_that_is_not_its_elements() -> None:
     for at in range(9):
         piece.copy_into(memoryview(space)[at : at + piece.nbytes])
         assert bytes(space[at : at + piece.nbytes]) == bits(tensor)
+
+
+def test_every_tensor_is_aligned_and_large_ones_well() -> None:
+    sizes = [(3, torch.int16), (16, torch.float32), (5, torch.uint8), (7, torch.float64)]
+    value = [torch.zeros(count, dtype=dtype) for count, dtype in sizes * 3]
+    records = table_of(capture({"x": value})).items["x"].tensors.values()
+    assert [record.name for record in records] == [str(at) for at in range(12)]
+    for record in records:
+        assert record.start % (64 if record.size % 64 == 0 else 1) == 0
+        assert record.start % dtypes.item_size(record.dtype) == 0
 
 
 def test_tied_weights_are_stored_once_under_both_names() -> None:
