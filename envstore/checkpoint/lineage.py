@@ -24,8 +24,11 @@ def checked(given: Mapping[str, str] | None) -> dict[str, str]:
     """Return ``given`` if it is a mapping of names to texts. Raises ``UsageError``."""
     if given is None:
         return {}
-    for name, value in given.items():
-        if not name or len(str(name)) > 64 or not value or len(str(value)) > _MAX_TEXT:
+    entries: list[tuple[object, object]] = list(given.items())
+    for name, value in entries:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise UsageError(f"lineage maps texts to texts, not {name!r:.60} to {value!r:.60}")
+        if not name or len(name) > 64 or not value or len(value) > _MAX_TEXT:
             raise UsageError(f"lineage: {name!r:.60} or what it holds is empty or too long")
         if name in RESERVED - {"environment"}:
             raise UsageError(f"lineage: {name!r} is found out by itself", hint="leave it out")
@@ -90,7 +93,10 @@ def resolve_refs(repository: Repository, given: Mapping[str, str]) -> dict[str, 
     from envstore.errors import NotFoundError
 
     resolved = {}
-    for name, value in given.items():
+    entries: list[tuple[object, object]] = list(given.items())
+    for name, value in entries:
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise UsageError(f"lineage maps texts to texts, not {name!r:.60} to {value!r:.60}")
         try:
             digest = repository.resolve(value).hex()
         except (UsageError, NotFoundError):

@@ -47,7 +47,8 @@ class Staging:
         flag("Staging(overlap=)", self.overlap)
         if self.max_bytes is not None:
             whole("Staging(max_bytes=)", self.max_bytes, _MIN_SLOT, 1 << 50)
-        if self.dir is not None and (not isinstance(self.dir, str | Path) or not str(self.dir)):
+        given: object = self.dir
+        if given is not None and (not isinstance(given, str | Path) or not str(given)):
             raise UsageError(f"Staging(dir=) is not a directory: {self.dir!r:.80}")
 
 
@@ -64,7 +65,7 @@ class Options:
     max_failures: int
     on_preempt: str
     signals: tuple[int, ...]
-    replicated: tuple[str, ...]
+    replicated: tuple[str, ...] | Literal[True]
     codec: str
     bandwidth: int | None
     lineage: Mapping[str, str]
@@ -84,7 +85,7 @@ def check_options(
     max_failures: int,
     on_preempt: str,
     signals: Sequence[str | int],
-    replicated: Sequence[str],
+    replicated: Sequence[str] | Literal[True],
     codec: str,
     bandwidth: int | str | None,
     lineage: Mapping[str, str] | None,
@@ -95,14 +96,13 @@ def check_options(
     """Return the options if each of them can be. Raises ``UsageError`` naming the one that not."""
     if not isinstance(staging, Staging):
         raise UsageError(f"staging= is not a Staging: {staging!r:.80}")
-    if isinstance(replicated, str) or not all(isinstance(item, str) for item in replicated):
-        raise UsageError("replicated= is not a list of names of items", hint="as in ('model',)")
     if isinstance(signals, str):
         signals = (signals,)
-    if _policy("save=", save) is not None:
-        save.due(0, 0.0, SaveStats(0, 0.0))  # raises what a policy that only keeps has to say
+    saving = _policy("save=", save)
+    if saving is not None:
+        saving.due(0, 0.0, SaveStats(0, 0.0))  # raises what a policy that only keeps has to say
     return Options(
-        _policy("save=", save),
+        saving,
         encode_keep(_policy("keep=", keep)),
         staging,
         one_of("persister=", persister, _PERSISTERS),
@@ -111,7 +111,7 @@ def check_options(
         whole("max_failures=", max_failures, 1, 1_000_000),
         one_of("on_preempt=", on_preempt, _PREEMPT),
         () if on_preempt == "none" else parse_signals(signals),
-        tuple(replicated),
+        _replicated(replicated),
         one_of("codec=", codec, _CODECS),
         _bandwidth(bandwidth),
         checked(lineage),
@@ -147,6 +147,16 @@ def flag(what: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"{what} is {value!r:.80}", hint="True or False")
     return value
+
+
+def _replicated(value: Sequence[str] | Literal[True]) -> tuple[str, ...] | Literal[True]:
+    if value is True:
+        return True
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise UsageError(f"replicated= is {value!r:.80}", hint="names of items, as in ('model',)")
+    if not all(isinstance(item, str) for item in value):
+        raise UsageError("replicated= is not a list of names of items", hint="as in ('model',)")
+    return tuple(value)
 
 
 def _finite(value: CheckFinite) -> CheckFinite:

@@ -19,6 +19,7 @@ from envstore.checkpoint.protocol import RunStore
 from envstore.checkpoint.records import Commit
 from envstore.checkpoint.resuming import Incarnation, close_all, staged_here
 from envstore.checkpoint.slots import SlotTree, StagedSlot
+from envstore.checkpoint.stored import damaged
 from envstore.checkpoint.trees import SnapshotTree
 from envstore.errors import AccessDeniedError, CorruptError
 
@@ -80,7 +81,7 @@ class Restorer:
                     if isinstance(tree, SlotTree) and self._is_committed(runs, chosen):
                         _log.warning("step %d in memory is damaged: %s", chosen.step, error)
                         continue
-                    raise self._damaged(runs, chosen, error) from error
+                    raise damaged(runs, chosen, error) from error
                 return chosen.step
             raise AssertionError("the last tree either applies or raises")
         finally:
@@ -103,24 +104,6 @@ class Restorer:
         finally:
             for found in slots.values():
                 close_all(found)
-
-    def verify(self, step: int | None) -> Commit:
-        """See ``Run.verify``."""
-        from envstore.store.verify import verify
-
-        runs = self._opening.run_store()
-        commit = runs.latest() if step is None else runs.find(step)
-        if commit is None:
-            raise NoCheckpointError(f"{self._place.run} has no checkpoint yet")
-        with runs.lease(commit):
-            name = f"{self._place.run}:step-{commit.step}"
-            report = verify(runs.repository, [(name, commit.snapshot)], read_data=True)
-        if report.problems:
-            found = report.problems[0]
-            raise self._damaged(
-                runs, commit.checkpoint, CorruptError(f"{found.object}: {found.reason}")
-            )
-        return commit
 
     def _agree(self, runs: RunStore, slots: Slots, step: int | None) -> CheckpointId | None:
         """Return what all ranks restore, and have the epoch resume from it."""
@@ -175,7 +158,7 @@ class Restorer:
             try:
                 stored = SnapshotTree(runs.repository, commit.snapshot)
             except CorruptError as error:
-                raise self._damaged(runs, chosen, error) from error
+                raise damaged(runs, chosen, error) from error
             with contextlib.closing(stored):
                 yield stored
 
@@ -200,10 +183,3 @@ class Restorer:
 
     def _is_committed(self, runs: RunStore, chosen: CheckpointId) -> bool:
         return any(commit.checkpoint == chosen for commit in runs.commits())
-
-    def _damaged(self, runs: RunStore, chosen: CheckpointId, error: CorruptError) -> CorruptError:
-        older = [commit.step for commit in runs.commits() if commit.checkpoint < chosen]
-        hint = f"restore(state, step={older[-1]}) takes an older one" if older else None
-        return CorruptError(
-            f"step {chosen.step} of {self._place.run} is damaged: {error.message}", hint=hint
-        )

@@ -14,7 +14,12 @@ from types import TracebackType
 from typing import Any, Literal
 
 from envstore.checkpoint.deciding import Deciding, needs_board, no_board
-from envstore.checkpoint.errors import FencedError, NotFiniteError, SaveFailedError
+from envstore.checkpoint.errors import (
+    CheckpointError,
+    FencedError,
+    NotFiniteError,
+    SaveFailedError,
+)
 from envstore.checkpoint.launch import Launch
 from envstore.checkpoint.layout import CheckpointId, Tree
 from envstore.checkpoint.ledger import Save
@@ -23,12 +28,12 @@ from envstore.checkpoint.options import Options, Staging, check_metrics, check_o
 from envstore.checkpoint.places import find_place
 from envstore.checkpoint.policies import Policy, SaveStats
 from envstore.checkpoint.protocol import RunStore
-from envstore.checkpoint.records import Commit
 from envstore.checkpoint.restoring import Restorer
 from envstore.checkpoint.resuming import Incarnation
 from envstore.checkpoint.saves import Saver
 from envstore.checkpoint.signals import SignalWatch
 from envstore.checkpoint.slots import SlotDirectory, slot_directory
+from envstore.checkpoint.stored import Stored
 from envstore.errors import EnvstoreError, UsageError
 from envstore.store.objects.base import Traffic
 
@@ -37,7 +42,7 @@ _log = logging.getLogger("envstore.checkpoint")
 _MAX_STEP = 10**12 - 1
 
 
-class Run:
+class Run(Stored):
     """The checkpoints of one training run, seen by one rank of it.
 
     ``name`` is ``[namespace/]run`` in the store that ``store``, ``ENVSTORE_URL`` or nothing (the
@@ -56,7 +61,8 @@ class Run:
       last state at the next ``step`` (``snapshot``: then ``preempted`` becomes true at the same
       step on all ranks, and the program is to leave), or ``none``. Handlers are chained. Only a
       ``Run`` made in the main thread watches signals.
-    - ``replicated``: items whose tensors are equal on all ranks, so that each is stored once.
+    - ``replicated``: items whose tensors are equal on all ranks, so that each is stored once;
+      ``True`` for all. What is in DistributedDataParallel need not be named.
     - ``codec``: ``raw``, ``split`` or ``xor``; ``bandwidth``: of the upload, bytes/s or ``"50M"``.
     - ``lineage``: texts to record, such as ``{"model": REF, "data": REF}``; refs become digests.
       Chunks of ``model`` are shared. ``check_finite``: ``off``, ``record`` or ``refuse``.
@@ -82,7 +88,7 @@ class Run:
         max_failures: int = 3,
         on_preempt: Literal["flush", "snapshot", "none"] = "flush",
         signals: Sequence[str | int] = ("SIGTERM",),
-        replicated: Sequence[str] = (),
+        replicated: Sequence[str] | Literal[True] = (),
         codec: Literal["raw", "split", "xor"] = "raw",
         bandwidth: int | str | None = None,
         lineage: Mapping[str, str] | None = None,
@@ -194,7 +200,9 @@ class Run:
         written in place, objects get ``load_state_dict``, and plain values are replaced in the
         mapping. ``only`` names the items to restore; others are not read. Read from memory of
         this node if it is staged there, else from the node cache and the store, each byte
-        verified. All ranks restore the same step; with several, each restores.
+        verified. All ranks restore the same step. With several, each restores, and what an older
+        start of the job still saves counts no more; a single one may restore just to look, and
+        replaces the older start with its first ``step`` or ``save``.
 
         Names, dtypes and shapes are compared before anything is written (``strict=False``:
         tensors that are only on one side are passed over). Raises ``StateMismatchError`` naming
@@ -261,6 +269,8 @@ class Run:
         except (UsageError, NotFiniteError, FencedError, SaveFailedError):
             raise
         except EnvstoreError as error:
+            if isinstance(error, CheckpointError) and not self._incarnation.begun:
+                raise  # not a matter of trying again: nothing was restored, ranks disagree
             self._ledger.failed(n, error)
             return None
         finally:
@@ -297,38 +307,6 @@ class Run:
         self._require_open()
         self._saver.prepare(state)
         self._saver.prepared()
-
-    # Looking at what is there.
-
-    def latest(self) -> int | None:
-        """Return the newest step that is committed, ``None`` if there is none."""
-        commit = self._runs().latest()
-        return None if commit is None else commit.step
-
-    def list(self) -> list[Commit]:
-        """Return the checkpoints that count, ascending."""
-        return self._runs().commits()
-
-    def info(self, step: int) -> Commit:
-        """Return what is known of ``step``. Raises ``NoCheckpointError``."""
-        return self._runs().find(step)
-
-    def pin(self, step: int, reason: str = "pinned") -> None:
-        """Keep ``step`` whatever the policy says. Raises ``NoCheckpointError``."""
-        runs = self._runs()
-        runs.pin(runs.find(step), reason)
-
-    def unpin(self, step: int) -> None:
-        """Let the policy decide again. Raises ``NoCheckpointError``."""
-        runs = self._runs()
-        runs.unpin(runs.find(step).checkpoint)
-
-    def verify(self, step: int | None = None) -> Commit:
-        """Read all of ``step``, by default the newest, from the store; returns it if it is sound.
-
-        Raises ``CorruptError`` naming what is damaged or missing, ``NoCheckpointError``.
-        """
-        return self._restorer.verify(step)
 
     def status(self) -> dict[str, Any]:
         """Return how saving goes: ``staged``, ``local``, ``durable`` (the last steps, or

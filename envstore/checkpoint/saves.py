@@ -75,11 +75,6 @@ class Saver:
         )
         self._warming.start()
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether ``prepare`` was called."""
-        return self._size >= 0
-
     def prepared(self) -> None:
         """Wait until what ``prepare`` began is done. Raises what went wrong."""
         if self._warming is not None:

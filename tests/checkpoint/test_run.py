@@ -137,6 +137,10 @@ def test_a_run_that_was_not_restored_must_not_save(store_url: str) -> None:
         run.save(1, advanced(1)).durable.result(60)
     with Run(NAME, store_url) as run, pytest.raises(CheckpointError, match="none was restored"):
         run.save(2, advanced(2))
+    run = Run(NAME, store_url, save=every(steps=1))
+    with pytest.raises(CheckpointError, match="none was restored"):
+        run.step(2, advanced(2))
+    run.close()
     with Run(NAME, store_url, fresh=True) as run:
         run.save(9, advanced(2)).durable.result(60)
         assert [commit.step for commit in run.list()] == [9]
@@ -274,6 +278,7 @@ def test_training_goes_on_without_the_store(
         {"bandwidth": "fast"},
         {"bandwidth": 0},
         {"lineage": {"code": "x"}},
+        {"lineage": {"data": 5}},
         {"check_finite": "always"},
         {"fresh": 1},
         {"rank": 1},

@@ -123,7 +123,7 @@ def test_workers_of_torchrun_are_killed_and_resume_with_the_same_losses(store_ur
     with started(
         *("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"),
         *("--monitor-interval", "0.05", str(_EXAMPLE), "--store", store_url, "--name", NAME),
-        *("--save-every", "5", "--steps", "40"),
+        *("--save-every", "5", "--steps", "1000"),
     ) as job:
         for at, victim in ((8, 1), (18, 0)):
             job.wait_for(f"step {at} ")
@@ -131,15 +131,18 @@ def test_workers_of_torchrun_are_killed_and_resume_with_the_same_losses(store_ur
             assert len(workers) == 2
             os.kill(workers[victim], signal.SIGKILL)
             wait_until(lambda workers=workers: not {*workers} & {*children(job.process.pid)})
-        assert job.end() == 0, "".join(job.lines)
+        # Preempted, all ranks save the same step, which no number has decided.
+        job.wait_for("step 23 ")
+        job.process.send_signal(signal.SIGTERM)
+        job.end()
         losses = job.losses
         starts = [int(line.split()[-1]) for line in job.lines if line.startswith("starts with")]
     assert starts[0] == 1
     assert len(starts) == 3
     assert starts[1] >= 6
     assert starts[2] >= 16
-    assert len(losses) > len(dict(losses)) == 40
+    assert len(losses) > len(dict(losses)) == losses[-1][0]
     assert all(dict(losses)[step] == loss for step, loss in losses)
     with Run(NAME, store_url, rank=0, world_size=1) as run:
-        assert run.latest() == 40
-        assert run.info(40).world_size == 2
+        assert run.latest() == losses[-1][0]
+        assert run.info(losses[-1][0]).world_size == 2
