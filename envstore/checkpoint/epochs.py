@@ -7,7 +7,8 @@ made them must claim and list again. So a COMMIT that was reported is in the lis
 epoch chooses from, whatever either side is interrupted by, and nobody waits for anybody.
 
 What counts is what lies on the *line* of the newest epoch that has started: its own checkpoints,
-those of the epoch it resumed from up to the one it resumed from, and so on. A claim without a
+those of the epoch it resumed from up to the one it resumed from, and so on, never beyond what a
+later one of these resumed from. A claim without a
 start changes nothing, and what an older incarnation goes on saving lies beside the line.
 """
 
@@ -136,10 +137,12 @@ class Epochs:
 
     def _line(self, newest: Epoch | None) -> Line:
         limits: dict[int, CheckpointId] = {}
-        epoch = newest
+        epoch, limit = newest, None
         while epoch is not None and epoch.resumed_from is not None:
+            # An epoch may have saved smaller steps than the one it had resumed from.
+            limit = min(limit or epoch.resumed_from, epoch.resumed_from)
             # Of a smaller number each time, which parsing has checked: this ends.
-            limits[epoch.resumed_from.epoch] = epoch.resumed_from
+            limits[epoch.resumed_from.epoch] = limit
             epoch = self.start(epoch.resumed_from.epoch)
         return Line(newest.number if newest else 0, limits)
 

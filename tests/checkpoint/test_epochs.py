@@ -94,6 +94,29 @@ def test_what_is_committed_while_an_epoch_begins_is_not_lost(store: Store, run: 
         save(old, 120, 1)
 
 
+def test_a_commit_that_an_epoch_has_begun_without_is_not_reported(
+    store: Store, run: RunStore
+) -> None:
+    old = other(store)
+    faults = FaultyStore(store.faults.inner)
+    late = RunStore(Repository(faults, store.repository.config, None), RUN)
+    old.open_epoch("old", 1, newest)
+    first = save(old, 100, 1)
+    start = f"{EPOCHS}00000002/start"
+    listed, seen = store.faults.gate("put_if", key=start), faults.gate("put_if", key=start)
+    with ThreadPoolExecutor(2) as pool:
+        opening = pool.submit(run.open_epoch, "new", 1, newest)
+        listed.wait_entered()
+        saving = pool.submit(save, late, 110, 1)
+        seen.wait_entered()  # it is about to make void what begins a moment before
+        listed.open()
+        assert opening.result().resumed_from == first.checkpoint
+        seen.open()
+        with pytest.raises(FencedError, match="epoch 2 has begun without it"):
+            saving.result()
+    assert old.latest() == first
+
+
 def test_a_claim_whose_maker_died_holds_up_nobody(store: Store, run: RunStore) -> None:
     old = other(store)
     old.open_epoch("old", 1, newest)
@@ -147,6 +170,15 @@ def test_going_back_leaves_a_branch_that_can_be_returned_to(store: Store, run: R
     run.open_epoch("fresh", 1, lambda commits: None)
     assert run.latest() is None
     assert run.commits(fenced=True) == [one, two, again, three]
+
+
+def test_what_was_resumed_from_is_the_latest_though_it_is_a_smaller_step(run: RunStore) -> None:
+    run.open_epoch("a", 1, newest)
+    save(run, 10, 1)
+    run.open_epoch("b", 1, newest)
+    small = save(run, 2, 2)
+    run.open_epoch("c", 1, lambda commits: small.checkpoint)
+    assert run.commits() == [small]
 
 
 def test_an_attempt_after_the_one_resumed_from_does_not_count(run: RunStore) -> None:

@@ -56,10 +56,10 @@ def line_of(objects: dict[str, dict[str, Any]]) -> dict[str, str]:
         for key, value in objects.items()
         if re.fullmatch("epochs/[0-9]{8}/start", key) and "void" not in value
     }
-    epoch, limits = max(starts), {max(starts): "~"}
+    epoch, limit, limits = max(starts), "~", {max(starts): "~"}
     while starts[epoch]["resumed_from"]:
-        limit = starts[epoch]["resumed_from"]
-        epoch = limit.split("-")[1]
+        resumed_from = starts[epoch]["resumed_from"]
+        epoch, limit = resumed_from.split("-")[1], min(limit, resumed_from)
         limits[epoch] = limit
     return limits
 
@@ -93,9 +93,12 @@ def test_what_counts_is_found_by_the_document(store: Store) -> None:
     look()
     run.open_epoch("d", 1, lambda commits: CheckpointId(3, 1))
     look()
-    run.open_epoch("e", 1, lambda commits: None)
+    save(run, 1, 4)
+    run.open_epoch("e", 1, lambda commits: CheckpointId(1, 4))
     look()
-    assert seen == [3, 2, 4, 5, 3, 0]
+    run.open_epoch("f", 1, lambda commits: None)
+    look()
+    assert seen == [3, 2, 4, 5, 3, 2, 0]
 
 
 def test_every_field_is_documented(store: Store) -> None:
