@@ -17,6 +17,7 @@ import contextlib
 import io
 import os
 import uuid
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ class EnvstoreWriter(StorageWriter):
         self.run = run
         self.step = step
         self._save_id = ""
-        self._staged: Save | None = None
+        self._staged: deque[Save] = deque()
         self._checkpoint_id: str | None = None
 
     # AsyncStager.
@@ -81,7 +82,7 @@ class EnvstoreWriter(StorageWriter):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state to shared memory; on return it will be committed, whoever is killed."""
-        self._staged = self.run.save(self._step(state_dict), state_dict)
+        self._staged.append(self.run.save(self._step(state_dict), state_dict))
         return state_dict
 
     def synchronize_staging(self) -> None:
@@ -98,9 +99,9 @@ class EnvstoreWriter(StorageWriter):
         self._checkpoint_id = None if checkpoint_id is None else str(checkpoint_id)
         if checkpoint_id is not None:
             step = _named_step(checkpoint_id)
-            if self._staged is not None and self._staged.step != step:
+            if self._staged and self._staged[0].step != step:
                 raise UsageError(
-                    f"step {self._staged.step} was staged, and {checkpoint_id} is to be saved",
+                    f"step {self._staged[0].step} was staged, and {checkpoint_id} is to be saved",
                     hint="set writer.step before dcp.async_save, which stages first",
                 )
             self.step = step
@@ -118,8 +119,9 @@ class EnvstoreWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Save what was not staged yet, and wait until all ranks' parts are committed."""
-        save, self._staged = self._staged, None
-        if save is None:
+        if self._staged:
+            save = self._staged.popleft()
+        else:
             state = _state_of(planner)
             save = self.run.save(self._step(state), state)
         save.durable.result()

@@ -401,7 +401,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
         kept = {
             path
             for path in inners
-            if path.rpartition(b"/")[2] == b".metadata" and path + b".tmp" in drafts
+            if _COMPLETION.fullmatch(_name(path)) and path + b".tmp" in drafts
         }
         inners = inners - kept
         view = self._trees.view(ref)

@@ -268,6 +268,14 @@ def test_a_distributed_checkpoint(fs: EnvstoreFileSystem, store: Store, tmp_path
     assert _loaded(f"{url}/below") == (3, 3)
 
 
+def test_ranks_that_do_not_coordinate(fs: EnvstoreFileSystem) -> None:
+    url = "envstore://team/llm/alone"
+    for value in (1, 2):
+        dcp.save(_state(value), checkpoint_id=url, use_collectives=False)
+        assert names(fs, url) == ["__0.metadata", "__0_0.distcp"]
+        assert _loaded(url) == (value, value)
+
+
 def test_a_distributed_checkpoint_that_breaks_off_is_seen_by_nobody(
     fs: EnvstoreFileSystem, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
