@@ -124,7 +124,7 @@ class _Bench:
         """Make an embedded store; returns its URL."""
         url = f"file://{self.scratch / name}"
         subprocess.run(
-            [sys.executable, "-m", "envstore.cli", "--store", url, "init"],
+            [sys.executable, "-m", "envstore", "--store", url, "init"],
             check=True, capture_output=True,
         )  # fmt: skip
         return url
@@ -229,7 +229,7 @@ class _Bench:
             os.environ |= server.environment
             url = server.url(server.new_bucket())
             subprocess.run(
-                [sys.executable, "-m", "envstore.cli", "--store", url, "init"],
+                [sys.executable, "-m", "envstore", "--store", url, "init"],
                 check=True, capture_output=True,
             )  # fmt: skip
             tensors = peers.state(self.options.size)
@@ -307,9 +307,11 @@ class _Bench:
                 for step in range(2, 4):
                     for tensor in active:
                         tensor.mul_(1.0001)
-                    save = run.save(step, tensors)
-                    save.durable.result()
-                    sent.append(save.sent / sum(tensor.nbytes for tensor in active))
+                    before = run.status()["sent"]
+                    run.save(step, tensors).durable.result()
+                    run.wait()
+                    grown = run.status()["sent"] - before
+                    sent.append(grown / sum(tensor.nbytes for tensor in active))
             bound = 1.005 if what == "full" else 1.02
             self.say(f"{what}: sent {max(sent):.4f} of what changed (wanted at most {bound})")
 
@@ -416,7 +418,7 @@ class _Bench:
             os.environ |= server.environment
             url = server.url(server.new_bucket())
             subprocess.run(
-                [sys.executable, "-m", "envstore.cli", "--store", url, "init"],
+                [sys.executable, "-m", "envstore", "--store", url, "init"],
                 check=True, capture_output=True,
             )  # fmt: skip
             for number in range(self.options.rounds):
