@@ -128,6 +128,7 @@ def inode_of(entries: dict[bytes, Entry], path: bytes) -> bytes:
         if other.kind is Kind.FILE
         and not other.link
         and other.path not in linked
-        and replace(other, path=path) == entry
+        # Whether it is composed says how a file came to be, not what is in it.
+        and replace(other, path=path, digest=entry.digest, composed=entry.composed) == entry
     ]
     return min(alike, key=sort_key)
