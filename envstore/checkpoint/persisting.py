@@ -35,6 +35,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a part that failed is tried again; twice as long after each failure."""
 POLL_SECONDS = 0.25
 """How often slots are looked at while a trainer lives: it says when there is something to do."""
+EARLY_SECONDS = 0.5
+"""How long a part is being staged before its upload begins: hashing a state that is copied in less
+would only slow the copy down, for which the training stands still."""
 COMMIT_PAUSE, LONGEST_COMMIT_PAUSE = 0.1, 5.0
 """Seconds between two looks whether all ranks have stored their parts."""
 MAX_WAITING = 4
@@ -110,6 +113,7 @@ class Worker(threading.Thread):
         self._trouble: dict[Key, _Trouble] = {}
         self._waiting: dict[str, _Waiting] = {}
         self._recipe: tuple[Key, int, recipes.Recipe] | None = None
+        self._writing: tuple[Key, float] = (-1, -1), 0.0
 
     # For other threads.
 
@@ -273,9 +277,12 @@ class Worker(threading.Thread):
             return False
         if page.key in self._trouble:
             return page.state == WAVE
-        known = self._recipe is not None and self._recipe[0] == page.key
-        # A wave that was taken already stays there until the trainer begins the next.
-        return not known or (self._recipe is not None and page.wave >= self._recipe[1])
+        if self._recipe is not None and self._recipe[0] == page.key:
+            # A wave that was taken already stays there until the trainer begins the next.
+            return page.wave >= self._recipe[1]
+        if self._writing[0] != page.key:
+            self._writing = page.key, time.monotonic()
+        return page.state == WAVE or time.monotonic() - self._writing[1] >= EARLY_SECONDS
 
     def _keep_trouble(self, keys: set[Key]) -> None:
         """Forget the trouble with parts that are gone."""
