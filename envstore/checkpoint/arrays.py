@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from envstore.checkpoint.copying import copy_from
 from envstore.checkpoint.dtypes import is_float, is_known
 from envstore.checkpoint.errors import CheckpointError
 
@@ -46,11 +47,14 @@ class TensorPiece:
     stable: bool
 
     def copy_into(self, view: memoryview) -> None:
-        """Copy the elements into ``view``; torch uses its threads. Waits for the device."""
+        """Copy the elements into ``view`` by several threads. Waits for the device."""
         if not self.nbytes:
             return
         torch = sys.modules["torch"]
         source = self.tensor
+        if source.device.type == "cpu" and is_dense(source):
+            copy_from(source.data_ptr(), view)
+            return
         with torch.no_grad():
             if is_dense(source):
                 source = source.view(-1).view(torch.uint8)
@@ -77,6 +81,9 @@ class ArrayPiece:
     def copy_into(self, view: memoryview) -> None:
         """Copy the elements into ``view``."""
         if not self.nbytes:
+            return
+        if self.array.flags.c_contiguous:
+            copy_from(self.array.ctypes.data, view)
             return
         np = sys.modules["numpy"]
         np.copyto(np.ndarray(self.array.shape, self.array.dtype, buffer=view), self.array)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,25 @@ def test_every_tensor_is_aligned_and_large_ones_well() -> None:
     for record in records:
         assert record.start % (64 if record.size % 64 == 0 else 1) == 0
         assert record.start % dtypes.item_size(record.dtype) == 0
+
+
+@pytest.mark.parametrize("share", [1, 1000, 4097, 1 << 22])
+@pytest.mark.parametrize("pool", [True, False])
+def test_long_tensors_are_copied_in_shares(
+    share: int, pool: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("envstore.checkpoint.copying.SHARE", share)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    if not pool:
+        ended = ThreadPoolExecutor()
+        ended.shutdown()
+        monkeypatch.setattr("envstore.checkpoint.copying._pool", lambda: ended)
+    tensor = torch.randint(0, 256, (9001,), dtype=torch.uint8)
+    for length in (1, 4, 5, 6, 9001):
+        piece = capture({"x": tensor[:length]}).files[1].pieces[1]
+        space = bytearray(length + 2)
+        piece.copy_into(memoryview(space)[1:-1])
+        assert bytes(space) == b"\0" + bits(tensor[:length]) + b"\0"
 
 
 def test_tied_weights_are_stored_once_under_both_names() -> None:
