@@ -65,6 +65,8 @@ class Ledger:
         self._attempts = 0
         self._error: EnvstoreError | None = None
         self._fenced: FencedError | None = None
+        self._newest: CheckpointId | None = None
+        self._lost: EnvstoreError | None = None  # why the newest save was given up
         self._last: dict[str, int | None] = {"staged": None, "local": None, "durable": None}
         self._stall: float | None = None
         self._persist: float | None = None
@@ -112,6 +114,7 @@ class Ledger:
         """Take note that ``save`` begins."""
         with self._changed:
             self._open[str(save.checkpoint)] = _Entry(save, began)
+            self._newest, self._lost = save.checkpoint, None
 
     def forget(self, save: Save) -> None:
         """Take note that ``save`` was never staged."""
@@ -173,7 +176,7 @@ class Ledger:
         """Wait until nothing is pending.
 
         Raises ``SaveFailedError`` once uploads have failed ``max_failures`` times in a row
-        meanwhile, ``TimeoutError``.
+        meanwhile, or if the newest save was given up; ``TimeoutError``.
         """
         end = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -193,6 +196,11 @@ class Ledger:
                     f"{self._run}: what was saved is not in the store: {self._error.message}",
                     hint="its memory is kept and the persister goes on trying",
                 ) from self._error
+            if self._lost is not None:
+                lost, self._lost = self._lost, None
+                raise SaveFailedError(
+                    f"{self._run}: the newest save is lost: {lost.message}", hint=lost.hint
+                ) from lost
         self.check()
 
     def _durable(self, name: str, entry: _Entry, message: Mapping[str, Any]) -> None:
@@ -210,15 +218,17 @@ class Ledger:
 
     def _upload_failed(self, name: str, entry: _Entry, message: Mapping[str, Any]) -> None:
         error = _error_of(message)
-        self._attempts += 1
         entry.failures += 1
         if entry.failures == 1:
             self._failures += 1
             _log.warning("%s: step %d is not uploaded: %s", self._run, entry.save.step, error)
         self._error = error
         if message.get("final") is not True:
+            self._attempts += 1
             return
         del self._open[name]
+        if entry.save.checkpoint == self._newest:
+            self._lost = error
         if isinstance(error, FencedError):
             self._fenced = error
         for future in (entry.save.local, entry.save.durable):

@@ -111,13 +111,15 @@ def test_trainer_and_persister_killed_at_once(
 
 @pytest.mark.parametrize(("ranks", "rounds"), [(2, 4), (4, 2)])
 def test_ranks_and_persisters_are_killed_and_all_resume_one_step(
-    store_url: str, trainers: Trainers, slots_root: Path, ranks: int, rounds: int
+    store_url: str, trainers: Trainers, slots_root: Path, tmp_path: Path, ranks: int, rounds: int
 ) -> None:
     choose = random.Random(ranks)
     newest = 0
     values = 2_000
 
     def start(incarnation: int, steps: int) -> list[Trainer]:
+        together = tmp_path / str(incarnation)
+        together.mkdir()
         return [
             trainers.start(
                 store=store_url,
@@ -128,6 +130,7 @@ def test_ranks_and_persisters_are_killed_and_all_resume_one_step(
                 incarnation=f"start-{incarnation}",
                 pause=0.01,
                 values=values,
+                together=str(together),
             )
             for rank in range(ranks)
         ]

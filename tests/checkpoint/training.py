@@ -244,6 +244,7 @@ def _work(
     wait: bool = True,
     keep: int | None = None,
     on_busy: str = "wait",
+    together: str = "",
     **options: Any,
 ) -> None:
     """Train ``steps`` steps in all; says ``restored``, ``saved`` and ``step``."""
@@ -264,6 +265,8 @@ def _work(
     say("restored", step=done, digest=fingerprint(state))
     for step in range((done or 0) + 1, steps + 1):
         train(state, step)
+        if together:
+            _meet(Path(together), rank, world_size, step)
         save = opened.step(step, state, {"loss": 1 / step})
         if save is not None:
             say("saved", step=step, digest=fingerprint(state))
@@ -276,6 +279,13 @@ def _work(
         opened.wait()
         say("durable")
     opened.close()
+
+
+def _meet(directory: Path, rank: int, world_size: int, step: int) -> None:
+    """Wait until all ranks have done ``step``, as those do that reduce their gradients."""
+    (directory / f"{rank}.{step}").touch()
+    while not all((directory / f"{other}.{step}").exists() for other in range(world_size)):
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":
