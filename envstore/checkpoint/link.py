@@ -23,6 +23,7 @@ from envstore.errors import EnvstoreError
 _log = logging.getLogger("envstore.checkpoint")
 
 _SEND_SECONDS = 10
+_TRIES = 5
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 30.0
 _SETTLED_SECONDS = 5.0
@@ -77,6 +78,8 @@ class Link:
 
     def writing(self, slot: int, checkpoint: CheckpointId) -> None:
         """Say that a part, or the next wave of it, begins to lie in ``slot``."""
+        if not self._is_ours:
+            return
         with self._changed:
             self._wanted = True
             self._changed.notify_all()
@@ -88,6 +91,8 @@ class Link:
 
     def staged(self, slot: int, checkpoint: CheckpointId) -> None:
         """Say that a part is whole; each new persister is told so, too, until it is durable."""
+        if not self._is_ours:
+            return
         id = str(checkpoint)
         with self._changed:
             self._pending[id] = slot
@@ -97,6 +102,8 @@ class Link:
 
     def check(self, checkpoint: CheckpointId) -> None:
         """Raise what the persister said of this save for good, or why there is no persister."""
+        if not self._is_ours:
+            return
         with self._changed:
             error = self._refused.get(str(checkpoint)) or self._trouble
         if error is not None:
@@ -107,6 +114,8 @@ class Link:
     @property
     def pending(self) -> list[str]:
         """The ids of the parts that are staged and not known to be durable."""
+        if not self._is_ours:
+            return []
         with self._changed:
             return list(self._pending)
 
@@ -124,7 +133,7 @@ class Link:
         It does not wait for that. If the persister died and parts are pending, another is started.
         The ``Stager`` is to be closed before.
         """
-        if self._pid != os.getpid():
+        if not self._is_ours:
             return
         with self._changed:
             self._closing = True
@@ -142,8 +151,13 @@ class Link:
 
     # How it is done.
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether this is no child of ``fork``, where a lock may be held by nobody for ever."""
+        return self._pid == os.getpid()
+
     def _ask(self, ask: str, say: str, timeout: float) -> Mapping[str, Any] | None:
-        if self._pid != os.getpid():
+        if not self._is_ours:
             return None
         end = time.monotonic() + timeout
         with self._changed:
@@ -159,7 +173,7 @@ class Link:
 
     def _send(self, message: Mapping[str, Any]) -> bool:
         """Send if somebody is there. Who comes later is told what still matters."""
-        if self._pid != os.getpid():
+        if not self._is_ours:
             return False
         with self._changed:
             client = self._socket
@@ -176,9 +190,12 @@ class Link:
 
     def _connect(self) -> None:
         """Have a persister and be connected to it. Raises ``CheckpointError``."""
-        self._ensure(self._directory.path, self._options)
-        client = connect(self._directory.path, _SEND_SECONDS)
-        if client is None:
+        for _ in range(_TRIES):  # one that answered may have been about to end
+            self._ensure(self._directory.path, self._options)
+            client = connect(self._directory.path, _SEND_SECONDS)
+            if client is not None:
+                break
+        else:
             raise CheckpointError(f"the persister of {self._directory.path} has ended again")
         client.settimeout(None)  # for reading; writing must end
         client.setsockopt(

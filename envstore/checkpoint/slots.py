@@ -54,7 +54,6 @@ from envstore.errors import CorruptError, NotFoundError
 from envstore.store.digest import digest
 
 TRAINER_LOCK = "trainer"
-SOCKET = "socket"
 _SLOT = re.compile(r"slot-(0|[1-9][0-9]{0,3})")
 _PIECE = 32 << 20
 _THREADS = min(4, os.cpu_count() or 1)
@@ -179,11 +178,6 @@ class SlotDirectory:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-
-    @property
-    def socket(self) -> Path:
-        """Where the persister of these slots listens."""
-        return self.path / SOCKET
 
     def create(self) -> None:
         """Make the directory unless it is there, and make sure that nobody else may enter.

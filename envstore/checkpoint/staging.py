@@ -158,8 +158,9 @@ class Stager:
 
     def wait(self) -> None:
         """Wait until no copy is under way. Does not raise if it failed."""
-        if self._worker is not None:
-            self._worker.join()
+        worker = self._worker
+        if worker is not None:
+            worker.join()
             self._worker = None
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,7 +73,12 @@ def store(slots: SlotDirectory, number: int) -> None:
         slot.mark_durable()
 
 
-def steps(slots: SlotDirectory) -> dict[int, str]:
+def growing(step: int) -> int:
+    """Return a size that is often larger than any before."""
+    return 1000 + step * 3001 % 300_000
+
+
+def steps(slots: SlotDirectory, size: Callable[[int], int] = lambda _: 1000) -> dict[int, str]:
     """Return the step and the state of each slot that can be read, and look at their content."""
     found = {}
     for slot in slots.slots():
@@ -82,7 +87,7 @@ def steps(slots: SlotDirectory) -> dict[int, str]:
             found[step] = slot.state
             if slot.complete:
                 tree = SlotTree([slot])
-                for path, segments in files(step).items():
+                for path, segments in files(step, size(step)).items():
                     assert tree.read(path) == b"".join(segments)
     return found
 
@@ -491,7 +496,7 @@ def kill_trainers(slots: SlotDirectory, count: int) -> None:
             os.waitpid(child, 0)
             acknowledged = [int(line) for line in said if line.endswith("\n")]
         assert not slots.trainer_alive()
-        left = steps(slots)
+        left = steps(slots, growing)
         complete = [step for step, state in left.items() if state in ("staged", "durable")]
         assert max(complete) >= max(acknowledged, default=last), left
         last = max(complete)
@@ -505,6 +510,6 @@ def _train(slots: SlotDirectory, step: int, acknowledge: int) -> None:
             if slot is not None:
                 with slot:
                     slot.mark_durable()
-        save(owner, step, 1000)
+        save(owner, step, growing(step))
         os.write(acknowledge, b"%d\n" % step)
         step += 1
