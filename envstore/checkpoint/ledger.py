@@ -154,7 +154,9 @@ class Ledger:
         if stuck and error is not None:
             self.failed(step, error)
         else:
-            _log.warning("%s: step %d is not saved: earlier ones are uploaded", self._run, step)
+            _log.warning(
+                "%s: step %d is left out: earlier ones are still being uploaded", self._run, step
+            )
 
     def heard(self, message: Mapping[str, Any]) -> None:
         """Take note of what the persister says."""

@@ -33,6 +33,24 @@ _LOOK_SECONDS = 1.0
 _LOCAL_SECONDS = 60.0
 
 
+class _Relay:
+    """The listener of a stager, which is made before the link."""
+
+    link: Link
+
+    def writing(self, slot: int, checkpoint: CheckpointId) -> None:
+        self.link.writing(slot, checkpoint)
+
+    def wave(self, slot: int, checkpoint: CheckpointId, wave: int) -> None:
+        self.link.wave(slot, checkpoint, wave)
+
+    def staged(self, slot: int, checkpoint: CheckpointId) -> None:
+        self.link.staged(slot, checkpoint)
+
+    def check(self, checkpoint: CheckpointId) -> None:
+        self.link.check(checkpoint)
+
+
 class Saver:
     """Saves the states of one rank. ``status``, ``failed`` and ``flush_soon`` from any thread."""
 
@@ -93,26 +111,28 @@ class Saver:
         """Return the stager, with its persister running."""
         with self._lock:
             if self._stager is None:
-                self._directory.create()
+                # The lock of the trainer first: an idle persister removes what nobody holds.
+                relay = _Relay()
+                staging = self._options.staging
+                stager = Stager(
+                    self._directory,
+                    relay,
+                    slots=staging.slots,
+                    max_bytes=staging.max_bytes,
+                    overlap=staging.overlap,
+                )
                 mode: Literal["daemon", "external"] = (
                     "daemon" if self._options.persister == "auto" else "external"
                 )
                 options = PersisterOptions(
                     mode, bandwidth=self._options.bandwidth, store=self._place.store
                 )
-                link = Link(self._directory, options, self._heard)
                 try:
-                    self._stager = Stager(
-                        self._directory,
-                        link,
-                        slots=self._options.staging.slots,
-                        max_bytes=self._options.staging.max_bytes,
-                        overlap=self._options.staging.overlap,
-                    )
+                    self._link = relay.link = Link(self._directory, options, self._heard)
                 except BaseException:
-                    link.close()
+                    stager.close()
                     raise
-                self._link = link
+                self._stager = stager
             return self._stager
 
     def _find_lineage(self) -> dict[str, str]:
