@@ -298,11 +298,9 @@ def last(n: int) -> Policy:
 
 def best(metric: str, mode: str = "min", n: int = 1) -> Policy:
     """Keep the ``n`` best by ``metric``; ``mode`` is ``min`` or ``max``. Raises ``UsageError``."""
-    if not isinstance(metric, str) or not metric:
-        raise UsageError("best: metric is the name of a metric")
     if mode not in ("min", "max"):
         raise UsageError(f"best: mode is 'min' or 'max', not {mode!r}")
-    return Best(metric, mode, _number(n, "best"))
+    return Best(_metric(metric), mode, _number(n, "best"))
 
 
 def younger_than(*, hours: float | None = None, days: float | None = None) -> Policy:
@@ -395,6 +393,12 @@ def _members(policy: Policy) -> tuple[Policy, ...]:
 
 def _time(one: Kept) -> float:
     return datetime.fromisoformat(one.created).timestamp()
+
+
+def _metric(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise UsageError("best: metric is the name of a metric")
+    return value
 
 
 def _number(value: object, what: str) -> int:
