@@ -258,7 +258,7 @@ def test_what_is_pending_at_the_end_gets_a_persister(link: Link, peer: Peer) -> 
 
 
 _FORKS = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from envstore.checkpoint.layout import CheckpointId
 from envstore.checkpoint.link import Link
@@ -278,7 +278,7 @@ if not child:
     link.close()
     os.write(writing, b"done")
     while True:
-        os.read(reading, 1)
+        signal.pause()
 assert os.read(reading, 4) == b"done"
 link.close()
 assert [peer.next()["ask"] for _ in range(2)] == ["hello", "close"]
