@@ -279,6 +279,7 @@ if not child:
     os.write(writing, b"done")
     while True:
         signal.pause()
+os.close(writing)
 assert os.read(reading, 4) == b"done"
 link.close()
 assert [peer.next()["ask"] for _ in range(2)] == ["hello", "close"]
