@@ -25,6 +25,9 @@ _AT_ONCE = 1
 def main(arguments: list[str]) -> int:
     """Run as the persister that ``arguments`` describe; returns an exit status."""
     options = _parse(arguments)
+    for name in ("directory", "watch"):  # it leaves where it was started
+        if getattr(options, name) is not None:
+            setattr(options, name, os.path.abspath(getattr(options, name)))
     if options.detach and os.fork():
         os._exit(0)  # whoever started this need not, and cannot, wait for it
     from envstore.checkpoint import backstage

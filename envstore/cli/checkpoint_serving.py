@@ -121,7 +121,7 @@ def persister(
     """
     from envstore.checkpoint.persister import main
 
-    arguments = ["--watch", str(root), *(f"--allow-store={pattern}" for pattern in patterns)]
+    arguments = ["--watch", str(root.absolute()), *(f"--allow-store={pattern}" for pattern in patterns)]
     if bandwidth is not None:
         from envstore.store.cache import parse_size
 

@@ -183,9 +183,9 @@ def test_what_another_program_writes_is_watched_for(cli: Cli, tmp_path: Path) ->
     assert "not a directory" in line
 
 
-def test_a_persister_serves_what_appears_below_its_root(cli: Cli, tmp_path: Path) -> None:
+def test_a_persister_serves_what_appears_below_its_root(cli: Cli) -> None:
     cli.ok("init")
-    root = tmp_path / "slots"
+    root = cli.root / "slots"
     root.mkdir()
     code = (
         "import os, signal, sys\n"
@@ -194,7 +194,7 @@ def test_a_persister_serves_what_appears_below_its_root(cli: Cli, tmp_path: Path
         "run.save(7, {'values': list(range(1000))})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    with cli.start("checkpoint", "persister", root) as process:
+    with cli.start("checkpoint", "persister", "slots") as process:
         done = subprocess.run(
             [cli.argv()[0], "-c", code], env={**cli.env, "ENVSTORE_SLOTS": str(root)},
             check=False, capture_output=True, timeout=120,
