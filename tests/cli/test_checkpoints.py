@@ -6,12 +6,13 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from envstore.checkpoint.adapters.directory import DirectoryRun
-from tests.commands import Cli, one_line
+from tests.commands import NOBODY, Cli, one_line
 from tests.trees import noise
 
 RUN = "team/llm"
@@ -183,23 +184,47 @@ def test_what_another_program_writes_is_watched_for(cli: Cli, tmp_path: Path) ->
     assert "not a directory" in line
 
 
+_DYING_TRAINER = """
+import os, signal
+from envstore import checkpoint
+run = checkpoint.Run('team/side', persister='external')
+run.save(7, {'values': list(range(1000))})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_a_persister_serves_what_appears_below_its_root(cli: Cli) -> None:
     cli.ok("init")
     root = cli.root / "slots"
     root.mkdir()
-    code = (
-        "import os, signal, sys\n"
-        "from envstore import checkpoint\n"
-        "run = checkpoint.Run('team/side', persister='external')\n"
-        "run.save(7, {'values': list(range(1000))})\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
     with cli.start("checkpoint", "persister", "slots") as process:
         done = subprocess.run(
-            [cli.argv()[0], "-c", code], env={**cli.env, "ENVSTORE_SLOTS": str(root)},
+            [cli.argv()[0], "-c", _DYING_TRAINER], env={**cli.env, "ENVSTORE_SLOTS": str(root)},
             check=False, capture_output=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == -signal.SIGKILL, done.stderr
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
     assert cli.ok("checkpoint", "latest", "team/side") == "7\n"
+
+
+def test_a_persister_of_root_serves_the_slots_of_others(ordinary: Cli) -> None:
+    root = ordinary.root / "slots"
+    root.mkdir()
+    root.chmod(0o1777)
+    ordinary.ok("init")
+    privileged = Cli(ordinary.root / "root")
+    url = {"ENVSTORE_URL": str(ordinary.store)}
+    with privileged.start("checkpoint", "persister", root, env=url) as process:
+        done = subprocess.run(
+            [
+                "setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups",
+                sys.executable, "-c", _DYING_TRAINER,
+            ],
+            env={**ordinary.env, "ENVSTORE_SLOTS": str(root)},
+            check=False, capture_output=True, timeout=120, cwd="/",
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    assert ordinary.ok("checkpoint", "latest", "team/side") == "7\n"
