@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,6 @@ from tests.s3server import S3Server
 from tests.stores import Store
 
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
-
-
-@pytest.fixture
-def store(
-    tmp_path: Path, slots_root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Store]:
-    with Store(tmp_path / "store") as store:
-        monkeypatch.setenv("ENVSTORE_URL", store.url)
-        yield store
 
 
 def trained(seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,6 @@ from envstore.checkpoint.policies import last
 from envstore.errors import NotFoundError, UsageError
 from envstore.store.source import ChangedError
 from tests.stores import Store
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setenv("ENVSTORE_CACHE_DIR", str(tmp_path / "cache"))
-    with Store(tmp_path / "store") as store:
-        monkeypatch.setenv("ENVSTORE_URL", store.url)
-        yield store
 
 
 def write(path: Path, **files: bytes) -> Path:

@@ -31,18 +31,10 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _scheme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("ENVSTORE_CACHE_DIR", str(tmp_path / "cache"))
+def _scheme(cache_dir: Path) -> Iterator[None]:
     fsspec.register_implementation("envstore", EnvstoreFileSystem, clobber=True)
     yield
     EnvstoreFileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    with Store(tmp_path / "store") as store:
-        monkeypatch.setenv("ENVSTORE_URL", store.url)
-        yield store
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +43,6 @@ class Model(pl.LightningModule):
 
 class Marker:
     """What JSON cannot say."""
-
-
-@pytest.fixture
-def store(
-    tmp_path: Path, slots_root: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Store]:
-    with Store(tmp_path / "store") as store:
-        monkeypatch.setenv("ENVSTORE_URL", store.url)
-        yield store
 
 
 def fit(

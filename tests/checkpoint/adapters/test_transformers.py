@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,6 @@ from envstore.checkpoint.policies import best
 from tests.stores import Store
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # of transformers and what it imports
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setenv("ENVSTORE_CACHE_DIR", str(tmp_path / "cache"))
-    with Store(tmp_path / "store") as store:
-        monkeypatch.setenv("ENVSTORE_URL", store.url)
-        yield store
 
 
 class Data(torch.utils.data.Dataset[dict[str, Any]]):

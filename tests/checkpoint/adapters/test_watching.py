@@ -21,14 +21,6 @@ from tests.stores import Store
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setenv("ENVSTORE_CACHE_DIR", str(tmp_path / "cache"))
-    with Store(tmp_path / "store") as store:
-        monkeypatch.setenv("ENVSTORE_URL", store.url)
-        yield store
-
-
-@pytest.fixture
 def run(store: Store) -> Iterator[DirectoryRun]:
     with DirectoryRun("team/llm") as run:
         yield run
