@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from envstore.checkpoint.capture import capture
+from envstore.checkpoint.errors import CheckpointError
 from envstore.checkpoint.identity import Ranks
 from envstore.checkpoint.layout import Captured, CheckpointId, Orders
 from envstore.checkpoint.ledger import Ledger, Save
@@ -192,7 +193,12 @@ class Saver:
             while staged is None:
                 self._ledger.check()
                 staged = stager.stage(captured, orders, timeout=_LOOK_SECONDS)
+        except EnvstoreError:
+            self._ledger.forget(save)
+            raise
         except BaseException:
+            # Ctrl-C may have come when the part was staged already: the next one is another.
+            self._attempts = {(epoch, step): attempt + 1}
             self._ledger.forget(save)
             raise
         self._attempts = {(epoch, step): attempt + 1}
@@ -201,8 +207,18 @@ class Saver:
         self._ledger.stalled(time.monotonic() - began)
         if not self._options.staging.overlap:
             # Once the persister has said so, nothing that happens here can lose it.
-            save.local.exception(_LOCAL_SECONDS)
+            self._wait_until_local(save)
         return save
+
+    def _wait_until_local(self, save: Save) -> None:
+        try:
+            save.local.exception(_LOCAL_SECONDS)
+        except TimeoutError:
+            error = CheckpointError(
+                f"the persister of {self._directory.path} does not answer",
+                hint="what is staged stays in memory until one uploads it",
+            )
+            self._ledger.failed(save.step, error)
 
     def _capture(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Captured:
         return capture(

@@ -149,7 +149,8 @@ class Stager:
         self._listener.staged(staged.slot, staged.checkpoint)
         staged.done.set_result(None)
         if not self._owner.has_room(size):
-            self._start(lambda: self._enlarge(size))
+            with contextlib.suppress(RuntimeError):  # no threads any more: the interpreter ends
+                self._start(lambda: self._enlarge(size))
         return staged
 
     def slot_freed(self) -> None:
@@ -212,8 +213,9 @@ class Stager:
 
     def _start(self, work: Callable[[], None]) -> None:
         # No daemon: the interpreter waits for it at exit.
-        self._worker = threading.Thread(target=work, name="envstore-staging")
-        self._worker.start()
+        worker = threading.Thread(target=work, name="envstore-staging")
+        worker.start()
+        self._worker = worker
 
     def _wait_until_taken(self, writer: SlotWriter, checkpoint: CheckpointId) -> None:
         while not writer.taken():
