@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import botocore.session
 import pytest
@@ -18,7 +19,9 @@ from tests.channel.fixtures import (
     real_index,
     wheel_index,
 )
+from tests.faulty import FaultyStore
 from tests.s3server import s3_server
+from tests.stores import Store
 
 __all__ = [
     "broken_channel",
@@ -67,3 +70,16 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(home / "aws-credentials"))
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         yield
+
+
+@pytest.fixture
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for the disk: for tests that are not about power failures."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Return a store of the test's own, whose objects can be made to fail."""
+    with Store(tmp_path / "store", wrap=FaultyStore) as opened:
+        yield opened

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -31,18 +29,9 @@ from tests.faulty import FaultyStore
 from tests.s3server import S3Server
 from tests.stores import Store
 
+pytestmark = pytest.mark.usefixtures("_no_fsync")
+
 EPOCHS = "runs/team/llm/epochs/"
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store", wrap=FaultyStore) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,10 @@ from tests.checkpoint.test_epochs import at
 from tests.checkpoint.test_protocol import newest, save
 from tests.stores import Store
 
+pytestmark = pytest.mark.usefixtures("_no_fsync")
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
 SECTION = DOCUMENT.read_text().partition("## 18. Runs")[2].partition("\n## ")[0]
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store") as opened:
-        yield opened
 
 
 def objects_of(root: Path) -> dict[str, dict[str, Any]]:

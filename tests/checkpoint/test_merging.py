@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,19 +24,10 @@ from envstore.store.repository import Repository
 from tests.checkpoint.rankfiles import RUN, SAVED, state_json, store_tree
 from tests.stores import Store
 
+pytestmark = pytest.mark.usefixtures("_no_fsync")
+
 ID = CheckpointId(40, 2, 1)
 Array = np.ndarray
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store") as opened:
-        yield opened
 
 
 @dataclass(frozen=True)

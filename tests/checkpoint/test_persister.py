@@ -42,12 +42,6 @@ FILES = {"model.safetensors": (300_000, 1), "ranks/x/optim.safetensors": (5000, 
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store", wrap=FaultyStore) as opened:
-        yield opened
-
-
-@pytest.fixture
 def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlotDirectory:
     """A slot directory on disk: /dev/shm is others' too."""
     monkeypatch.setenv("ENVSTORE_SLOTS", str(tmp_path / "slots"))

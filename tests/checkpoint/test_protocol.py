@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from envstore.checkpoint.errors import FencedError, NoCheckpointError, RanksDisagreeError
@@ -15,19 +11,9 @@ from envstore.checkpoint.records import Commit
 from envstore.errors import NotFoundError
 from envstore.store.refs import RefName, read_ref
 from tests.checkpoint.rankfiles import RUN, make_part
-from tests.faulty import FaultyStore
 from tests.stores import Store
 
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store", wrap=FaultyStore) as opened:
-        yield opened
+pytestmark = pytest.mark.usefixtures("_no_fsync")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,16 +29,13 @@ from tests.checkpoint.test_protocol import newest
 from tests.faulty import FaultyStore
 from tests.stores import Store
 
+pytestmark = pytest.mark.usefixtures("_no_fsync")
+
 KEEP = encode_keep(last(1))
 
 
 class Killed(BaseException):
     """The process is no more."""
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 def repository_at(root: Path) -> Repository:

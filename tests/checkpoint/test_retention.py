@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,21 +22,11 @@ from envstore.store.repository import Repository
 from tests import trees
 from tests.checkpoint.rankfiles import RUN, make_part
 from tests.checkpoint.test_protocol import newest, points_at, save
-from tests.faulty import FaultyStore
 from tests.stores import Store
 
+pytestmark = pytest.mark.usefixtures("_no_fsync")
+
 BELOW = "runs/team/llm/"
-
-
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store", wrap=FaultyStore) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -38,12 +38,6 @@ def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlotDirectory:
     return found
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store") as opened:
-        yield opened
-
-
 def _end(slots: SlotDirectory) -> None:
     with Talker(slots.path, trainer=False) as talker:
         talker.ask("close")

@@ -24,16 +24,9 @@ from envstore.store.known import KnownChunks
 from envstore.store.verify import verify
 from tests.checkpoint.slotfill import Files, content, orders, state
 from tests.checkpoint.talker import wait_for
-from tests.faulty import FaultyStore
 from tests.stores import Store
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store", wrap=FaultyStore) as opened:
-        yield opened
 
 
 @pytest.fixture
