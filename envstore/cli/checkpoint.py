@@ -178,7 +178,7 @@ def latest(settings: Settings, run: str) -> None:
 @step_option()
 @click.pass_obj
 def show(settings: Settings, run: str, step: int | None) -> None:
-    """Show a checkpoint of RUN: its parts, metrics, and what it was trained of and with."""
+    """Show a checkpoint of RUN: its parts, metrics and lineage."""
     from envstore.cli.checkpoint_params import find
 
     with settings.open() as repository:

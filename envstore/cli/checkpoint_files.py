@@ -131,7 +131,7 @@ def verify(settings: Settings, run: str, step: int | None, read_data: bool) -> N
 )
 @click.pass_obj
 def prefetch(settings: Settings, run: str, step: int | None, items: tuple[str, ...]) -> None:
-    """Bring a checkpoint of RUN into this node's cache, for a restore that comes soon."""
+    """Bring a checkpoint of RUN into this node's cache."""
     from envstore.checkpoint.errors import StateMismatchError
     from envstore.checkpoint.trees import SnapshotTree
 

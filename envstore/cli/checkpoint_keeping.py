@@ -45,7 +45,7 @@ def pin(settings: Settings, run: str, step: int | None, reason: str) -> None:
 @step_option()
 @click.pass_obj
 def unpin(settings: Settings, run: str, step: int | None) -> None:
-    """Let the retention policy of RUN decide about a checkpoint again."""
+    """Let the policy of RUN decide about a checkpoint again."""
     with settings.open() as repository:
         runs, commit = find(repository, run, step)
         runs.unpin(commit.checkpoint)

@@ -88,7 +88,7 @@ def _tell(settings: Settings, event: Event) -> None:
     examples="""
         envstore checkpoint persister /slots                        in a sidecar
         envstore checkpoint persister /slots --allow-store 's3://bucket/team*'
-        ENVSTORE_SLOTS=/slots python train.py                       its trainer
+        envstore checkpoint persister /slots --bandwidth 200M       no faster than that
     """,
 )
 @click.argument("root", metavar="ROOT", type=PathType(path_type=Path, file_okay=False))

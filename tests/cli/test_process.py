@@ -43,7 +43,7 @@ def test_all_the_promised_commands_are_there() -> None:
         "init", "push", "pull", "hydrate", "mount", "umount", "mounts", "stats", "remount", "node",
         "run", "profile", "repack", "ls", "show", "log", "tag", "diff", "rm", "du", "verify",
         "cache", "doctor", "completion", "lock", "update", "explain", "activate", "check", "csi",
-        "k8s", "fdstore",
+        "k8s", "fdstore", "checkpoint",
     }  # fmt: skip
 
 
@@ -113,6 +113,7 @@ def test_completion(stored: Cli) -> None:
     stored.ok("tag", "tree", "tree:v1")
     stored.ok("tag", "tree", "team/other")
     assert "plain,verify" in _completed(stored, "envstore ver")
+    assert _completed(stored, "envstore checkpoint l") == ["plain,latest", "plain,ls"]
     assert _completed(stored, "envstore show tr") == ["plain,tree", "plain,tree:v1"]
     assert _completed(stored, "envstore show tree:") == ["plain,tree:latest", "plain,tree:v1"]
     assert _completed(stored, "envstore diff tree te") == ["plain,team/other"]
