@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests. With arguments they go to pytest; without, all tests run in three parts at once,
+# Runs the tests. With arguments they go to pytest; without, all tests run in four parts at once,
 # as most of them wait for processes more than they compute. Whatever fails in any of them fails.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -18,10 +18,14 @@ part commands tests/cli >"$said/1" 2>&1 &
 commands=$!
 part mounts tests/fuse tests/csi >"$said/2" 2>&1 &
 mounts=$!
-part rest tests --ignore=tests/cli --ignore=tests/fuse --ignore=tests/csi
+part checkpoints tests/checkpoint >"$said/3" 2>&1 &
+checkpoints=$!
+part rest tests --ignore=tests/cli --ignore=tests/fuse --ignore=tests/csi --ignore=tests/checkpoint
 failed=$?
 wait $commands || failed=$?
 cat "$said/1"
 wait $mounts || failed=$?
 cat "$said/2"
+wait $checkpoints || failed=$?
+cat "$said/3"
 exit $failed
