@@ -174,6 +174,14 @@ class Cli:
         assert done.status == status, (arguments, done)
         return one_line(done, says)
 
+    def completed(self, line: str) -> list[str]:
+        """Return what bash is offered for the last word of ``line``: its kind, and its text."""
+        count = str(line.count(" "))
+        env = {"_ENVSTORE_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": count}
+        done = self(env=env)
+        assert done.err == ""
+        return done.out.split()
+
     def refs(self) -> dict[str, bytes]:
         """Return every ref's bytes, straight from the disk."""
         base = self.store / "refs"

@@ -74,6 +74,12 @@ def test_runs_and_checkpoints_are_listed(runs: Cli) -> None:
     assert [(row["step"], row["counts"]) for row in everything][-1] == (400, False)
 
 
+def test_runs_are_completed(runs: Cli) -> None:
+    for command in ("ls", "show", "restore", "rm", "pin"):
+        assert runs.completed(f"envstore checkpoint {command} te") == [f"plain,{RUN}"]
+    assert runs.completed("envstore checkpoint latest other") == []
+
+
 def test_nothing_to_list_is_said(cli: Cli) -> None:
     cli.ok("init")
     done = cli("checkpoint", "ls")

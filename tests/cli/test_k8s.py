@@ -209,11 +209,7 @@ def test_what_cannot_be_written(stored: Cli, arguments: list[str], says: str) ->
 
 def test_refs_are_completed(stored: Cli) -> None:
     for command in ("manifest", "warm"):
-        words = f"envstore k8s {command} t"
-        found = stored(
-            env={"_ENVSTORE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "3"}
-        )
-        assert found.out == "plain,tree\n"
+        assert stored.completed(f"envstore k8s {command} t") == ["plain,tree"]
 
 
 # --- status ---------------------------------------------------------------------------------------

@@ -97,35 +97,23 @@ def test_completion_scripts(cli: Cli, shell: str) -> None:
         subprocess.run(["bash", "-c", f"{script}\ncomplete -p envstore"], check=True)
 
 
-def _completed(cli: Cli, line: str) -> list[str]:
-    words = line.split(" ")
-    env = {
-        "_ENVSTORE_COMPLETE": "bash_complete",
-        "COMP_WORDS": line,
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    done = cli(env=env)
-    assert done.err == ""
-    return done.out.split()
-
-
 def test_completion(stored: Cli) -> None:
     stored.ok("tag", "tree", "tree:v1")
     stored.ok("tag", "tree", "team/other")
-    assert "plain,verify" in _completed(stored, "envstore ver")
-    assert _completed(stored, "envstore checkpoint l") == ["plain,latest", "plain,ls"]
-    assert _completed(stored, "envstore show tr") == ["plain,tree", "plain,tree:v1"]
-    assert _completed(stored, "envstore show tree:") == ["plain,tree:latest", "plain,tree:v1"]
-    assert _completed(stored, "envstore diff tree te") == ["plain,team/other"]
-    assert _completed(stored, "envstore push --parent te") == ["plain,team/other"]
-    assert _completed(stored, "envstore push x ") == ["file,"]
-    assert _completed(stored, "envstore mount x ") == ["dir,"]
+    assert "plain,verify" in stored.completed("envstore ver")
+    assert stored.completed("envstore checkpoint l") == ["plain,latest", "plain,ls"]
+    assert stored.completed("envstore show tr") == ["plain,tree", "plain,tree:v1"]
+    assert stored.completed("envstore show tree:") == ["plain,tree:latest", "plain,tree:v1"]
+    assert stored.completed("envstore diff tree te") == ["plain,team/other"]
+    assert stored.completed("envstore push --parent te") == ["plain,team/other"]
+    assert stored.completed("envstore push x ") == ["file,"]
+    assert stored.completed("envstore mount x ") == ["dir,"]
     elsewhere = f"envstore --store {stored.root}/nowhere show tr"
-    assert _completed(stored, elsewhere) == []
+    assert stored.completed(elsewhere) == []
     stored.env["ENVSTORE_URL"] = f"{stored.root}/nowhere"
-    assert _completed(stored, "envstore show tr") == []
-    assert "plain,tree" in _completed(stored, f"envstore --store {stored.store} show tr")
-    assert _completed(stored, f"envstore --cache-size much --store {stored.store} show te") == [
+    assert stored.completed("envstore show tr") == []
+    assert "plain,tree" in stored.completed(f"envstore --store {stored.store} show tr")
+    assert stored.completed(f"envstore --cache-size much --store {stored.store} show te") == [
         "plain,team/other"
     ]
 
