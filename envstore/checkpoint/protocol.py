@@ -13,7 +13,7 @@ of its tree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from envstore.checkpoint.beginning import Beginning, Choose
@@ -86,6 +86,16 @@ class RunStore:
     def epoch(self) -> Epoch | None:
         """Return the newest epoch that has started. One listing and a request."""
         return self._epochs.look().newest
+
+    def counting(self, checkpoints: Collection[CheckpointId]) -> list[CheckpointId]:
+        """Return those that count, or will once they are committed. As ``epoch``, if any is given.
+
+        None does before the first epoch has started.
+        """
+        line = self._line() if checkpoints else None
+        if line is None or not line.newest:
+            return []
+        return [one for one in checkpoints if one.epoch <= line.newest and line.holds(one)]
 
     # Saving.
 

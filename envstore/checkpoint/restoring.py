@@ -134,14 +134,9 @@ class Restorer:
         return chosen
 
     def _usable(self, runs: RunStore, slots: Slots) -> CheckpointId | None:
-        """Return the newest checkpoint in memory that counts."""
-        if not slots:
-            return None
-        epoch = runs.epoch()
-        if epoch is None:
-            return None
-        # What is older than the newest epoch counts only if it is committed, and is found there.
-        return max((one for one in slots if one.epoch == epoch.number), default=None)
+        """Return the newest checkpoint in memory that counts, whether it is committed or not."""
+        # The newest epoch may have resumed from one that its predecessor left in memory.
+        return max(runs.counting(slots), default=None)
 
     def _trees(
         self, runs: RunStore, slots: Slots, chosen: CheckpointId

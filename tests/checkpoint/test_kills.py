@@ -109,6 +109,30 @@ def test_trainer_and_persister_killed_at_once(
         assert [commit.step for commit in run.list()] == [1, 2]
 
 
+def test_a_start_that_dies_before_its_first_save_loses_nothing(
+    store_url: str, tmp_path: Path, trainers: Trainers, slots_root: Path
+) -> None:
+    # The second start resumes from memory and begins an epoch; what it resumed from is not
+    # committed yet when the third looks.
+    slow = {"store": store_url, "run": NAME, "bandwidth": 1}
+    first = trainers.start(steps=1, pause=60, **slow)
+    saved = first.wait_for("saved", step=1)
+    first.kill()
+    first.end()
+    second = trainers.start(steps=9, save_every=9, pause=60, **slow)
+    second.wait_for("step", step=2)
+    wait_until((tmp_path / f"store/runs/{NAME}/epochs/00000002/start").exists)
+    second.kill()
+    second.end()
+    kill_persisters(slots_root)
+    third = trainers.start(store=store_url, run=NAME, steps=2)
+    found = third.wait_for("restored")
+    assert (found["step"], found["digest"]) == (1, saved["digest"])
+    third.wait_for("end")
+    with Run(NAME, store_url) as run:
+        assert [commit.step for commit in run.list()] == [1, 2]
+
+
 @pytest.mark.parametrize(("ranks", "rounds"), [(2, 4), (4, 2)])
 def test_ranks_and_persisters_are_killed_and_all_resume_one_step(
     store_url: str, trainers: Trainers, slots_root: Path, tmp_path: Path, ranks: int, rounds: int
