@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Generator, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ class Restorer:
         opening: Opening,
         incarnation: Incarnation,
         directories: Path,
+        start_persister: Callable[[], None],
     ) -> None:
         self._place = place
         self._ranks = ranks
         self._opening = opening
         self._incarnation = incarnation
         self._directories = directories
+        self._start_persister = start_persister
 
     def restore(
         self,
@@ -142,38 +144,54 @@ class Restorer:
         self, runs: RunStore, slots: Slots, chosen: CheckpointId
     ) -> Generator[Tree, None, None]:
         """Yield where ``chosen`` can be read, the nearest first; closes each."""
-        if chosen in slots:
-            with contextlib.closing(SlotTree(slots.pop(chosen))) as tree:
+        nearest = slots.pop(chosen, None) or self._await(runs, chosen)
+        if not isinstance(nearest, Commit):
+            with contextlib.closing(SlotTree(nearest)) as tree:
                 yield tree
-        commit = self._committed(runs, chosen)
+            nearest = self._await(runs, chosen, committed=True)
+            assert isinstance(nearest, Commit)  # noqa: S101 - what was asked for
         with contextlib.ExitStack() as held:
             # Whoever may only read cannot leave a lease; the policy decides then.
             with contextlib.suppress(AccessDeniedError):
-                held.enter_context(runs.lease(commit))
+                held.enter_context(runs.lease(nearest))
             try:
-                stored = SnapshotTree(runs.repository, commit.snapshot)
+                stored = SnapshotTree(runs.repository, nearest.snapshot)
             except CorruptError as error:
                 raise damaged(runs, chosen, error) from error
             with contextlib.closing(stored):
                 yield stored
 
-    def _committed(self, runs: RunStore, chosen: CheckpointId) -> Commit:
-        """Return the commit of ``chosen``; waits for one that another node still uploads."""
+    def _await(
+        self, runs: RunStore, chosen: CheckpointId, *, committed: bool = False
+    ) -> Commit | list[StagedSlot]:
+        """Return the commit of ``chosen``, or, unless it is to be ``committed``, its slots here.
+
+        Another rank has seen it in memory: on another node that still uploads it, or on this one
+        while a slot was locked for a moment. It may lack just the part that lies here and whose
+        persister is dead: so there is one before this waits.
+        """
         deadline = time.monotonic() + PATIENCE
         told = False
         while True:
             for commit in runs.commits():
                 if commit.checkpoint == chosen:
                     return commit
+            here = staged_here(self._directories, self._place.store, self._place.run)
+            slots = None if committed else here.pop(chosen, None)
+            for others in here.values():
+                close_all(others)
+            if slots is not None:
+                return slots
             if time.monotonic() > deadline:
                 raise NoCheckpointError(
-                    f"step {chosen.step} of {self._place.run} was in the memory of another node "
-                    f"and is not committed after {PATIENCE:.0f} s",
+                    f"step {chosen.step} of {self._place.run} was in memory when the ranks agreed "
+                    f"on it, and is not committed after {PATIENCE:.0f} s",
                     hint="start all ranks anew: they resume from the newest that is committed",
                 )
             if not told:
                 told = True
-                _log.warning("waiting for step %d, which another node uploads", chosen.step)
+                _log.warning("waiting for step %d, which is being uploaded", chosen.step)
+                self._start_persister()
             time.sleep(_POLL)
 
     def _is_committed(self, runs: RunStore, chosen: CheckpointId) -> bool:

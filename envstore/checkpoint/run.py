@@ -140,7 +140,12 @@ class Run(Stored):
         self._saver = Saver(self._place, self._ranks, self._options, slots, self._opening)
         self._ledger = self._saver.ledger
         self._restorer = Restorer(
-            self._place, self._ranks, self._opening, self._incarnation, directory.parent
+            self._place,
+            self._ranks,
+            self._opening,
+            self._incarnation,
+            directory.parent,
+            self._saver.start_persister,
         )
         self._stepped = False
         self._signalled = False

@@ -101,6 +101,13 @@ class Saver:
         if self._size >= 0:
             self._staging().prewarm(self._size)
 
+    def start_persister(self) -> None:
+        """Have a persister look at what is staged here; a failure is only logged."""
+        try:
+            self._staging()
+        except EnvstoreError as error:
+            _log.warning("%s: what is staged here waits: %s", self._place.run, error)
+
     def _warm(self, size: int) -> None:
         try:
             self._find_lineage()

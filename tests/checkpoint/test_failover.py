@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from envstore.checkpoint import Run
+from envstore.checkpoint.spawning import ask_hello
 from tests.checkpoint.conftest import end_persisters, make_store, wait_until
 from tests.checkpoint.training import Trainers, expected, fingerprint, fresh_state
 from tests.s3server import S3Server
@@ -50,6 +54,46 @@ def test_a_second_node_goes_on_from_what_is_committed(
         steps = [commit.step for commit in run.list()]
         assert steps == sorted(set(steps))
     end_persisters(slots_root / "second")
+
+
+def test_a_rank_that_misses_a_slot_waits_with_a_persister_of_its_own(
+    store_url: str, slots_root: Path, trainers: Trainers
+) -> None:
+    def ranks(incarnation: str) -> list[Run]:
+        return [
+            Run(NAME, store_url, rank=rank, world_size=2, incarnation=incarnation)
+            for rank in range(2)
+        ]
+
+    jobs = [
+        trainers.start(
+            store=store_url, run=NAME, steps=1, rank=rank, world_size=2, incarnation="first",
+            bandwidth=1,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for job in jobs:
+        job.wait_for("saved", step=1)
+        job.kill()
+        job.end()
+    end_persisters(slots_root)
+    first, second = ranks("second")
+    with contextlib.ExitStack() as opened:
+        opened.callback(second.close)
+        opened.callback(first.close)
+        # What both ranks have in memory; with a choice of items no slot is made ready for saving.
+        assert first.restore(fresh_state(0), only=list(fresh_state(0))) == 1
+        (slot,) = slots_root.glob("*/00000/slot-0")
+        with slot.open("r+b") as locked, ThreadPoolExecutor(1) as pool:
+            fcntl.flock(locked, fcntl.LOCK_EX)
+            state = fresh_state(1)
+            restoring = pool.submit(second.restore, state)
+            (directory,) = slots_root.glob("*/00001")
+            wait_until(lambda: ask_hello(directory) is not None)
+            assert not restoring.done()
+            fcntl.flock(locked, fcntl.LOCK_UN)
+            assert restoring.result(timeout=60) == 1
+        assert fingerprint(state) == expected(1, 1)
 
 
 def test_a_replaced_trainer_is_told_so_and_nothing_of_it_counts(
