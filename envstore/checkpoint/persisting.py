@@ -219,7 +219,9 @@ class Worker(threading.Thread):
                 self._awake.wait(seconds)
 
     def _look_for(self, id: str, number: int) -> None:
-        """Wait for the COMMIT of a part, unless it is still to be stored."""
+        """Wait for the COMMIT of a part, unless it is still to be stored, or was told since."""
+        if self._news.will_come(id):
+            return
         slot = self._slots.read_slot(number)
         if slot is None:
             return
