@@ -26,7 +26,8 @@ from envstore.fuse.image import make_image
 from envstore.fuse.local import LocalFiles, NewFile
 from envstore.fuse.pace import Pace
 from envstore.fuse.tree import ROOT, Tree
-from envstore.store.cache import BlobCache, CacheFullError
+from envstore.store.cache import BlobCache
+from envstore.store.cachespace import CacheFullError
 from envstore.store.digest import digest
 from envstore.store.fetch import FrameFetcher
 from envstore.store.locations import NOWHERE, FrameRef, Located, Locations

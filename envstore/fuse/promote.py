@@ -17,7 +17,8 @@ import trio
 from envstore.errors import EnvstoreError
 from envstore.fuse.local import LocalFiles
 from envstore.fuse.tree import Tree
-from envstore.store.cache import BlobCache, CacheFullError
+from envstore.store.cache import BlobCache
+from envstore.store.cachespace import CacheFullError
 from envstore.store.locations import Located
 
 _QUEUED = 4096

@@ -2,10 +2,7 @@
 
 Every blob is a file named by the BLAKE3 of its content. Beside the blobs lie whole files of
 mounted trees, for the kernel to read by itself; one that has a second name is pinned, which means
-that it counts but is never evicted. The accounted total is never below the real one: space is
-reserved (a temporary file of full size, under the lock) before it is used and released after it is
-freed, so a process killed anywhere leaves at worst a total that is too high, which the next
-eviction corrects by counting.
+that it counts but is never evicted.
 """
 
 from __future__ import annotations
@@ -13,40 +10,21 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
-import fcntl
 import os
 import re
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
 from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError, UsageError
-from envstore.store.binary import U64
+from envstore.store.cachespace import CacheSpace, CacheUsage
 from envstore.store.objects.vectors import read_into
 from envstore.store.seals import is_sealed, seal
 
 DEFAULT_CAPACITY = 20 << 30
 _TOUCH_NS = 1_000_000_000
-_LOW_WATER = 0.9
-_BLOCK = 4096
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheUsage:
-    """Bytes accounted for, number of blobs, and the cap in bytes; then what whole files there are.
-
-    ``bytes`` is that of blobs and files together, ``pinned`` that of files that stay.
-    """
-
-    bytes: int
-    blobs: int
-    capacity: int
-    files: int = 0
-    pinned: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +37,6 @@ class Filling:
     fd: int
     path: bytes
     size: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """What lies in the cache: when it was last used, the bytes it takes, where."""
-
-    used_ns: int
-    size: int
-    path: bytes
-    pinned: bool
 
 
 def parse_size(text: str) -> int:
@@ -105,10 +73,6 @@ class Held(enum.Enum):
     SEALED = enum.auto()
 
 
-class CacheFullError(NoSpaceError):
-    """The cap leaves no room just now, although the disk may: the data is sound, but not kept."""
-
-
 class BlobCache:
     """Blobs by digest; every method may be called from any thread of any process.
 
@@ -121,18 +85,14 @@ class BlobCache:
         self.root = root
         self.capacity = capacity
         self.files = root / "files"
-        self._blobs = os.fsencode(root / "blobs")
-        self._files = os.fsencode(self.files)
-        self._partial = os.fsencode(root / "partial")
-        self._lock_path = os.fsencode(root / "lock")
         self._touched: dict[bytes, int] = {}
         with self.errors():
-            self._make_directories()
+            self._space = CacheSpace(root, capacity)
 
     def path(self, name: bytes) -> bytes:
         """Return where the blob called ``name`` is or would be."""
         text = name.hex().encode()
-        return b"%b/%b/%b" % (self._blobs, text[:2], text)
+        return b"%b/%b/%b" % (self._space.blobs, text[:2], text)
 
     def contains(self, name: bytes) -> bool:
         """Return whether the blob is there."""
@@ -224,49 +184,35 @@ class BlobCache:
                 self._store(name, path, data)
             except FileNotFoundError:
                 # Somebody has removed the cache; a mount that runs must not need a restart.
-                self._make_directories()
+                self._space.make_directories()
                 self._store(name, path, data)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 # The disk can be full below our cap: give back our own oldest blobs first.
-                with self._locked() as lock:
-                    if not self._evict(lock, self._total(lock) - 16 * _rounded(len(data))):
-                        raise
+                if not self._space.make_room(len(data)):
+                    raise
                 self._store(name, path, data)
 
     def drop(self, name: bytes) -> None:
         """Forget one blob, if it is there."""
-        with self.errors(), self._locked() as lock:
-            self._remove(lock, self.path(name))
+        with self.errors():
+            self._space.drop(self.path(name))
 
     def usage(self) -> CacheUsage:
         """Return what is accounted for."""
-        with self.errors(), self._locked() as lock:
-            blobs = sum(len(files) for _, _, files in os.walk(self._blobs))
-            files = self._list(self._files)
-            pinned = sum(item.size for item in files if item.pinned)
-            return CacheUsage(self._total(lock), blobs, self.capacity, len(files), pinned)
+        with self.errors():
+            return self._space.usage()
 
     def filled(self) -> int:
         """Return the bytes accounted for as they were last written down. Waits for nobody."""
         with self.errors():
-            try:
-                fd = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return 0
-            try:
-                data = os.pread(fd, U64.size, 0)
-            finally:
-                os.close(fd)
-            return int(U64.unpack(data)[0]) if len(data) == U64.size else 0
+            return self._space.filled()
 
     def clear(self) -> int:
         """Remove all that is not pinned; returns the bytes freed. Running mounts fetch again."""
-        with self.errors(), self._locked() as lock:
-            before = self._total(lock)
-            self._evict(lock, 0)
-            return before - self._total(lock)
+        with self.errors():
+            return self._space.clear()
 
     def begin(self, size: int, *, evict: bool = True) -> Filling:
         """Return a new file of ``size`` zeros to be filled.
@@ -274,7 +220,7 @@ class BlobCache:
         Without ``evict`` nothing is removed to make room. Raises as ``put`` does.
         """
         with self.errors():
-            fd, partial = self._reserve(size, evict=evict)
+            fd, partial = self._space.reserve(size, evict=evict)
             return Filling(fd, partial, size)
 
     def finish(self, filling: Filling, path: bytes) -> None:
@@ -284,21 +230,21 @@ class BlobCache:
             try:
                 kept = _link(filling.path, path)
             finally:
-                self._settle(filling.fd, filling.path, filling.size, kept=kept)
+                self._space.settle(filling.fd, filling.path, filling.size, kept=kept)
 
     def abandon(self, filling: Filling) -> None:
         """Remove a file that was begun, and give its bytes back."""
         with self.errors():
-            self._settle(filling.fd, filling.path, filling.size, kept=False)
+            self._space.settle(filling.fd, filling.path, filling.size, kept=False)
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Hold off everybody who would evict something or begin to write."""
-        with self.errors(), self._locked():
+        with self.errors(), self._space.locked():
             yield
 
     def _store(self, name: bytes, path: bytes, data: bytes | memoryview) -> None:
-        fd, partial = self._reserve(len(data))
+        fd, partial = self._space.reserve(len(data))
         kept = False
         try:
             view = memoryview(data)
@@ -309,141 +255,7 @@ class BlobCache:
             os.utime(fd, ns=(stamp, stamp))
             kept = _link(partial, path)
         finally:
-            self._settle(fd, partial, len(data), kept=kept)
-
-    def _settle(self, fd: int, partial: bytes, size: int, *, kept: bool) -> None:
-        """Remove a temporary name, and give its bytes back if the file has no other."""
-        try:
-            # Unlinking and giving back are one step under the lock, or a count between the
-            # two would be lowered twice.
-            with self._locked() as lock:
-                total = self._total(lock)
-                os.unlink(partial)
-                if not kept:
-                    self._set_total(lock, total - _rounded(size))
-        finally:
-            os.close(fd)
-
-    def _reserve(self, size: int, *, evict: bool = True) -> tuple[int, bytes]:
-        """Account for ``size`` bytes and return a temporary file of that size, locked as ours."""
-        need = _rounded(size)
-        if need > self.capacity:
-            raise CacheFullError(
-                f"the cache {self.root} is capped at {self.capacity} bytes, one blob needs {need}",
-                hint="raise ENVSTORE_CACHE_SIZE",
-            )
-        partial = b"%b/%b" % (self._partial, secrets.token_hex(16).encode())
-        with self._locked() as lock:
-            if self._total(lock) + need > self.capacity:
-                if evict:
-                    self._evict(lock, min(int(self.capacity * _LOW_WATER), self.capacity - need))
-                if self._total(lock) + need > self.capacity:
-                    raise CacheFullError(
-                        f"the cache {self.root} is full of what is pinned or being written",
-                        hint="raise ENVSTORE_CACHE_SIZE",
-                    )
-            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                os.ftruncate(fd, size)
-                self._set_total(lock, self._total(lock) + need)
-            except BaseException:
-                os.close(fd)
-                os.unlink(partial)
-                raise
-        return fd, partial
-
-    def _remove(self, lock: int, path: bytes) -> None:
-        total = self._total(lock)
-        try:
-            size = os.stat(path).st_size
-            os.unlink(path)
-        except FileNotFoundError:
-            return
-        self._set_total(lock, total - _rounded(size))
-
-    def _evict(self, lock: int, goal: int) -> bool:
-        """Remove what is not pinned, oldest use first, until at most ``goal`` bytes are left.
-
-        Counts anew. Returns whether anything was removed.
-        """
-        found = self._list(self._blobs) + self._list(self._files)
-        total = self._reserved() + sum(item.size for item in found)
-        removed = False
-        for item in sorted(found, key=attrgetter("used_ns")):
-            if total <= goal:
-                break
-            if item.pinned:
-                continue
-            os.unlink(item.path)
-            total -= item.size
-            removed = True
-        self._set_total(lock, total)
-        return removed
-
-    def _list(self, top: bytes) -> list[_Kept]:
-        found = []
-        with os.scandir(top) as directories:
-            for directory in directories:
-                with os.scandir(directory.path) as listing:
-                    for item in listing:
-                        st = item.stat(follow_symlinks=False)
-                        # A blob's second name is that of a writer about to remove it.
-                        pinned = st.st_nlink > 1 and top == self._files
-                        size = _rounded(st.st_size)
-                        found.append(_Kept(st.st_mtime_ns, size, item.path, pinned))
-        return found
-
-    def _reserved(self) -> int:
-        """Count files being written; those whose writer died are removed."""
-        total = 0
-        with os.scandir(self._partial) as listing:
-            for item in listing:
-                try:
-                    fd = os.open(item.path, os.O_RDWR | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    continue
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(item.path)
-                except BlockingIOError:
-                    total += _rounded(os.fstat(fd).st_size)
-                finally:
-                    os.close(fd)
-        return total
-
-    def _make_directories(self) -> None:
-        os.makedirs(self._partial, mode=0o700, exist_ok=True)
-        os.makedirs(self._blobs, mode=0o700, exist_ok=True)
-        os.makedirs(self._files, mode=0o700, exist_ok=True)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[int]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        try:
-            fd = os.open(self._lock_path, flags, 0o600)
-        except FileNotFoundError:
-            self._make_directories()
-            fd = os.open(self._lock_path, flags, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield fd
-        finally:
-            os.close(fd)
-
-    def _total(self, lock: int) -> int:
-        data = os.pread(lock, U64.size, 0)
-        if len(data) == U64.size:
-            return int(U64.unpack(data)[0])
-        # The file is new, or was lost in a crash: what is there has to be counted.
-        found = self._list(self._blobs) + self._list(self._files)
-        total = self._reserved() + sum(item.size for item in found)
-        self._set_total(lock, total)
-        return total
-
-    def _set_total(self, lock: int, total: int) -> None:
-        os.pwrite(lock, U64.pack(max(0, total)), 0)
+            self._space.settle(fd, partial, len(data), kept=kept)
 
     def _read_cached(self, fd: int, offset: int, length: int) -> bytes:
         buffer = bytearray(length)
@@ -502,7 +314,3 @@ def _link(partial: bytes, path: bytes) -> bool:
         except FileExistsError:
             return False
     return True
-
-
-def _rounded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK

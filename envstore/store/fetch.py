@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from envstore.errors import EnvstoreError
 from envstore.store.anchors import decode
-from envstore.store.cache import BlobCache, CacheFullError
+from envstore.store.cache import BlobCache
+from envstore.store.cachespace import CacheFullError
 from envstore.store.locations import FrameRef
 from envstore.store.objects.base import ObjectStore, Traffic
 from envstore.store.packs import pack_key

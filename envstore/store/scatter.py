@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError
 from envstore.store.anchors import decode
-from envstore.store.cache import BlobCache, CacheFullError, Held
+from envstore.store.cache import BlobCache, Held
+from envstore.store.cachespace import CacheFullError
 from envstore.store.digest import digest
 from envstore.store.frames import Codec
 from envstore.store.locations import FrameRef, Located

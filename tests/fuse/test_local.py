@@ -15,7 +15,8 @@ import pytest
 from envstore.errors import CorruptError, NoSpaceError
 from envstore.fuse.local import LocalFiles
 from envstore.fuse.tree import Tree
-from envstore.store.cache import BlobCache, CacheFullError
+from envstore.store.cache import BlobCache
+from envstore.store.cachespace import CacheFullError
 from envstore.store.digest import digest
 from envstore.store.entries import HOLE
 from tests.manifests import file, must_find, tree_of

@@ -20,11 +20,11 @@ from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError, Usag
 from envstore.store.cache import (
     DEFAULT_CAPACITY,
     BlobCache,
-    CacheFullError,
     default_cache,
     default_directory,
     parse_size,
 )
+from envstore.store.cachespace import CacheFullError, CacheSpace
 from envstore.store.digest import digest
 from tests.trees import noise
 
@@ -200,12 +200,12 @@ def test_a_cap_that_is_in_the_way_is_told_from_a_full_disk(tmp_path: Path) -> No
 
 def test_bytes_being_written_are_not_evicted(tmp_path: Path) -> None:
     cache = BlobCache(tmp_path / "cache", 10 * _BLOCK)
-    fd, partial = cache._reserve(8 * _BLOCK)
+    filling = cache.begin(8 * _BLOCK)
     with pytest.raises(NoSpaceError, match="being written"):
         cache.put(*_blob(1))
-    os.close(fd)  # as if its writer had died
+    os.close(filling.fd)  # as if its writer had died
     cache.put(*_blob(1))
-    assert not os.path.exists(partial)
+    assert not os.path.exists(filling.path)
     assert cache.usage().bytes == 3 * _BLOCK
 
 
@@ -469,7 +469,7 @@ def test_errors_of_the_disk_say_what_and_how_to_mend(
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", fail)
             # The count is kept with the same call, so only the blob itself may be refused.
-            patch.setattr(BlobCache, "_set_total", lambda self, lock, total: None)
+            patch.setattr(CacheSpace, "_set_total", lambda self, lock, total: None)
             with pytest.raises(kind, match="the cache ") as caught:
                 cache.put(name, data)
         assert caught.value.hint

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnavailableError
 from envstore.store import scatter as scatter_module
 from envstore.store import seals
-from envstore.store.cache import BlobCache, CacheFullError, Held
+from envstore.store.cache import BlobCache, Held
+from envstore.store.cachespace import CacheFullError
 from envstore.store.digest import digest
 from envstore.store.frames import Codec
 from envstore.store.index import DedupIndex
