@@ -93,6 +93,13 @@ def apply(
     )
 
 
+def _names(only: object) -> list[str]:
+    listed = [only] if isinstance(only, str) else only
+    if not isinstance(listed, Collection) or not all(isinstance(one, str) for one in listed):
+        raise UsageError(f"only= is {only!r:.80}", hint="names of items, as in ['model']")
+    return list(listed)
+
+
 def _choose(
     state: Mapping[str, Any],
     saved: Mapping[str, ItemRecord],
@@ -106,7 +113,7 @@ def _choose(
             problems.missing += [name for name in state if name not in saved]
         return [(item, None) for name, item in saved.items() if strict or name in state]
     patterns: dict[str, list[str] | None] = {}
-    for entry in [only] if isinstance(only, str) else only:
+    for entry in _names(only):
         name, _, pattern = entry.partition("/")
         if entry in saved:
             patterns[entry] = None

@@ -43,6 +43,10 @@ def capture(
     A piece is ``stable`` if it is a parameter or state of a torch optimizer in ``state``. Raises
     ``CheckpointError`` for what cannot be saved, naming it, and ``UsageError``.
     """
+    if not isinstance(state, Mapping):
+        raise UsageError(
+            f"a {type(state).__name__} is no state", hint='a mapping, as in {"model": model}'
+        )
     if isinstance(replicated, str):
         replicated = (replicated,)
     unknown = [] if replicated is True else [name for name in replicated if name not in state]

@@ -81,10 +81,10 @@ def given_incarnation(incarnation: str | None, environ: Mapping[str, str]) -> st
 
     Raises ``UsageError`` if it is malformed.
     """
-    said = incarnation if incarnation is not None else environ.get("ENVSTORE_INCARNATION")
+    said: object = incarnation if incarnation is not None else environ.get("ENVSTORE_INCARNATION")
     if said is None:
         return None
-    if not said or len(said) > _MAX_TEXT or not said.isprintable():
+    if not isinstance(said, str) or not said or len(said) > _MAX_TEXT or not said.isprintable():
         raise UsageError(
             f"the incarnation {said!r:.80} is not a printable text of 1 to {_MAX_TEXT} characters"
         )
@@ -133,6 +133,10 @@ def initialised_group() -> Any:
 
 
 def _checked(rank: int, world_size: int, where: str) -> Ranks:
+    given: tuple[object, ...] = (rank, world_size)
+    for number in given:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise UsageError(f"{where}: {number!r:.40} is not a whole number")
     if not 1 <= world_size <= MAX_RANKS or not 0 <= rank < world_size:
         raise UsageError(
             f"{where} say rank {rank} of {world_size}, which cannot be",

@@ -24,6 +24,8 @@ def checked(given: Mapping[str, str] | None) -> dict[str, str]:
     """Return ``given`` if it is a mapping of names to texts. Raises ``UsageError``."""
     if given is None:
         return {}
+    if not isinstance(given, Mapping):
+        raise UsageError(f"lineage= is {given!r:.60}", hint='as in {"model": "team/base:v1"}')
     entries: list[tuple[object, object]] = list(given.items())
     for name, value in entries:
         if not isinstance(name, str) or not isinstance(value, str):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from envstore.checkpoint.bodies import MAX_TEXT
 from envstore.checkpoint.lineage import checked
 from envstore.checkpoint.policies import Policy, SaveStats, encode_keep
 from envstore.checkpoint.signals import parse_signals
@@ -21,6 +22,7 @@ _PREEMPT = ("flush", "snapshot", "none")
 _CODECS = ("raw", "split", "xor")
 _FINITE = ("off", "record", "refuse")
 _MIN_SLOT = 1 << 20
+MAX_STEP = 10**12 - 1
 MAX_METRICS = 1000
 """How many metrics a save may have."""
 
@@ -175,17 +177,29 @@ def _bandwidth(value: int | str | None) -> int | None:
     return whole("bandwidth=", value, 1, 1 << 50)
 
 
+def check_pin(pin: str | bool) -> str:
+    """Return the reason to pin, empty for none. Raises ``UsageError``."""
+    if not isinstance(pin, str | bool):
+        raise UsageError(f"pin= is {pin!r:.60}", hint="True, False, or a reason")
+    reason = pin if isinstance(pin, str) else ("pinned" if pin else "")
+    if len(reason) > MAX_TEXT:
+        raise UsageError(f"a reason of {len(reason)} characters", hint=f"at most {MAX_TEXT}")
+    return reason
+
+
 def check_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
     """Return the metrics as plain numbers. Raises ``UsageError``."""
     if metrics is None:
         return {}
+    if not isinstance(metrics, Mapping):
+        raise UsageError(f"metrics= is {metrics!r:.60}", hint='as in {"loss": 0.25}')
     found = {}
     for name, value in metrics.items():
         try:
             if not 0 < len(name) <= 256:
                 raise TypeError
             found[name] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UsageError(
                 f"metrics: {name!r:.60} is {value!r:.60}", hint="names of numbers"
             ) from None

@@ -29,6 +29,12 @@ def find_place(name: str, store: str | None, environ: Mapping[str, str]) -> RunP
     Without a URL in ``name`` or ``store``: ``ENVSTORE_URL``, else the user's own store.
     Raises ``UsageError``.
     """
+    given: list[tuple[str, object]] = [("the name of a run", name)]
+    if store is not None:
+        given.append(("store=", store))
+    for what, text in given:
+        if not isinstance(text, str):
+            raise UsageError(f"{what} is {text!r:.80}", hint="texts, as in Run('team/llm')")
     url, hash_sign, run = name.rpartition("#")
     if hash_sign and store is not None:
         raise UsageError(f"{name!r:.100} names a store, and store= too", hint="give one of them")

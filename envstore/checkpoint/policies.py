@@ -286,7 +286,8 @@ def every(
 
 def auto(max_overhead: float = 0.02) -> Policy:
     """Save as often as ``max_overhead`` (a share of the time) allows. Raises ``UsageError``."""
-    if not 0 < max_overhead < 1:
+    given: object = max_overhead
+    if not isinstance(given, int | float) or not 0 < given < 1:
         raise UsageError("auto: max_overhead is a share, above 0 and below 1", hint="0.02 is 2 %")
     return Auto(float(max_overhead))
 

@@ -24,7 +24,15 @@ from envstore.checkpoint.launch import Launch
 from envstore.checkpoint.layout import CheckpointId, Tree
 from envstore.checkpoint.ledger import Save
 from envstore.checkpoint.opening import Opening
-from envstore.checkpoint.options import Options, Staging, check_metrics, check_options, whole
+from envstore.checkpoint.options import (
+    MAX_STEP,
+    Options,
+    Staging,
+    check_metrics,
+    check_options,
+    check_pin,
+    whole,
+)
 from envstore.checkpoint.places import find_place
 from envstore.checkpoint.policies import Policy, SaveStats
 from envstore.checkpoint.protocol import RunStore
@@ -38,8 +46,6 @@ from envstore.errors import EnvstoreError, UsageError
 from envstore.store.objects.base import Traffic
 
 _log = logging.getLogger("envstore.checkpoint")
-
-_MAX_STEP = 10**12 - 1
 
 
 class Run(Stored):
@@ -217,7 +223,7 @@ class Run(Stored):
         """
         self._require_open()
         if step is not None:
-            whole("step", step, 0, _MAX_STEP)
+            whole("step", step, 0, MAX_STEP)
         if self._options.fresh:
             raise UsageError("a fresh run restores nothing", hint="leave fresh=True out")
         found = self._restorer.restore(state, step, only, strict=strict, trusted=trusted)
@@ -235,7 +241,7 @@ class Run(Stored):
         """
         self._require_open()
         if step is not None:
-            whole("step", step, 0, _MAX_STEP)
+            whole("step", step, 0, MAX_STEP)
         if self._options.fresh:
             raise UsageError("a fresh run restores nothing", hint="leave fresh=True out")
         with self._restorer.opened(step) as found:
@@ -255,7 +261,7 @@ class Run(Stored):
         ``FencedError`` (another incarnation has taken over) and ``NotFiniteError``.
         """
         self._require_open()
-        whole("step", n, 0, _MAX_STEP)
+        whole("step", n, 0, MAX_STEP)
         self._ledger.check()
         self._incarnation.begin_ahead()
         if not self._stepped:
@@ -299,10 +305,9 @@ class Run(Stored):
         ``SaveFailedError`` as ``step`` does.
         """
         self._require_open()
-        whole("step", step, 0, _MAX_STEP)
+        whole("step", step, 0, MAX_STEP)
         self._ledger.check()
-        reason = pin if isinstance(pin, str) else ("pinned" if pin else "")
-        return self._save(step, state, metrics, reason)
+        return self._save(step, state, metrics, check_pin(pin))
 
     def prewarm(self, state: Mapping[str, Any]) -> None:
         """Reserve memory for ``state`` and start the persister; waits until both are done.

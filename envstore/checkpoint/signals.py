@@ -71,14 +71,18 @@ class SignalWatch:
 
 def parse_signals(names: Sequence[str | int]) -> tuple[int, ...]:
     """Return the numbers of signals like ``"SIGTERM"``. Raises ``UsageError``."""
+    if not isinstance(names, list | tuple | set | frozenset):
+        raise UsageError(f"signals= is {names!r:.80}", hint="as in signals=('SIGTERM',)")
     numbers = []
     for name in names:
         try:
-            numbers.append(
-                int(signal.Signals[name] if isinstance(name, str) else signal.Signals(name))
-            )
+            number = int(signal.Signals[name] if isinstance(name, str) else signal.Signals(name))
+            if number in (signal.SIGKILL, signal.SIGSTOP):
+                raise ValueError
+            numbers.append(number)
         except (KeyError, ValueError):
             raise UsageError(
-                f"{name!r} is not a signal", hint="write for example signals=('SIGTERM',)"
+                f"{name!r} is not a signal that can be watched",
+                hint="write for example signals=('SIGTERM',)",
             ) from None
     return tuple(numbers)

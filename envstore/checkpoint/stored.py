@@ -6,6 +6,7 @@ import builtins
 
 from envstore.checkpoint.errors import NoCheckpointError
 from envstore.checkpoint.layout import CheckpointId
+from envstore.checkpoint.options import MAX_STEP, check_pin, whole
 from envstore.checkpoint.protocol import RunStore
 from envstore.checkpoint.records import Commit
 from envstore.errors import CorruptError
@@ -28,17 +29,15 @@ class Stored:
 
     def info(self, step: int) -> Commit:
         """Return what is known of ``step``. Raises ``NoCheckpointError``."""
-        return self._runs().find(step)
+        return self._find(step)
 
     def pin(self, step: int, reason: str = "pinned") -> None:
         """Keep ``step`` whatever the policy says. Raises ``NoCheckpointError``."""
-        runs = self._runs()
-        runs.pin(runs.find(step), reason)
+        self._runs().pin(self._find(step), check_pin(reason))
 
     def unpin(self, step: int) -> None:
         """Let the policy decide again. Raises ``NoCheckpointError``."""
-        runs = self._runs()
-        runs.unpin(runs.find(step).checkpoint)
+        self._runs().unpin(self._find(step).checkpoint)
 
     def verify(self, step: int | None = None) -> Commit:
         """Read all of ``step``, by default the newest, from the store; returns it if it is sound.
@@ -48,7 +47,7 @@ class Stored:
         from envstore.store.verify import verify
 
         runs = self._runs()
-        commit = runs.latest() if step is None else runs.find(step)
+        commit = runs.latest() if step is None else self._find(step)
         if commit is None:
             raise NoCheckpointError(f"{runs.run} has no checkpoint yet")
         with runs.lease(commit):
@@ -58,6 +57,9 @@ class Stored:
             found = report.problems[0]
             raise damaged(runs, commit.checkpoint, CorruptError(f"{found.object}: {found.reason}"))
         return commit
+
+    def _find(self, step: int) -> Commit:
+        return self._runs().find(whole("step", step, 0, MAX_STEP))
 
 
 def damaged(runs: RunStore, chosen: CheckpointId, error: CorruptError) -> CorruptError:

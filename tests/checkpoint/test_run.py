@@ -284,11 +284,44 @@ def test_training_goes_on_without_the_store(
         {"rank": 1},
         {"rank": 2, "world_size": 2},
         {"incarnation": ""},
+        {"incarnation": 3},
+        {"rank": "0", "world_size": "2"},
+        {"signals": ["SIGKILL"]},
+        {"signals": None},
+        {"lineage": "team/base:v1"},
     ],
 )
 def test_an_option_that_cannot_be_is_refused_at_once(store_url: str, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Run(NAME, store_url, **wrong)
+
+
+def test_calls_that_cannot_be_are_refused_and_change_nothing(store_url: str) -> None:
+    for name, store in ((None, store_url), (3, store_url), (b"x", store_url), (NAME, 3)):
+        with pytest.raises(UsageError):
+            Run(name, store)  # type: ignore[arg-type]
+    wrong: Any
+    with Run(NAME, store_url) as run:
+        run.restore(fresh_state())
+        run.save(1, fresh_state())
+        for wrong in (None, [1], 3):
+            with pytest.raises(UsageError, match="no state"):
+                run.save(2, wrong)
+        for wrong in (3, {"loss": 10**400}):
+            with pytest.raises(UsageError, match="metrics"):
+                run.save(2, fresh_state(), wrong)
+        for wrong in (3, "x" * 5000):
+            with pytest.raises(UsageError, match=r"pin=|reason"):
+                run.save(2, fresh_state(), pin=wrong)
+        run.wait()
+        for wrong in (3, [3], {"model": 3}.items()):
+            with pytest.raises(UsageError, match="only"):
+                run.restore(fresh_state(), only=wrong)
+        for wrong in (-1, "1", None, True, 10**12):
+            for act in (run.pin, run.unpin, run.info):
+                with pytest.raises(UsageError, match="step"):
+                    act(wrong)
+        assert [commit.step for commit in run.list()] == [1]
 
 
 def test_ranks_without_a_board_cannot_save_by_the_time(store_url: str) -> None:
