@@ -343,7 +343,10 @@ class Matcher:
 
     def _holds_live(self, value: Any) -> bool:
         """Tell whether replacing ``value`` would lose tensors or objects of the program."""
-        if _is_elements(value) or live.is_stateful(value):
+        if _is_elements(value):
+            # Records and arrays of objects are saved as plain values, and replaced like them.
+            return arrays.shard_of(value, self._item.name, self._places) is not None
+        if live.is_stateful(value):
             return True
         if isinstance(value, Mapping):
             return any(self._holds_live(item) for item in value.values())

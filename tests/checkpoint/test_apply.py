@@ -554,3 +554,20 @@ def test_a_huge_shape_without_bytes_allocates_nothing() -> None:
 def test_a_state_that_takes_no_values_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot take values"):
         apply(OrderedDict().items(), saved({}))  # type: ignore[arg-type]
+
+
+def test_arrays_that_are_saved_as_objects_come_back_where_such_arrays_are() -> None:
+    def made(value: float) -> dict[str, Any]:
+        records = np.full(3, value, dtype=[("x", "f4"), ("y", "i8")])
+        return {
+            "log": {"records": records, "nested": [np.array([{"a": value}], dtype=object)]},
+            "plain": np.full(2, value),
+        }
+
+    state = made(0.0)
+    apply(state, saved(made(7.0)), trusted=True)
+    assert state["log"]["records"].tolist() == [(7.0, 7)] * 3
+    assert state["log"]["nested"][0].tolist() == [{"a": 7.0}]
+    assert state["plain"].tolist() == [7.0, 7.0]
+    with pytest.raises(UntrustedObjectError):
+        apply(made(0.0), saved(made(7.0)))
