@@ -11,7 +11,7 @@ import click
 
 from envstore.cli import output
 from envstore.cli.base import Command
-from envstore.cli.checkpoint_params import find, run_argument, step_option
+from envstore.cli.checkpoint_params import find, no_checkpoint, run_argument, step_option
 from envstore.cli.context import Settings
 from envstore.cli.params import PathType
 from envstore.cli.progress import progress
@@ -99,6 +99,8 @@ def verify(settings: Settings, run: str, step: int | None, read_data: bool) -> N
     with settings.open(cached=False) as repository:
         runs = RunStore(repository, RunName.parse(run))
         commits = runs.commits() if step is None else [runs.find(step)]
+        if not commits and not runs.warnings:
+            raise no_checkpoint(runs)
         broken: list[Problem] = [Problem(str(runs.run), why, ()) for why in runs.warnings]
         targets = [(f"{runs.run}:step-{commit.step}", commit.snapshot) for commit in commits]
         with progress(settings, unit_bytes=False) as draw:

@@ -57,14 +57,20 @@ def find(repository: Repository, run: str, step: int | None) -> tuple[RunStore, 
 
     Raises ``UsageError``, ``NoCheckpointError``.
     """
-    from envstore.checkpoint.errors import NoCheckpointError
     from envstore.checkpoint.layout import RunName
     from envstore.checkpoint.protocol import RunStore
 
     runs = RunStore(repository, RunName.parse(run))
     commit = runs.latest() if step is None else runs.find(step)
     if commit is None:
-        raise NoCheckpointError(
-            f"{runs.run} has no checkpoint", hint="see: envstore checkpoint ls [--all RUN]"
-        )
+        raise no_checkpoint(runs)
     return runs, commit
+
+
+def no_checkpoint(runs: RunStore) -> EnvstoreError:
+    """Return the error of a run that has none that counts, or that is not there at all."""
+    from envstore.checkpoint.errors import NoCheckpointError
+
+    return NoCheckpointError(
+        f"{runs.run} has no checkpoint", hint="see: envstore checkpoint ls [--all RUN]"
+    )

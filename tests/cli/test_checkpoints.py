@@ -154,6 +154,8 @@ def test_damage_is_found_and_named(runs: Cli) -> None:
     assert sum(pack.name in done.out for pack in packs) >= len(STEPS)
     assert f"{RUN}:step-" in done.out
     assert runs("checkpoint", "verify", RUN, "--step", "999").status == 1
+    missing = runs("checkpoint", "verify", "team/typo")
+    assert (missing.status, "team/typo has no checkpoint" in missing.err) == (1, True)
 
 
 def test_one_is_brought_into_the_cache(runs: Cli) -> None:
