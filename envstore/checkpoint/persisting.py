@@ -40,13 +40,15 @@ EARLY_SECONDS = 0.5
 would only slow the copy down, for which the training stands still."""
 COMMIT_PAUSE, LONGEST_COMMIT_PAUSE = 0.1, 5.0
 """Seconds between two looks whether all ranks have stored their parts."""
-MAX_WAITING = 4
-"""Parts whose COMMIT is waited for; of more, the oldest will hardly ever come."""
+WATCHED = 4
+"""Of the parts whose COMMIT is waited for, how many are looked at: the oldest, which come first."""
 
 # No trying again will help. All else may pass: the store is down, full, or denied.
 _FINAL = (CheckpointError, UsageError, UnsupportedFormatError)
 
 _log = logging.getLogger(__name__)
+
+_NAMED = 8
 
 Key = tuple[int, int]
 
@@ -199,7 +201,7 @@ class Worker(threading.Thread):
             return True
         self._commit_waiting()
         due = [trouble.again for trouble in self._trouble.values()]
-        due += [waiting.again for waiting in self._waiting.values()]
+        due += [waiting.again for waiting in list(self._waiting.values())[:WATCHED]]
         pause = min(due, default=float("inf")) - time.monotonic()
         if self._slots.trainer_alive():
             pause = min(pause, POLL_SECONDS)
@@ -390,13 +392,15 @@ class Worker(threading.Thread):
 
     def _commit_waiting(self) -> None:
         """Look whether the parts of other ranks have come."""
-        for id, waiting in list(self._waiting.items()):
+        for id, waiting in list(self._waiting.items())[:WATCHED]:
             if waiting.again > time.monotonic():
                 continue
             orders = waiting.orders
             try:
                 _, run, _ = self._stores.prepare(orders)
                 commit = run.try_commit(orders.checkpoint)
+                if commit is None:
+                    self._require_hope(run, orders, waiting)
             except _FINAL as error:
                 del self._waiting[id]
                 self._news.failed(id, error, final=True)
@@ -413,15 +417,23 @@ class Worker(threading.Thread):
             else:
                 waiting.pause = min(2 * waiting.pause, LONGEST_COMMIT_PAUSE)
                 waiting.again = time.monotonic() + waiting.pause
-        for id in list(self._waiting)[:-MAX_WAITING]:
-            orders = self._waiting.pop(id).orders
-            lacking = CheckpointError(
-                f"step {orders.checkpoint.step} of {orders.run} is not complete: parts of other "
-                f"ranks have not come",
-                hint="look at the logs of their persisters",
-            )
-            self._news.failed(id, lacking, final=True)
         self._note_waiting()
+
+    def _require_hope(self, run: RunStore, orders: Orders, waiting: _Waiting) -> None:
+        """Raise ``CheckpointError`` if a rank has gone on without its part of this checkpoint.
+
+        However far behind it is, it may still come otherwise. Asked when it has been a while.
+        """
+        if waiting.pause < LONGEST_COMMIT_PAUSE and len(self._waiting) <= WATCHED:
+            return
+        missed = run.missed_by(orders.checkpoint)
+        if missed:
+            ranks = ", ".join(str(rank) for rank in sorted(missed)[:_NAMED])
+            raise CheckpointError(
+                f"step {orders.checkpoint.step} of {orders.run} is not complete: "
+                f"rank {ranks} saved later steps and not this one",
+                hint="look at the log of its persister",
+            )
 
     def _committed(self, run: RunStore, commit: Commit, orders: Orders, sent: int) -> None:
         id = str(orders.checkpoint)

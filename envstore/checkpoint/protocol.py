@@ -271,6 +271,21 @@ class RunStore:
             self._known[checkpoint] = found
         return found
 
+    def missed_by(self, checkpoint: CheckpointId) -> set[int]:
+        """Return the ranks that stored no part of ``checkpoint``, but one of a later checkpoint.
+
+        Ranks store their parts in order, as long as they live: what such a rank did not store will
+        hardly come. One listing.
+        """
+        found = self._shelf.all_parts()
+        mine = {rank for rank, _ in found.get(checkpoint, ())}
+        return {
+            rank
+            for other, names in found.items()
+            if other.epoch == checkpoint.epoch and other > checkpoint
+            for rank, _ in names
+        } - mine
+
     def latest(self) -> Commit | None:
         """Return the commit to resume from, ``None`` if there is none. As ``commits``."""
         return next(reversed(self.commits()), None)

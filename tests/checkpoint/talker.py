@@ -55,6 +55,12 @@ class Talker:
             assert data, f"cut off, and not told {say} {fields}, but {self._heard}"
             self._heard += self._lines.feed(data)
 
+    def ended_failures(self) -> list[dict[str, Any]]:
+        """Return what is said to have failed for good, of what was said until now."""
+        self.ask("status")
+        self.hear("status")
+        return [one for one in self._heard if one["say"] == "failed" and one["final"]]
+
     def ended(self) -> bool:
         """Wait until the other end is closed."""
         with suppress(ConnectionResetError):

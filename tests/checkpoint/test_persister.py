@@ -289,6 +289,44 @@ def test_ranks_commit_together(
     assert said == [run_of(store.repository).find(9).snapshot.hex()] * 2
 
 
+def test_a_rank_far_behind_is_waited_for_and_one_that_left_a_step_out_is_named(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENVSTORE_SLOTS", str(tmp_path / "slots"))
+    monkeypatch.setattr("envstore.checkpoint.persisting.LONGEST_COMMIT_PAUSE", 0.2)
+    both = [SlotDirectory(tmp_path / "slots" / "run" / f"{rank:05d}") for rank in (0, 1)]
+    steps = range(1, 9)
+    left_out = 3
+    with contextlib.ExitStack() as stack:
+        owners = [stack.enter_context(SlotOwnerOf(slots)) for slots in both]
+        for slots in both:
+            stack.enter_context(serving(slots.path, **_faulty(store)))
+        talkers = [stack.enter_context(Talker(slots.path)) for slots in both]
+        runs = run_of(store.repository)
+        for rank in (0, 1):
+            files = {f"ranks/{rank:05d}/state.json": [table(rank, 2)]}
+            for step in steps:
+                if rank and step == left_out:
+                    continue
+                said = orders(store.url, step, rank=rank, world_size=2)
+                writer = stage(owners[rank], said, files)
+                id = str(said.checkpoint)
+                talkers[rank].ask("staged", slot=writer.number, id=id)
+                talkers[rank].hear("local", id=id)
+            if not rank:
+                wait_for(lambda: len(runs._shelf.all_parts()) == len(steps), "all are stored")
+                assert talkers[0].ended_failures() == []
+        for step in steps:
+            id = str(orders(store.url, step).checkpoint)
+            if step == left_out:
+                failed = talkers[0].hear("failed", id=id, final=True)
+                assert "rank 1 saved later steps" in failed["error"]
+            else:
+                talkers[0].hear("durable", id=id)
+    found = [commit.step for commit in run_of(store.repository).commits()]
+    assert found == [step for step in steps if step != left_out]
+
+
 def _state(slots: SlotDirectory, number: int) -> str:
     slot = slots.read_slot(number)
     if slot is None:
