@@ -41,12 +41,16 @@ _WEIGHTS, _ITEM = "state_dict", "model"
 _MAX_POINTER = 4096
 _POINTER = "envstore checkpoint"
 
+# A process trains with one Trainer after the other: the open run of each name, of the last one.
+_open_runs: dict[str, Run] = {}
+
 
 class EnvstoreCheckpointIO(_CheckpointIO):
     """Saves to, and loads from, the run ``run``; options are those of ``Run``.
 
     Saving returns once the state is in shared memory; ``teardown`` waits until all is durable.
-    Objects that JSON cannot say are loaded with ``weights_only=False`` alone.
+    Objects that JSON cannot say are loaded with ``weights_only=False`` alone. Of several plugins
+    of one run in a process the last one that is used has it; those before wait for their saves.
     """
 
     def __init__(self, run: str, store: str | None = None, **options: Any) -> None:
@@ -60,9 +64,14 @@ class EnvstoreCheckpointIO(_CheckpointIO):
 
     @property
     def run(self) -> Run:
-        """The run, opened when it is first needed."""
-        if self._run is None:
-            self._run = self._make()
+        """The run, opened when it is first needed. Raises as ``Run.wait`` for a plugin before."""
+        if self._run is None or _open_runs.get(self._key(self._run)) is not self._run:
+            opened = self._make()
+            before = _open_runs.pop(self._key(opened), None)
+            if before is not None:
+                with before:  # waits, and closes: one of a process may stage
+                    pass
+            _open_runs[self._key(opened)] = self._run = opened
         return self._run
 
     def latest_path(self) -> str | None:
@@ -131,8 +140,13 @@ class EnvstoreCheckpointIO(_CheckpointIO):
     def teardown(self) -> None:
         """Wait until all is durable. Raises ``SaveFailedError`` if something is not."""
         if self._run is not None:
-            self._run.wait()
+            if _open_runs.get(self._key(self._run)) is self._run:
+                self._run.wait()
             self._remove_due()
+
+    @staticmethod
+    def _key(run: Run) -> str:
+        return f"{run.store}#{run.name}"
 
     def _find(self, path: Path) -> CheckpointId:
         pointed = _read_pointer(path) if path.is_file() else None

@@ -87,6 +87,21 @@ def test_a_fit_goes_on_as_if_it_had_never_ended(store: Store, tmp_path: Path) ->
     store.assert_sound()
 
 
+def test_one_process_may_train_with_one_plugin_after_the_other(
+    store: Store, tmp_path: Path
+) -> None:
+    first = EnvstoreCheckpointIO("team/llm")
+    fit(tmp_path / "out", first, 1)
+    second = EnvstoreCheckpointIO("team/llm")
+    assert len(fit(tmp_path / "out", second, 2, "last").losses) == 4
+    # The one before may be used again, too, and has nothing to wait for until then.
+    first.teardown()
+    assert len(fit(tmp_path / "out", first, 3, second.latest_path()).losses) == 4
+    assert first.run.latest() == 12
+    first.run.close()
+    store.assert_sound()
+
+
 def test_lightning_decides_what_is_kept(store: Store, tmp_path: Path) -> None:
     io = EnvstoreCheckpointIO("team/llm")
     fit(tmp_path / "out", io, 4, save_top_k=1)
