@@ -373,6 +373,10 @@ def _become_trainer(directory: SlotDirectory, patience: float) -> int:
             if time.monotonic() > end:
                 raise CheckpointError(
                     f"process {other} saves this rank of this run already ({path})",
-                    hint="end it, or save under another name",
+                    hint=(
+                        "that is this one: close() the Run that it made before"
+                        if other == str(os.getpid())
+                        else "end it, or save under another name"
+                    ),
                 )
             time.sleep(_POLL)
