@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from envstore.checkpoint.layout import CheckpointId
 from envstore.errors import UsageError
@@ -42,9 +42,6 @@ class Kept(Protocol):
     def metrics(self) -> Mapping[str, float]:
         """What was measured at that step."""
         ...
-
-
-_Kept = TypeVar("_Kept", bound=Kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,54 +333,6 @@ def decode_keep(text: str) -> Policy | None:
         raise UsageError(f"a retention policy has 1 to {_MAX_POLICIES} members")
     found = [_decode(member) for member in members]
     return AnyOf(tuple(found)) if value[0] == "any" else found[0]
-
-
-def to_delete(
-    keep: Policy | None,
-    commits: Sequence[_Kept],
-    pins: Collection[CheckpointId],
-    leases: Collection[CheckpointId],
-    protected: Collection[CheckpointId],
-    now: float,
-) -> list[_Kept]:
-    """Return which of ``commits``, ascending and all that count, need not be kept.
-
-    Never the newest, a pinned, leased or ``protected`` one. ``now`` is Unix time.
-    """
-    if keep is None or not commits:
-        return []
-    stay = keep.kept(commits, pins, now) | {commits[-1].checkpoint}
-    return [
-        one
-        for one in commits
-        if one.checkpoint not in stay
-        and one.checkpoint not in pins
-        and one.checkpoint not in leases
-        and one.checkpoint not in protected
-    ]
-
-
-def superseded(
-    fenced: Sequence[_Kept],
-    commits: Sequence[Kept],
-    pins: Collection[CheckpointId],
-    leases: Collection[CheckpointId],
-) -> list[_Kept]:
-    """Return which of ``fenced``, that no longer count, nobody will go back to.
-
-    Those whose step a later epoch has reached again.
-    """
-    return [
-        one
-        for one in fenced
-        if one.checkpoint not in pins
-        and one.checkpoint not in leases
-        and any(
-            new.checkpoint.epoch > one.checkpoint.epoch
-            and new.checkpoint.step >= one.checkpoint.step
-            for new in commits
-        )
-    ]
 
 
 def _members(policy: Policy) -> tuple[Policy, ...]:

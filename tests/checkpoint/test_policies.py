@@ -26,10 +26,9 @@ from envstore.checkpoint.policies import (
     every,
     last,
     pinned,
-    superseded,
-    to_delete,
     younger_than,
 )
+from envstore.checkpoint.retention import superseded, to_delete
 from envstore.errors import UsageError
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
