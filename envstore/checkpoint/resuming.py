@@ -85,10 +85,15 @@ class Incarnation:
                 )
             return self._epoch
 
-    def begin_ahead(self) -> None:
-        """Begin in a thread, so that the first save need not wait. What fails is tried again."""
+    def begin_ahead(self, ready: Callable[[], object]) -> None:
+        """Begin in a thread, so that the first save need not wait. What fails is tried again.
+
+        Not before ``ready`` has returned, which raises what keeps this process from saving.
+        """
         if self._epoch is None and (self._ahead is None or not self._ahead.is_alive()):
-            self._ahead = threading.Thread(target=self._try, name="envstore-epoch", daemon=True)
+            self._ahead = threading.Thread(
+                target=self._try, args=(ready,), name="envstore-epoch", daemon=True
+            )
             self._ahead.start()
 
     def close(self) -> None:
@@ -96,8 +101,9 @@ class Incarnation:
         if self._ahead is not None:
             self._ahead.join()
 
-    def _try(self) -> None:
+    def _try(self, ready: Callable[[], object]) -> None:
         with contextlib.suppress(EnvstoreError):  # the first save says it
+            ready()
             self.begin()
 
     def _nothing(self, commits: Sequence[Commit]) -> None:

@@ -263,7 +263,7 @@ class Run(Stored):
         self._require_open()
         whole("step", n, 0, MAX_STEP)
         self._ledger.check()
-        self._incarnation.begin_ahead()
+        self._incarnation.begin_ahead(self._saver.take_slots)
         if not self._stepped:
             # Optimizers make their state in their first step: the slots get their size now.
             self._stepped = True
@@ -344,8 +344,8 @@ class Run(Stored):
         self._closed = True
         atexit.unregister(self._at_exit)
         self._watch.close()
-        self._saver.close()
         self._incarnation.close()
+        self._saver.close()
         self._opening.close()
 
     def __enter__(self) -> Run:
@@ -378,6 +378,7 @@ class Run(Stored):
     ) -> Save:
         measured = check_metrics(metrics)
         self._base = (step, time.monotonic())
+        self._saver.take_slots()  # who cannot save must not fence who does
         epoch = self._incarnation.begin()
         return self._saver.save(epoch.number, step, state, measured, pin)
 

@@ -101,6 +101,10 @@ class Saver:
         if self._size >= 0:
             self._staging().prewarm(self._size)
 
+    def take_slots(self) -> None:
+        """Be the one process that saves here. Raises ``CheckpointError`` if another one does."""
+        self._staging()
+
     def start_persister(self) -> None:
         """Have a persister look at what is staged here; a failure is only logged."""
         try:
