@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -30,6 +31,7 @@ class BackgroundSaves:
 
     A directory is kept by second names of its files until it is saved: no bytes are copied, and
     whoever wrote it may remove it or go on. Files that are there must not be written to again.
+    A program that ends without ``wait`` or ``close`` loses what is not saved, and is told so.
     """
 
     def __init__(self, run: DirectoryRun) -> None:
@@ -37,6 +39,7 @@ class BackgroundSaves:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="save-directory")
         self._waiting: deque[Future[Commit]] = deque()
         self._error: EnvstoreError | None = None
+        atexit.register(self._at_exit)
 
     def submit(self, step: int, path: Path, metrics: Mapping[str, float] | None = None) -> None:
         """Begin to save ``path`` as ``step``; waits for earlier saves if two are waiting.
@@ -67,6 +70,19 @@ class BackgroundSaves:
         with contextlib.suppress(FencedError):
             self._collect(0)
         self._pool.shutdown()
+        atexit.unregister(self._at_exit)
+
+    def _at_exit(self) -> None:
+        # Saving takes threads, and a program that is ending gets none.
+        self._pool.shutdown()
+        lost = sum(future.exception() is not None for future in self._waiting)
+        if lost:
+            _log.error(
+                "%d checkpoints of %s were not saved, as the program ended before "
+                "(call wait() or close() at its end)",
+                lost,
+                self._run.name,
+            )
 
     def _collect(self, left: int) -> None:
         while len(self._waiting) > left:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,28 @@ from envstore.checkpoint.policies import last
 from envstore.errors import NotFoundError, UsageError
 from envstore.store.source import ChangedError
 from tests.stores import Store
+
+# Saves when it is too late, which is when nothing has waited for a save.
+ENDING = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from envstore.checkpoint.adapters.background import BackgroundSaves
+from envstore.checkpoint.adapters.directory import DirectoryRun
+
+class Late(DirectoryRun):
+    def save(self, *given, **options):
+        while True:
+            try:
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(int)
+            except RuntimeError:
+                return super().save(*given, **options)
+
+saves = BackgroundSaves(Late("team/llm"))
+saves.submit(3, Path(sys.argv[1]))
+"""
 
 
 def write(path: Path, **files: bytes) -> Path:
@@ -110,3 +134,24 @@ def test_a_job_that_starts_again_from_an_earlier_step(store: Store, tmp_path: Pa
         assert new.latest() == 15
         with pytest.raises(NoCheckpointError):
             new.begin(20)
+
+
+def test_the_users_own_store_is_made(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ENVSTORE_URL")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    save_dir("team/llm", 1, write(tmp_path / "out", model=b"1"))
+    assert restore_dir(tmp_path / "back", "team/llm") == 1
+    assert (tmp_path / "home" / ".local" / "share" / "envstore" / "store").is_dir()
+
+
+def test_a_program_that_does_not_wait_is_told_what_it_loses(store: Store, tmp_path: Path) -> None:
+    tree = write(tmp_path / "out", model=b"1")
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, str(tree)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert "1 checkpoints of team/llm were not saved" in done.stderr
+    with DirectoryRun("team/llm") as run:
+        assert run.latest() is None
