@@ -19,15 +19,14 @@ from typing import Literal
 
 from envstore.checkpoint.adapters.recording import Recorder
 from envstore.checkpoint.adapters.storing import store_directory
+from envstore.checkpoint.opening import open_repository
 from envstore.checkpoint.places import find_place
 from envstore.checkpoint.policies import Policy, encode_keep
 from envstore.checkpoint.protocol import RunStore
 from envstore.checkpoint.records import Commit
 from envstore.checkpoint.retention import apply
 from envstore.errors import UsageError
-from envstore.store.cache import default_cache
 from envstore.store.pull import pull
-from envstore.store.repository import Repository
 from envstore.store.source import ChangedError
 
 Step = int | Literal["latest"]
@@ -42,12 +41,13 @@ class DirectoryRun:
     def __init__(self, run: str, store: str | None = None, *, keep: Policy | None = None) -> None:
         """Open ``[namespace/]run`` in ``store``, or ``URL#[namespace/]run``; else ``ENVSTORE_URL``.
 
-        Raises ``UsageError``, ``NotFoundError`` (no such store) and the errors of the store.
+        The user's own store, if nothing names another, is made if it is not there. Raises
+        ``UsageError``, ``NotFoundError`` (no such store) and the errors of the store.
         """
         self._keep = encode_keep(keep)
         place = find_place(run, store, os.environ)
         self.name = place.run
-        self._repository = Repository.open(place.store, default_cache())
+        self._repository = open_repository(place)
         self.run = RunStore(self._repository, place.run)
         self._recorder = Recorder(self.run)
         self._saving = threading.Lock()
@@ -97,7 +97,11 @@ class DirectoryRun:
             return None
         with self.run.lease(commit):
             destination = Path(os.path.abspath(path))
-            if overwrite and destination.is_dir() and any(destination.iterdir()):
+            if destination.is_dir() and any(destination.iterdir()):
+                if not overwrite:
+                    raise UsageError(
+                        f"{destination} is not empty", hint="overwrite=True replaces what is there"
+                    )
                 self._replace(commit, destination)
             else:
                 pull(self._repository, commit.snapshot, destination)
