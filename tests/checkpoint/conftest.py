@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from envstore.checkpoint.slots import SlotDirectory
+from envstore.checkpoint.slotwriting import SlotOwner
 from envstore.checkpoint.spawning import ask_hello
 from envstore.store.config import init_store
 from envstore.store.objects import open_objects
@@ -29,6 +31,23 @@ def slots_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield root
     end_persisters(root)
     shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlotDirectory:
+    """Return a slot directory on disk, for tests that do not need it to be in memory."""
+    monkeypatch.setenv("ENVSTORE_SLOTS", str(tmp_path / "slots"))
+    found = SlotDirectory(tmp_path / "slots" / "run" / "00000")
+    found.create()
+    return found
+
+
+@pytest.fixture
+def owner(slots: SlotDirectory) -> Iterator[SlotOwner]:
+    """Return the trainer's hold on the slots."""
+    held = SlotOwner(slots)
+    yield held
+    held.close()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,6 @@ from tests.stores import Store
 _PROGRAM = Path(__file__).with_name("slotfill.py")
 _ROOT = str(Path(__file__).parents[2])
 FILES = {"model.safetensors": (300_000, 1), "ranks/x/optim.safetensors": (5000, 2)}
-
-
-@pytest.fixture
-def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlotDirectory:
-    """A slot directory on disk: /dev/shm is others' too."""
-    monkeypatch.setenv("ENVSTORE_SLOTS", str(tmp_path / "slots"))
-    found = SlotDirectory(tmp_path / "slots" / "run" / "00000")
-    found.create()
-    return found
-
-
-@pytest.fixture
-def owner(slots: SlotDirectory) -> Iterator[SlotOwner]:
-    held = SlotOwner(slots)
-    yield held
-    held.close()
 
 
 @pytest.fixture(autouse=True)

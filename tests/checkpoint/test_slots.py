@@ -44,13 +44,6 @@ def slots(slots_root: Path) -> SlotDirectory:
     return SlotDirectory(slot_directory("file:///store", RunName("team", "llm"), 3))
 
 
-@pytest.fixture
-def owner(slots: SlotDirectory) -> Iterator[SlotOwner]:
-    owner = SlotOwner(slots)
-    yield owner
-    owner.close()
-
-
 def orders(step: int) -> Orders:
     return slotfill.orders("file:///store", step)
 

@@ -30,14 +30,6 @@ _ROOT = Path(__file__).parents[2]
 FILES = {"model.safetensors": (30_000, 1)}
 
 
-@pytest.fixture
-def slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlotDirectory:
-    monkeypatch.setenv("ENVSTORE_SLOTS", str(tmp_path / "slots"))
-    found = SlotDirectory(tmp_path / "slots" / "run" / "00000")
-    found.create()
-    return found
-
-
 def _end(slots: SlotDirectory) -> None:
     with Talker(slots.path, trainer=False) as talker:
         talker.ask("close")
