@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from envstore.checkpoint.apply import apply
-from envstore.checkpoint.errors import NoCheckpointError, RanksDisagreeError
+from envstore.checkpoint.errors import CheckpointError, NoCheckpointError, RanksDisagreeError
 from envstore.checkpoint.identity import Ranks
 from envstore.checkpoint.layout import CheckpointId, Tree
 from envstore.checkpoint.opening import Opening
@@ -18,7 +18,8 @@ from envstore.checkpoint.places import RunPlace
 from envstore.checkpoint.protocol import RunStore
 from envstore.checkpoint.records import Commit
 from envstore.checkpoint.resuming import Incarnation, close_all, staged_here
-from envstore.checkpoint.slots import SlotTree, StagedSlot
+from envstore.checkpoint.slotformat import STAGED
+from envstore.checkpoint.slots import SlotDirectory, SlotTree, StagedSlot
 from envstore.checkpoint.stored import damaged
 from envstore.checkpoint.trees import SnapshotTree
 from envstore.errors import AccessDeniedError, CorruptError
@@ -61,14 +62,11 @@ class Restorer:
         trusted: bool,
     ) -> int | None:
         """See ``Run.restore``."""
-        runs = self._opening.run_store()
-        self._opening.stop_prefetch()
-        slots = staged_here(self._directories, self._place.store, self._place.run)
-        try:
-            chosen = self._agree(runs, slots, step)
-            if chosen is None:
+        with self._choosing(step) as choice:
+            if choice is None:
                 return None
-            for tree in self._trees(runs, slots, chosen):
+            runs, chosen, trees = choice
+            for tree in trees:
                 try:
                     apply(
                         state,
@@ -86,13 +84,22 @@ class Restorer:
                     raise damaged(runs, chosen, error) from error
                 return chosen.step
             raise AssertionError("the last tree either applies or raises")
-        finally:
-            for found in slots.values():
-                close_all(found)
 
     @contextlib.contextmanager
     def opened(self, step: int | None) -> Iterator[tuple[CheckpointId, Tree] | None]:
         """See ``Run.opened``."""
+        with self._choosing(step) as choice:
+            if choice is None:
+                yield None
+            else:
+                _, chosen, trees = choice
+                yield chosen, next(trees)
+
+    @contextlib.contextmanager
+    def _choosing(
+        self, step: int | None
+    ) -> Iterator[tuple[RunStore, CheckpointId, Iterator[Tree]] | None]:
+        """Agree on a checkpoint; yields it with where it can be read, the nearest first."""
         runs = self._opening.run_store()
         self._opening.stop_prefetch()
         slots = staged_here(self._directories, self._place.store, self._place.run)
@@ -100,9 +107,9 @@ class Restorer:
             chosen = self._agree(runs, slots, step)
             if chosen is None:
                 yield None
-                return
-            with contextlib.closing(self._trees(runs, slots, chosen)) as trees:
-                yield chosen, next(trees)
+            else:
+                with contextlib.closing(self._trees(runs, slots, chosen)) as trees:
+                    yield runs, chosen, trees
         finally:
             for found in slots.values():
                 close_all(found)
@@ -139,6 +146,41 @@ class Restorer:
         """Return the newest checkpoint in memory that counts, whether it is committed or not."""
         # The newest epoch may have resumed from one that its predecessor left in memory.
         return max(runs.counting(slots), default=None)
+
+    def _wait_for_waves(self, runs: RunStore) -> None:
+        """Wait until what a trainer that is gone has staged here in waves is committed.
+
+        It cannot be read from memory, and would count no more once the job goes on from an older
+        one. Raises ``CheckpointError`` if that takes too long.
+        """
+        directory = SlotDirectory(self._directories / f"{self._ranks.rank:05d}")
+        if directory.trainer_alive():
+            return
+        deadline = time.monotonic() + PATIENCE
+        told = False
+        while (found := self._in_waves(runs, directory)) is not None:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"step {found.step} of {self._place.run} is staged on this node and not "
+                    f"uploaded after {PATIENCE:.0f} s",
+                    hint="wait, or restore(state, step=...) an older one",
+                )
+            if not told:
+                told = True
+                _log.warning("waiting for step %d, which is being uploaded", found.step)
+                self._start_persister()
+            time.sleep(_POLL)
+
+    def _in_waves(self, runs: RunStore, directory: SlotDirectory) -> CheckpointId | None:
+        """Return what counts of what is staged in waves and not stored yet."""
+        found = []
+        for slot in directory.slots():
+            with slot:
+                place = (slot.orders.store, slot.orders.run)
+                mine = place == (self._place.store, str(self._place.run))
+                if mine and slot.state == STAGED and not slot.complete:
+                    found.append(slot.orders.checkpoint)
+        return max(runs.counting(found), default=None)
 
     def _trees(
         self, runs: RunStore, slots: Slots, chosen: CheckpointId

@@ -109,6 +109,24 @@ def test_trainer_and_persister_killed_at_once(
         assert [commit.step for commit in run.list()] == [1, 2]
 
 
+def test_what_was_saved_in_waves_is_waited_for(
+    store_url: str, trainers: Trainers, slots_root: Path
+) -> None:
+    # Three waves of 400 KB: when save() has returned the last one is still on its way.
+    size = {"max_bytes": 1 << 20, "values": 100_000}
+    trainer = trainers.start(
+        store=store_url, run=NAME, steps=1, bandwidth=600_000, pause=60, **size
+    )
+    saved = trainer.wait_for("saved", step=1)
+    kill_persisters(slots_root)
+    trainer.kill()
+    trainer.end()
+    again = trainers.start(store=store_url, run=NAME, steps=1, **size)
+    found = again.wait_for("restored")
+    assert (found["step"], found["digest"]) == (1, saved["digest"])
+    again.wait_for("end")
+
+
 def test_a_start_that_dies_before_its_first_save_loses_nothing(
     store_url: str, tmp_path: Path, trainers: Trainers, slots_root: Path
 ) -> None:

@@ -245,6 +245,7 @@ def _work(
     keep: int | None = None,
     on_busy: str = "wait",
     together: str = "",
+    max_bytes: int | None = None,
     **options: Any,
 ) -> None:
     """Train ``steps`` steps in all; says ``restored``, ``saved`` and ``step``."""
@@ -257,6 +258,7 @@ def _work(
         save=checkpoint.every(steps=save_every),
         keep=None if keep is None else checkpoint.last(keep),
         on_busy=on_busy,
+        staging=checkpoint.Staging(max_bytes=max_bytes),
         rank=rank,
         world_size=world_size,
         **options,
