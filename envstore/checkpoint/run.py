@@ -321,7 +321,8 @@ class Run(Stored):
     def status(self) -> dict[str, Any]:
         """Return how saving goes: ``staged``, ``local``, ``durable`` (the last steps, or
         ``None``), ``pending``, ``failures`` (in a row), ``error`` (the last one, or ``""``),
-        ``stall`` and ``persist`` (seconds of the last save, or ``None``), ``preempted``.
+        ``stall`` and ``persist`` (seconds of the last save, or ``None``), ``sent`` (bytes that
+        this rank's saves have uploaded), ``preempted``.
         """
         return {**self._ledger.status(), "preempted": self._signalled}
 
