@@ -16,9 +16,9 @@ said=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$said"' EXIT
 part commands tests/cli >"$said/1" 2>&1 &
 commands=$!
-part mounts tests/fuse tests/csi >"$said/2" 2>&1 &
+part mounts tests/fuse >"$said/2" 2>&1 &
 mounts=$!
-part checkpoints tests/checkpoint >"$said/3" 2>&1 &
+part checkpoints tests/checkpoint tests/csi >"$said/3" 2>&1 &
 checkpoints=$!
 part rest tests --ignore=tests/cli --ignore=tests/fuse --ignore=tests/csi --ignore=tests/checkpoint
 failed=$?
