@@ -102,6 +102,8 @@ class Restorer:
         """Agree on a checkpoint; yields it with where it can be read, the nearest first."""
         runs = self._opening.run_store()
         self._opening.stop_prefetch()
+        if step is None:
+            self._wait_for_waves(runs)
         slots = staged_here(self._directories, self._place.store, self._place.run)
         try:
             chosen = self._agree(runs, slots, step)
