@@ -78,6 +78,8 @@ def _tell(settings: Settings, event: Event) -> None:
         output.line(f"saved step {event.step}: {where}")
     elif event.kind == "present":
         output.note(settings, f"step {event.step} is there already: {where}")
+    elif event.kind == "waiting":
+        output.note(settings, f"waiting for {output.printable(event.message)} of {where}")
     else:
         output.note(settings, f"{event.kind}: {where}: {output.printable(event.message)}")
     sys.stdout.flush()
@@ -121,7 +123,11 @@ def persister(
     """
     from envstore.checkpoint.persister import main
 
-    arguments = ["--watch", str(root.absolute()), *(f"--allow-store={pattern}" for pattern in patterns)]
+    arguments = [
+        "--watch",
+        str(root.absolute()),
+        *(f"--allow-store={pattern}" for pattern in patterns),
+    ]
     if bandwidth is not None:
         from envstore.store.cache import parse_size
 

@@ -192,6 +192,21 @@ def test_what_another_program_writes_is_watched_for(cli: Cli, tmp_path: Path) ->
     assert "not a directory" in line
 
 
+def test_a_watch_says_which_file_it_waits_for(cli: Cli, tmp_path: Path) -> None:
+    cli.ok("init")
+    (tmp_path / "output" / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "output" / "checkpoint-10" / "model.bin").write_bytes(b"1")
+    with cli.start(
+        "checkpoint", "watch", tmp_path / "output", RUN, "--quiet-for", "0.2",
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert f"waiting for trainer_state.json of {tmp_path / 'output' / 'checkpoint-10'}" in line
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
 _DYING_TRAINER = """
 import os, signal
 from envstore import checkpoint
