@@ -201,6 +201,8 @@ class Persister:
             return self._settled(worker, self._closing)
         if self._terminated.is_set():
             return True
+        if alone and not self._directory.exists():
+            return True  # whoever removed it wants nothing more, and nobody would find this
         if not alone or time.monotonic() - self._alone_since < self._linger:
             return False
         if not self._looked_again:

@@ -97,7 +97,7 @@ def make_store(url: str) -> None:
 def persisters(root: Path) -> list[int]:
     """Return the process ids of the persisters of all slot directories below ``root``."""
     found = []
-    for socket in root.glob("*/*/socket"):
+    for socket in root.rglob("socket"):
         pid = ask_hello(socket.parent)
         if pid is not None:
             found.append(pid)

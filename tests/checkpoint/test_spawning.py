@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from envstore.checkpoint.slotwriting import SlotOwner
 from envstore.checkpoint.spawning import PersisterOptions, ask_hello, ensure_persister
 from envstore.checkpoint.talking import SOCKET
 from envstore.errors import AccessDeniedError
+from tests.checkpoint.conftest import is_gone
 from tests.checkpoint.slotfill import orders, stage, state
 from tests.checkpoint.talker import Talker, assert_holds, serving, wait_for
 from tests.stores import Store
@@ -88,6 +90,12 @@ def test_one_that_is_there_is_used(slots: SlotDirectory) -> None:
     with serving(slots.path):
         assert ensure_persister(slots.path) == os.getpid()
         assert ensure_persister(slots.path, PersisterOptions(mode="external")) == os.getpid()
+
+
+def test_one_whose_directory_is_gone_ends(slots: SlotDirectory) -> None:
+    pid = ensure_persister(slots.path)
+    shutil.rmtree(slots.path)
+    wait_for(lambda: is_gone(pid), "it ends")
 
 
 def test_two_that_are_started_at_once_are_one(slots: SlotDirectory) -> None:
