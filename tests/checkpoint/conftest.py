@@ -16,6 +16,7 @@ import pytest
 from envstore.checkpoint.slots import SlotDirectory
 from envstore.checkpoint.slotwriting import SlotOwner
 from envstore.checkpoint.spawning import ask_hello
+from envstore.checkpoint.talking import SOCKET
 from envstore.store.config import init_store
 from envstore.store.objects import open_objects
 from tests.checkpoint.training import Trainers
@@ -97,9 +98,8 @@ def make_store(url: str) -> None:
 def persisters(root: Path) -> list[int]:
     """Return the process ids of the persisters of all slot directories below ``root``."""
     found = []
-    for socket in root.rglob("socket"):
-        pid = ask_hello(socket.parent)
-        if pid is not None:
+    for directory, _, names in os.walk(root):  # which does not mind what goes meanwhile
+        if SOCKET in names and (pid := ask_hello(Path(directory))) is not None:
             found.append(pid)
     return found
 
