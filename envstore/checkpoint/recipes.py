@@ -17,6 +17,9 @@ from envstore.checkpoint.layout import StagedFile
 from envstore.errors import CorruptError
 from envstore.store.digest import parse_hex
 from envstore.store.entries import Entry, composed_entry, sort_key
+from envstore.store.frames import MAX_SIZE
+from envstore.store.index import DedupIndex
+from envstore.store.locations import FrameRef
 from envstore.store.source import Kind
 
 MAX_BYTES = 256 << 20
@@ -32,6 +35,24 @@ class Recipe:
         self.lengths = [[length for _, length in file.segments] for file in files]
         self.refs: list[list[list[Ref]]] = [[[] for _ in file.segments] for file in files]
         self.new_bytes = 0
+        self.places: dict[bytes, tuple[FrameRef, int]] = {}
+        """Where the chunks of earlier waves lie: a store opened anew may not find them again."""
+
+    def remember(self, index: DedupIndex) -> None:
+        """Note where all chunks lie that are stored by now."""
+        for name in names(self):
+            place = index.find(name)
+            if place is not None and name not in self.places:
+                self.places[name] = index.frames[place[0]], place[1]
+
+    def teach(self, index: DedupIndex) -> None:
+        """Tell ``index`` what ``remember`` noted."""
+        frames = list(dict.fromkeys(frame for frame, _ in self.places.values()))
+        numbers = {frame: number for number, frame in enumerate(frames)}
+        index.add_located(
+            frames,
+            ((name, numbers[frame], at) for name, (frame, at) in self.places.items()),
+        )
 
     def check(self, files: Sequence[StagedFile]) -> None:
         """See that a wave is one of the same part. Raises ``CheckpointError``."""
@@ -75,6 +96,9 @@ def keep(path: Path, sequence: int, waves: int, recipe: Recipe) -> None:
             [[[name.hex(), size] for name, size in segment] for segment in segments]
             for segments in recipe.refs
         ],
+        "places": [
+            [name.hex(), at, _written(frame)] for name, (frame, at) in recipe.places.items()
+        ],
     }
     partial = path.with_name(f"{path.name}.partial")
     fd = os.open(
@@ -104,6 +128,8 @@ def kept(path: Path, sequence: int, waves: int, files: Sequence[StagedFile]) -> 
         ]
         if [len(segments) for segments in recipe.refs] != [len(one) for one in recipe.lengths]:
             raise CorruptError("it is of other files")
+        for name, at, frame in value["places"]:
+            recipe.places[_name(name)] = _frame(frame), _number(at)
     except (OSError, ValueError, TypeError, KeyError, RecursionError, CorruptError) as error:
         raise CheckpointError(
             f"the first {waves} waves of this checkpoint are not known any more ({path})",
@@ -114,10 +140,39 @@ def kept(path: Path, sequence: int, waves: int, files: Sequence[StagedFile]) -> 
 
 def _ref(item: Any) -> Ref:
     name, size = item
-    found = parse_hex(name)
-    if found is None or type(size) is not int or not 0 < size <= 1 << 23:
-        raise CorruptError("it holds a malformed reference")
-    return found, size
+    return _name(name), _number(size, least=1)
+
+
+def _name(text: Any) -> bytes:
+    found = parse_hex(text)
+    if found is None:
+        raise CorruptError("it holds a malformed digest")
+    return found
+
+
+def _number(value: Any, *, least: int = 0, most: int = MAX_SIZE) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise CorruptError("it holds a number that cannot be")
+    return value
+
+
+def _written(frame: FrameRef) -> list[Any]:
+    anchor = None if frame.anchor is None else _written(frame.anchor)
+    numbers = [frame.offset, frame.stored, frame.raw, frame.codec]
+    return [frame.pack.hex(), *numbers, frame.digest.hex(), anchor]
+
+
+def _frame(item: Any) -> FrameRef:
+    pack, offset, stored, raw, codec, digest, anchor = item
+    return FrameRef(
+        _name(pack),
+        _number(offset, most=(1 << 32) - 1),
+        _number(stored),
+        _number(raw),
+        _number(codec, most=255),
+        _name(digest),
+        None if anchor is None else _frame(anchor),
+    )
 
 
 def names(recipe: Recipe) -> Iterable[bytes]:

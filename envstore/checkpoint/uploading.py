@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from envstore.checkpoint.errors import CheckpointError
 from envstore.checkpoint.hashing import Filling, HashPool, Span, spans
 from envstore.checkpoint.layout import Orders, StagedFile
 from envstore.checkpoint.recipes import Recipe, Ref, names
-from envstore.errors import CorruptError, UsageError
+from envstore.errors import UsageError
 from envstore.store.chunking import TENSOR_PIECE, Chunk
 from envstore.store.dedup import places_to_reuse
 from envstore.store.describing import store_manifest
@@ -103,6 +104,7 @@ class PartUpload:
         repository = knowledge.repository
         orphans = find_orphans(repository, pending)
         knowledge.index.add_packs(orphans)
+        recipe.teach(knowledge.index)
         self._writer = PackWriter(
             repository.objects,
             knowledge.index,
@@ -192,19 +194,22 @@ class PartUpload:
     def flush(self) -> None:
         """Return when all that was added is in the store. Raises any error of the uploads."""
         self._writer.flush()
+        self.recipe.remember(self._knowledge.index)
 
     def finish(self) -> Root:
         """Store the manifest of all files, after all chunks.
 
-        Raises ``CheckpointError`` if some of a file never came, and the errors of the store;
-        ``CorruptError`` if the store has lost chunks of an earlier wave.
+        Raises ``CheckpointError`` if some of a file never came, or the store has lost chunks of an
+        earlier wave, and the errors of the store.
         """
         entries = self.recipe.entries()
         index = self._knowledge.index
+        self._knowledge.known.forget_lost(self.recipe.places)
         if any(index.find(name) is None for name in names(self.recipe)):
-            raise CorruptError(
-                f"{self._knowledge.repository.objects.url} has lost chunks of this checkpoint",
-                hint="run `envstore verify`",
+            raise CheckpointError(
+                f"{self._knowledge.repository.objects.url} has lost earlier waves of this "
+                "checkpoint, which are not in memory any more",
+                hint="run `envstore verify`, and save again",
             )
         repository = self._knowledge.repository
         root = store_manifest(repository, entries, self._knowledge.known, self._writer)
