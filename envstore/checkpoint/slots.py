@@ -255,7 +255,7 @@ class SlotDirectory:
 
     def trainer_alive(self) -> bool:
         """Whether a process holds the slots to save into them."""
-        with self._trainer_lock() as free:
+        with self._trainer_lock(fcntl.LOCK_SH) as free:  # two may ask at once
             return not free
 
     def remove(self) -> bool:
@@ -278,7 +278,7 @@ class SlotDirectory:
             return True
 
     @contextlib.contextmanager
-    def _trainer_lock(self) -> Iterator[bool]:
+    def _trainer_lock(self, kind: int = fcntl.LOCK_EX) -> Iterator[bool]:
         """Yield whether nobody held the lock of the trainer; it is held meanwhile."""
         try:
             fd = os.open(self.path / TRAINER_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -286,7 +286,7 @@ class SlotDirectory:
             yield True
             return
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
