@@ -129,6 +129,10 @@ class _Bench:
         )  # fmt: skip
         return url
 
+    def peer_file(self, step: int) -> Path:
+        """Return a new file: an overwritten one would have its pages in the cache already."""
+        return self.scratch / f"peer-{step}.pt"
+
     def stall(self) -> None:
         """Time for how long a save holds the training loop."""
         times = _Times()
@@ -144,7 +148,7 @@ class _Bench:
             run.save(2, tensors).durable.result()
             for step in range(3, 3 + self.options.rounds):
                 peers.change(tensors)
-                times.add("torch.save", peers.torch_save(tensors, self.scratch / "peer.pt"))
+                times.add("torch.save", peers.torch_save(tensors, self.peer_file(step)))
                 peers.change(tensors)
                 target = self.scratch / "peer-dcp"
                 times.add("DCP async_save", peers.async_stall(tensors, target))
@@ -156,7 +160,6 @@ class _Bench:
                 times.add("save", time.perf_counter() - began)
                 save.durable.result()
                 os.sync()
-        (self.scratch / "peer.pt").unlink()
         self.tell(
             times,
             ("save", "torch.save", 0.40),
@@ -173,7 +176,7 @@ class _Bench:
             run.save(1, tensors).durable.result()
             for step in range(2, 2 + self.options.rounds):
                 peers.change(tensors)
-                times.add("torch.save", peers.torch_save(tensors, self.scratch / "peer.pt"))
+                times.add("torch.save", peers.torch_save(tensors, self.peer_file(step)))
                 os.sync()
                 peers.change(tensors)
                 began = time.perf_counter()
@@ -182,7 +185,6 @@ class _Bench:
                 save.durable.result()
                 times.add("durable", time.perf_counter() - began)
                 os.sync()
-        (self.scratch / "peer.pt").unlink()
         self.tell(times, ("durable", "torch.save", 0.75))
 
     @contextmanager

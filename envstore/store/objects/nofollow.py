@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from envstore.store.objects.writeback import PIECE, begin_writeback
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO that somebody left there must not hang.
 _OBJECT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -112,13 +114,30 @@ def write_new(directory: int, buffers: Sequence[memoryview]) -> str:
 
 def _write_all(fd: int, buffers: Sequence[memoryview]) -> None:
     waiting = deque(buffers)
+    at = begun = 0
     while waiting:
-        written = os.writev(fd, list(islice(waiting, _AT_ONCE)))
-        # The kernel may take less than it was given, and no more than 2 GiB at a time.
+        written = os.writev(fd, _piece(waiting))
+        at += written
+        if at - begun >= PIECE:
+            begin_writeback(fd, begun, at - begun)
+            begun = at
+        # The kernel may take less than it was given.
         while waiting and written >= len(waiting[0]):
             written -= len(waiting.popleft())
         if written:
             waiting[0] = waiting[0][written:]
+
+
+def _piece(waiting: deque[memoryview]) -> list[memoryview]:
+    """Return what to write next: about ``PIECE`` bytes, and no more buffers than one call takes."""
+    found: list[memoryview] = []
+    size = 0
+    for buffer in islice(waiting, _AT_ONCE):
+        found.append(buffer[: PIECE - size])
+        size += len(found[-1])
+        if size >= PIECE:
+            break
+    return found
 
 
 def entries(directory: int) -> Sequence[tuple[str, os.stat_result]]:
