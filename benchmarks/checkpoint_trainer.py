@@ -1,6 +1,6 @@
 """A trainer to be killed: ``python -m benchmarks.checkpoint_trainer STORE RUN MIB [STEPS]``.
 
-With 0 STEPS it makes its first step and saves nothing.
+With 0 STEPS it begins its first step and saves nothing.
 
 Prints a line of JSON for each thing that happened, with the clock that all processes share. The
 state of a step follows from its number alone, so that whoever restores it can tell it is right.
@@ -56,7 +56,6 @@ def main() -> None:
     found = run.restore(state)
     say("restored", step=found, seconds=time.monotonic() - begun)
     start = 0 if found is None else found + 1
-    fill(state, start)
     say("first step", step=start)
     for step in range(start, steps):
         fill(state, step)
