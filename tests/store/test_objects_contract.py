@@ -58,7 +58,7 @@ def objects(open_prefix: OpenStore, monkeypatch: pytest.MonkeyPatch) -> ObjectSt
     return open_prefix("some/prefix")
 
 
-@pytest.mark.parametrize("size", [0, 1, 70_000, 3 << 20])
+@pytest.mark.parametrize("size", [0, 1, 70_000, 3 << 20, 9 << 20])
 def test_what_was_put_is_got(objects: ObjectStore, size: int) -> None:
     data = os.urandom(size)
     objects.put("packs/aa/x", data)
@@ -67,7 +67,9 @@ def test_what_was_put_is_got(objects: ObjectStore, size: int) -> None:
     assert objects.size("packs/aa/x") == size
 
 
-@pytest.mark.parametrize("sizes", [[], [0, 0], [5, 0, 7], [70_000, 1, 3 << 20], [1] * 3000])
+@pytest.mark.parametrize(
+    "sizes", [[], [0, 0], [5, 0, 7], [70_000, 1, 3 << 20], [5 << 20, 1, 9 << 20], [1] * 3000]
+)
 def test_buffers_are_stored_one_after_the_other(objects: ObjectStore, sizes: list[int]) -> None:
     data = os.urandom(sum(sizes))
     ends = list(accumulate(sizes))
