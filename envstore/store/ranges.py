@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -172,8 +173,9 @@ def affordable_gap(frames: Sequence[FrameRef]) -> int:
             gaps.append(next_offset - offset - stored)
     budget = max(_WASTE_FLOOR, int(_WASTE * sum(frame.stored for frame in frames)))
     affordable = 0
-    for gap in sorted(gaps):
-        budget -= gap
+    for gap, times in sorted(Counter(gaps).items()):
+        # Gaps of one length are fetched all or none: a length is all that the caller is told.
+        budget -= gap * times
         if budget < 0:
             break
         affordable = gap

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnavailableError
@@ -207,6 +207,7 @@ _frame = st.tuples(st.sampled_from([b"p" * 32, b"q" * 32]), st.integers(1, 4 * M
 
 
 @given(st.lists(st.tuples(_frame, st.integers(0, 300_000)), max_size=30))
+@example([((b"p" * 32, 1), 43_691)] * 4)
 def test_gaps_that_are_fetched_too_cost_a_hundredth(
     layout: list[tuple[tuple[bytes, int], int]],
 ) -> None:
@@ -223,7 +224,7 @@ def test_gaps_that_are_fetched_too_cost_a_hundredth(
         wasted += gap if gap <= most else 0
         last[frame.pack] = frame.offset + frame.stored
     wanted = sum(frame.stored for frame in frames)
-    assert wasted <= 2 * max(0.01 * wanted, 64 << 10)
+    assert wasted <= max(0.01 * wanted, 64 << 10)
 
 
 # The cache.
