@@ -1,7 +1,7 @@
 """The command: ``python -m benchmarks [push|store|mount|read|targets ...]``.
 
-``checkpoints``, ``cold-start``, ``environments``, ``survive``, ``volumes`` and ``warm`` are
-commands of their own, with their own options.
+``beside``, ``checkpoints``, ``cold-start``, ``environments``, ``survive``, ``volumes`` and
+``warm`` are commands of their own, with their own options.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from benchmarks import (
+    beside,
     checkpoints,
     cold_start,
     environments,
@@ -41,6 +42,7 @@ from examples.seaweed import ServerError
 
 SCENARIOS = ("push", "store", "mount", "read")
 APART = {
+    "beside": beside.main,
     "checkpoints": checkpoints.main,
     "cold-start": cold_start.main,
     "environments": environments.main,
