@@ -113,6 +113,7 @@ class FaultyStore:
         self.url = inner.url
         self.traffic = inner.traffic
         self.calls: list[Call] = []
+        self.skew = 0.0
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
 
@@ -300,6 +301,10 @@ class FaultyStore:
         if not any(fault.drop for fault in faults):
             self.inner.delete(key)
         _finish(faults)
+
+    def now(self) -> float:
+        """Return the time of the inner store's clock, which ``skew`` seconds can be added to."""
+        return self.inner.now() + self.skew
 
     def close(self) -> None:
         self.inner.close()

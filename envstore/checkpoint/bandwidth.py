@@ -128,6 +128,10 @@ class LimitedObjects:
         """Remove the object."""
         self._inner.delete(key)
 
+    def now(self) -> float:
+        """Return the time by the store's clock."""
+        return self._inner.now()
+
     def close(self) -> None:
         """Release what was opened."""
         self._inner.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -426,3 +427,12 @@ def test_buffers_that_cannot_be_filled(objects: ObjectStore) -> None:
     filled = bytearray(b"x" * 1000)
     objects.get_range_into("packs/x", 0, [memoryview(filled)])
     assert filled == bytes(1000)
+
+
+def test_the_time_is_that_of_the_store(objects: ObjectStore) -> None:
+    before = time.time()
+    objects.put("envstore.json", b"{}")
+    first = objects.now()
+    assert abs(first - before) < 60  # the server is this machine
+    assert objects.now() >= first
+    assert [info.key for info in objects.list("")] == ["envstore.json"]

@@ -122,6 +122,13 @@ class ObjectStore(Protocol):
         """Remove the object; not an error if it does not exist."""
         ...
 
+    def now(self) -> float:
+        """Return the seconds since 1970 by the store's own clock, to the second or finer.
+
+        At most one request. What is told may be a little behind, and is never ahead.
+        """
+        ...
+
     def close(self) -> None:
         """Release connections and file handles; idempotent."""
         ...

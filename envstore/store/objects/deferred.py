@@ -83,6 +83,10 @@ class DeferredObjects:
         """Remove the object."""
         self._store().delete(key)
 
+    def now(self) -> float:
+        """Return the time by the store's clock."""
+        return self._store().now()
+
     def close(self) -> None:
         """Release what was opened."""
         with self._lock:

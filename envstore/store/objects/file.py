@@ -206,6 +206,15 @@ class FileObjects:
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 self._require_root()
 
+    def now(self) -> float:
+        """Return the time of the file system, by a new file in ``.tmp``. One request."""
+        self.traffic.add(requests=1)
+        with (
+            self._errors("write", _TEMPORARY, writing=True),
+            self._directory((_TEMPORARY,), create=True) as temporary,
+        ):
+            return nofollow.clock(temporary)
+
     def close(self) -> None:
         """Do nothing: no file stays open between two calls."""
 

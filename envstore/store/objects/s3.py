@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from botocore import exceptions as aws
@@ -46,6 +47,9 @@ _LONGEST_PAUSE = 4.0
 _PIECE = 128 << 10  # bytes handed on at a time
 _JOINED = 1 << 20  # buffers of fewer bytes in all are sent as one
 _STEP = 512 << 10  # bytes that are received at a time into a buffer: they stay in the core's cache
+
+_ANYTHING = "envstore.json"  # asked for when only the time of the answer is wanted
+_DATE_SECONDS = 10.0
 
 _MAX_OBJECT = 5 << 30  # S3's limit for one PUT
 
@@ -90,7 +94,9 @@ class S3Objects:
         self._client = make_client(location, self._timeout * _SILENCE_SHARE, keys)
         self._endpoint = shown(self._client.meta.endpoint_url)
         self._amazon = is_amazon(self._endpoint)
+        self._told_date: tuple[float, float] | None = None
         self._client.meta.events.register("before-send.s3", self._count)
+        self._client.meta.events.register("after-call.s3", self._note_date)
 
     def get(self, key: str) -> bytes:
         """Return the whole object. One request. Raises ``NotFoundError``."""
@@ -330,6 +336,19 @@ class S3Objects:
             raise s3_errors.missing_bucket(self._location, self._endpoint)
         self._bucket_seen = True
 
+    def now(self) -> float:
+        """Return the time by the ``Date`` of the server's answers.
+
+        No request if it answered one within the last ten seconds: since then the time is that of
+        this machine's clock, which is only trusted to run. Else one request.
+        """
+        told = self._told_date
+        if told is None or _elapsed() - told[1] > _DATE_SECONDS:
+            self.size(_ANYTHING)
+            told = self._told_date
+        date, seen = self._told(told, "tell the time", "a Date")
+        return date + (_elapsed() - seen)
+
     def close(self) -> None:
         """Close the connections and end the pauses of requests that wait for another attempt."""
         self._closed.set()
@@ -396,6 +415,14 @@ class S3Objects:
         length = request.headers.get("Content-Length", 0)
         self.traffic.add(requests=1, bytes_out=int(length))
 
+    def _note_date(self, http_response: Any, **_: Any) -> None:
+        try:
+            date = parsedate_to_datetime(http_response.headers.get("Date", "")).timestamp()
+        except ValueError:
+            self._told_date = None
+        else:
+            self._told_date = date, _elapsed()
+
     def _told(self, value: _T | None, action: str, what: str) -> _T:
         if value is None:
             raise CorruptError(
@@ -430,6 +457,11 @@ class S3Objects:
             f"{got} are there",
             hint="run `envstore verify`",
         )
+
+
+def _elapsed() -> float:
+    # Goes on while the machine sleeps.
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _timeout_from_environment() -> float:
