@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from envstore.store.locations import Locations
 from envstore.store.manifest import read_entries
 from envstore.store.objects.base import ObjectStore
 from envstore.store.ranges import Content, Range
 from envstore.store.repository import Repository
 from envstore.store.scatter import scatter
 from envstore.store.source import Kind
+from envstore.store.whereabouts import Whereabouts
 from tests.faulty import FaultyStore
 from tests.trees import noise, prose
 
@@ -71,6 +73,11 @@ class FarStore(FaultyStore):
         self.url = "s3://far/away?endpoint=http://127.0.0.1:1"
 
 
+def unmoved(locations: Locations) -> Whereabouts:
+    """Return locations that the store has no others of."""
+    return Whereabouts(locations, lambda: locations)
+
+
 class Opened:
     """A snapshot's files, by the plain means of the store."""
 
@@ -95,7 +102,7 @@ class Opened:
             Range(self.contents[path], start, memoryview(buffer))
             for (path, start, _), buffer in zip(wanted, buffers, strict=True)
         ]
-        scatter(self.repository, self.locations, ranges, threads=threads)
+        scatter(self.repository, unmoved(self.locations), ranges, threads=threads)
         return list(map(bytes, buffers))
 
     def everything(self) -> list[tuple[str, int, int]]:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from envstore.checkpoint.layout import Want
 from envstore.errors import CorruptError, NotFoundError
-from envstore.store.locations import Locations
 from envstore.store.manifest import Entry, read_entries
 from envstore.store.ranges import Content, Range
 from envstore.store.repository import Repository
 from envstore.store.scatter import prefetch, scatter
 from envstore.store.source import Kind
+from envstore.store.whereabouts import ATTEMPTS
 
 MAX_READ = 1 << 30
 """Bytes of the largest file that is read whole: a description or an object, never tensors."""
@@ -37,11 +37,12 @@ class SnapshotTree:
         self._threads = threads
         self._closed = threading.Event()
         self.snapshot = repository.snapshot(snapshot)
-        self._root, self._locations = repository.located(self.snapshot.manifest)
+        root, locations = repository.located(self.snapshot.manifest)
+        self._whereabouts = repository.whereabouts(root, locations)
         entries: dict[str, Entry] = {}
         contents: dict[str, Content] = {}
         first = 0
-        for entry in read_entries(repository.parts(self._root, self._locations)):
+        for entry in read_entries(repository.parts(root, locations)):
             if entry.kind is Kind.FILE:
                 path = entry.path.decode("utf-8", "surrogateescape")
                 entries[path] = entry
@@ -77,12 +78,7 @@ class SnapshotTree:
         that leaves its file, and the errors of the store; the views then hold anything.
         """
         ranges = [Range(self._content(want.path), want.start, _flat(want.view)) for want in wants]
-        try:
-            scatter(self._repository, self._locations, ranges, threads=self._threads)
-        except (CorruptError, NotFoundError):
-            if not self._moved():
-                raise
-            scatter(self._repository, self._locations, ranges, threads=self._threads)
+        scatter(self._repository, self._whereabouts, ranges, threads=self._threads)
 
     def prefetch(self, paths: Iterable[str] | None = None) -> int:
         """Have the node cache hold these files, by default all; returns the bytes fetched.
@@ -92,9 +88,16 @@ class SnapshotTree:
         """
         chosen = self._contents if paths is None else paths
         ranges = [(self._content(path), 0, self._content(path).size) for path in chosen]
-        return prefetch(
-            self._repository, self._locations, ranges, threads=self._threads, stop=self._closed
-        )
+        for left in reversed(range(ATTEMPTS)):
+            locations = self._whereabouts.locations
+            try:
+                return prefetch(
+                    self._repository, locations, ranges, threads=self._threads, stop=self._closed
+                )
+            except (CorruptError, NotFoundError):
+                if not left or self._whereabouts.again(locations) is None:
+                    raise
+        raise AssertionError("the last attempt either returns or raises")
 
     def close(self) -> None:
         """End a ``prefetch`` that another thread is at; idempotent. Nothing else is held open."""
@@ -106,13 +109,6 @@ class SnapshotTree:
             name = self.snapshot.manifest.hex()
             raise NotFoundError(f"{path} is not in the checkpoint (manifest {name[:12]})")
         return content
-
-    def _moved(self) -> bool:
-        """Read the locations again, for packs may be rewritten; whether they have changed."""
-        now: Locations = self._repository.locations(self.snapshot.manifest, self._root)
-        changed = now != self._locations
-        self._locations = now
-        return changed
 
 
 def _flat(view: memoryview) -> memoryview:

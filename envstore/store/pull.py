@@ -13,10 +13,8 @@ import errno
 import os
 import secrets
 import shutil
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,9 +26,8 @@ from envstore.errors import (
     NoSpaceError,
     UsageError,
 )
-from envstore.store.digest import digest
-from envstore.store.fetch import FrameFetcher
-from envstore.store.locations import FrameRef, Locations
+from envstore.store.filling import Filling, Write, reach
+from envstore.store.locations import Located, Locations
 from envstore.store.manifest import HOLE, NORMAL_MTIME_NS, Entry, Root, read_entries
 from envstore.store.relocated import Relocated
 from envstore.store.relocation import (
@@ -40,10 +37,9 @@ from envstore.store.relocation import (
     relocated_target,
     tightest,
 )
-from envstore.store.repository import PARALLEL, Repository
+from envstore.store.repository import Repository
 from envstore.store.source import Kind
 
-_PATH_MAX = 4096
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -63,17 +59,6 @@ class PullResult:
     logical_bytes: int
     fetched_bytes: int
     requests: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """One chunk's destination."""
-
-    file: int
-    at: int
-    start: int
-    size: int
-    digest: bytes
 
 
 def pull(
@@ -187,27 +172,6 @@ def _move_up(top: int, partial: Path, root: Root) -> None:
         os.close(there)
 
 
-@contextmanager
-def _reach(top: int, path: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield a directory and the name below it by which ``path`` can be reached.
-
-    A path longer than ``PATH_MAX`` is legal on disk, but reached only one step at a time.
-    """
-    if len(path) < _PATH_MAX:
-        yield top, path
-        return
-    *folders, name = path.split(b"/")
-    fd = os.dup(top)
-    try:
-        for folder in folders:
-            below = os.open(folder, _DIRECTORY, dir_fd=fd)
-            os.close(fd)
-            fd = below
-        yield fd, name
-    finally:
-        os.close(fd)
-
-
 def _write_tree(
     repository: Repository,
     top: int,
@@ -220,7 +184,7 @@ def _write_tree(
     linked = {entry.link for entry in entries if entry.link}
     originals: dict[bytes, Entry] = {}
     for entry in entries:
-        with _reach(top, entry.path) as (fd, name):
+        with reach(top, entry.path) as (fd, name):
             if entry.kind is Kind.DIRECTORY:
                 os.mkdir(name, dir_fd=fd)
             elif entry.kind is Kind.SYMLINK:
@@ -235,17 +199,19 @@ def _write_tree(
     writes = _plan(entries, locations, place)
     paths = [entry.path for entry in entries]
     done = 0
-    for written in _in_parallel(repository.fetcher, locations, writes, top, paths):
+    whereabouts = repository.whereabouts(root, locations)
+    filling = Filling(repository.fetcher, whereabouts, top, paths)
+    for written in filling.in_parallel(locations, writes):
         done += written
         if progress:
             progress(done, root.logical)
     for entry in entries:
         if entry.path in place.files and not entry.link:
-            with _reach(top, entry.path) as (folder, name):
+            with reach(top, entry.path) as (folder, name):
                 _relocate(folder, name, place.files[entry.path])
     # Children first: writing into a directory would move its time stamp again.
     for entry in reversed(entries):
-        with _reach(top, entry.path) as (fd, name):
+        with reach(top, entry.path) as (fd, name):
             _set_attributes(fd, name, entry)
 
 
@@ -269,7 +235,7 @@ def _relocate(folder: int, name: bytes, relocated: Relocated) -> None:
 def _make_link(top: int, original: Entry | None, entry: Entry, folder: int, name: bytes) -> None:
     if original is None or original.refs != entry.refs or original.relocation != entry.relocation:
         raise CorruptError(f"manifest: {entry.path!r} is a further name of no such file")
-    with _reach(top, original.path) as (source, first):
+    with reach(top, original.path) as (source, first):
         os.link(first, name, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
 
 
@@ -287,9 +253,9 @@ def _set_root(fd: int, root: Root) -> None:
         os.utime(fd, ns=(root.mtime_ns, root.mtime_ns))
 
 
-def _plan(entries: Sequence[Entry], locations: Locations, place: _Place) -> dict[int, list[_Write]]:
+def _plan(entries: Sequence[Entry], locations: Located, place: _Place) -> dict[int, list[Write]]:
     """Return what is to be written from each frame."""
-    writes: dict[int, list[_Write]] = defaultdict(list)
+    writes: dict[int, list[Write]] = defaultdict(list)
     number = 0
     for i, entry in enumerate(entries):
         relocated = place.files.get(entry.path)
@@ -299,68 +265,8 @@ def _plan(entries: Sequence[Entry], locations: Locations, place: _Place) -> dict
                 frame = locations.ref_frames[number]
                 if frame >= len(locations.frames):
                     raise CorruptError(f"locations: a chunk of {entry.path!r} is nowhere")
-                writes[frame].append(_Write(i, at, locations.ref_offsets[number], size, name))
+                start = locations.ref_offsets[number]
+                writes[frame].append(Write(number, i, at, start, size, name))
             at += size
             number += 1
     return writes
-
-
-def _in_parallel(
-    fetcher: FrameFetcher,
-    locations: Locations,
-    writes: dict[int, list[_Write]],
-    top: int,
-    paths: Sequence[bytes],
-) -> Iterable[int]:
-    """Fetch and write all frames; yields the bytes written by each request."""
-    of_frame: dict[tuple[bytes, int], list[_Write]] = defaultdict(list)
-    for number, wanted in writes.items():
-        frame = locations.frames[number]
-        of_frame[frame.pack, frame.offset] += wanted
-    groups = fetcher.plan((locations.frames[n] for n in writes), max_request=8 << 20)
-
-    def work(group: Sequence[FrameRef]) -> int:
-        written = 0
-        for frame, result in zip(group, fetcher.fetch(group), strict=True):
-            if isinstance(result, EnvstoreError):
-                raise result
-            written += _write_frame(result, of_frame[frame.pack, frame.offset], top, paths)
-        return written
-
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        running: deque[Future[int]] = deque()
-        try:
-            for group in groups:
-                running.append(pool.submit(work, group))
-                if len(running) >= 2 * PARALLEL:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _write_frame(raw: bytes, writes: Sequence[_Write], top: int, paths: Sequence[bytes]) -> int:
-    view = memoryview(raw)
-    fd, opened = -1, -1
-    written = 0
-    try:
-        for write in writes:
-            data = view[write.start : write.start + write.size]
-            if digest(data) != write.digest:
-                raise CorruptError(f"chunk {write.digest.hex()} is not where its locations say")
-            if write.file != opened:
-                if fd >= 0:
-                    os.close(fd)
-                    fd = -1
-                with _reach(top, paths[write.file]) as (folder, name):
-                    fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-                opened = write.file
-            at = 0
-            while at < len(data):
-                at += os.pwrite(fd, data[at:], write.at + at)
-            written += len(data)
-    finally:
-        if fd >= 0:
-            os.close(fd)
-    return written

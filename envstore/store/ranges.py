@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 from envstore.errors import CorruptError, EnvstoreError
@@ -55,10 +55,12 @@ class Range:
 class Piece:
     """Where one chunk goes. It is ``size`` bytes from ``start`` in its raw frame.
 
-    Of it the bytes from ``low`` on are wanted, as many as ``view`` has.
+    Of it the bytes from ``low`` on are wanted, as many as ``view`` has. ``ref`` is the number of
+    the reference in its manifest.
     """
 
     path: str
+    ref: int
     digest: bytes
     start: int
     size: int
@@ -90,19 +92,27 @@ class _Jobs:
         self._locations = locations
         self._found: dict[tuple[bytes, int, bytes], Job] = {}
 
-    def of(self, content: Content, number: int) -> Job:
+    def of(self, path: str, ref: int) -> Job:
         """Return the job of the frame in which a reference lies, which is no hole."""
-        at = self._locations.ref_frames[content.first + number]
+        at = self._locations.ref_frames[ref]
         if at >= len(self._locations.frames):
-            raise CorruptError(f"locations: a chunk of {content.path} is nowhere")
+            raise CorruptError(f"locations: a chunk of {path} is nowhere")
         frame = self._locations.frames[at]
         key = frame.pack, frame.offset, frame.digest
         job = self._found.get(key)
         if job is None:
             if frame.codec == Codec.RAW and frame.stored != frame.raw:
-                raise placed(CorruptError("a raw frame of two lengths"), frame, content.path)
-            job = self._found[key] = Job(frame, content.path)
+                raise placed(CorruptError("a raw frame of two lengths"), frame, path)
+            job = self._found[key] = Job(frame, path)
         return job
+
+    def add(self, piece: Piece) -> None:
+        """Have a chunk go where ``piece`` says, from wherever it lies."""
+        job = self.of(piece.path, piece.ref)
+        start = self._locations.ref_offsets[piece.ref]
+        if start + piece.size > job.frame.raw:
+            raise CorruptError(f"locations: a chunk of {piece.path} ends behind its frame")
+        job.pieces.append(piece if piece.start == start else replace(piece, start=start))
 
     def all(self) -> list[Job]:
         """Return them."""
@@ -123,12 +133,23 @@ def plan(ranges: Iterable[Range], locations: Located) -> list[Job]:
             if name == HOLE:
                 _clear(place)
                 continue
-            job = jobs.of(content, number)
-            start = locations.ref_offsets[content.first + number]
-            if start + size > job.frame.raw:
-                raise CorruptError(f"locations: a chunk of {content.path} ends behind its frame")
-            job.pieces.append(Piece(content.path, name, start, size, low, place))
+            ref = content.first + number
+            start = locations.ref_offsets[ref]
+            jobs.add(Piece(content.path, ref, name, start, size, low, place))
     return jobs.all()
+
+
+def plan_again(jobs: Sequence[Job], locations: Located) -> list[Job]:
+    """Return what ``jobs`` bring by other locations of the same manifest. Raises as ``plan``."""
+    found = _Jobs(locations)
+    for job in jobs:
+        for piece in job.pieces:
+            found.add(piece)
+    again = found.all()
+    keep = any(job.keep for job in jobs)
+    for job in again:
+        job.keep = keep
+    return again
 
 
 def plan_frames(ranges: Iterable[tuple[Content, int, int]], locations: Located) -> list[Job]:
@@ -137,7 +158,7 @@ def plan_frames(ranges: Iterable[tuple[Content, int, int]], locations: Located) 
     for content, start, length in ranges:
         for number, _, _, _ in _overlaps(content, start, length):
             if content.refs[number][0] != HOLE:
-                jobs.of(content, number)
+                jobs.of(content.path, content.first + number)
     return jobs.all()
 
 

@@ -31,6 +31,7 @@ from envstore.store.objects.base import ObjectStore
 from envstore.store.objects.credentials import KeyRing
 from envstore.store.packs import Pack
 from envstore.store.snapshots import Snapshot, parse_snapshot, snapshot_key
+from envstore.store.whereabouts import ATTEMPTS, Whereabouts, look_up_of
 
 PARALLEL = 8
 """Requests in flight at once when many objects or frames are wanted."""
@@ -114,20 +115,55 @@ class Repository:
     def parts(self, root: Root, locations: Locations) -> Iterator[Part]:
         """Yield the decoded parts in order, fetched with few large requests and verified.
 
-        Raises ``CorruptError`` naming the part.
+        Where they have moved meanwhile, they are looked for once more. Raises ``CorruptError``
+        naming the part, ``NotFoundError``.
         """
-        wanted = [locations.frames[number] for number in locations.part_frames]
-        raw = self.load_frames(wanted)
-        for i, info in enumerate(root.parts):
-            start = locations.part_offsets[i]
-            data = raw[wanted[i].digest][start : start + info.size]
-            if len(data) != info.size or digest(data) != info.digest:
-                raise CorruptError(f"manifest part {info.digest.hex()} does not match its digest")
+        stored = self.stored_parts(root, locations)
+        for info, data in zip(root.parts, stored, strict=True):
             part = decode_part(data)
             # Locations are numbered by what the root says, so a reader must be able to rely on it.
             if (len(part.kinds), len(part.ref_sizes)) != (info.entries, info.refs):
                 raise CorruptError(f"manifest part {info.digest.hex()} is not as its root says")
             yield part
+
+    def stored_parts(self, root: Root, locations: Locations) -> Iterator[bytes]:
+        """Yield the parts as they are stored, verified; see ``parts``."""
+        raw, locations = self._part_frames(root, locations)
+        for i, info in enumerate(root.parts):
+            start = locations.part_offsets[i]
+            data = raw[locations.frames[locations.part_frames[i]].digest]
+            data = data[start : start + info.size]
+            if len(data) != info.size or digest(data) != info.digest:
+                raise CorruptError(f"manifest part {info.digest.hex()} does not match its digest")
+            yield data
+
+    def _part_frames(
+        self, root: Root, locations: Locations
+    ) -> tuple[dict[bytes, bytes], Locations]:
+        """Return the raw frames of all parts, and the locations by which they were found."""
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                wanted = [locations.frames[number] for number in locations.part_frames]
+                return self.load_frames(wanted), locations
+            except (CorruptError, NotFoundError):
+                moved = self._moved(root, locations) if left else None
+                if moved is None:
+                    raise
+                locations = moved
+        raise AssertionError("the last attempt either returns or raises")
+
+    def _moved(self, root: Root, locations: Locations) -> Locations | None:
+        """Return the locations that the store has now, if they are others."""
+        with contextlib.suppress(CorruptError, NotFoundError):
+            found = look_up_of(self.objects, root.digest, root)
+            if found != locations:
+                return found
+        return None
+
+    def whereabouts(self, root: Root, locations: Locations) -> Whereabouts:
+        """Return what finds the chunks of a manifest again when they have moved."""
+        manifest = root.digest
+        return Whereabouts(locations, lambda: look_up_of(self.objects, manifest, root))
 
     def entries(self, manifest: bytes) -> Iterator[Entry]:
         """Yield every entry of a manifest in path order."""

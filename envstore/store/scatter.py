@@ -24,8 +24,18 @@ from envstore.store.frames import Codec
 from envstore.store.locations import FrameRef, Located
 from envstore.store.objects import FileLocation, parse_url
 from envstore.store.packs import pack_key
-from envstore.store.ranges import Content, Job, Range, affordable_gap, placed, plan, plan_frames
+from envstore.store.ranges import (
+    Content,
+    Job,
+    Range,
+    affordable_gap,
+    placed,
+    plan,
+    plan_again,
+    plan_frames,
+)
 from envstore.store.repository import Repository
+from envstore.store.whereabouts import ATTEMPTS, Whereabouts
 
 REMOTE_THREADS = 12
 """Requests in flight at once to a server."""
@@ -44,7 +54,7 @@ class _StoppedError(Exception):
 
 def scatter(
     repository: Repository,
-    locations: Located,
+    whereabouts: Whereabouts,
     ranges: Iterable[Range],
     *,
     threads: int | None = None,
@@ -58,7 +68,9 @@ def scatter(
     is not there, ``ValueError`` for a range that leaves its file, and the errors of the store;
     the views then hold anything.
     """
-    _Scatter(repository, threads).run(plan(ranges, locations))
+    locations = whereabouts.locations
+    work = _Scatter(repository, threads)
+    work.run(plan(ranges, locations), locations, whereabouts)
 
 
 def prefetch(
@@ -104,9 +116,11 @@ class _Scatter:
         self._keeping = self._cache is not None
         self._filling = False
         self._kept = 0
+        self._places: tuple[Located, Whereabouts] | None = None
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Do all ``jobs``."""
+    def run(self, jobs: Sequence[Job], locations: Located, whereabouts: Whereabouts) -> None:
+        """Do all ``jobs``, which were planned by ``locations``."""
+        self._places = locations, whereabouts
         cached, missing = self._sorted(jobs)
         self._do(self._grouped(missing), cached)
 
@@ -201,7 +215,10 @@ class _Scatter:
             # Another process may have fetched some of it since this was planned.
             rest = [job for job in group if not self._from_cache(job, scratch)]
             for part in [group] if len(rest) == len(group) else self._grouped(rest):
-                self._fetch(part, scratch)
+                try:
+                    self._fetch(part, scratch)
+                except (CorruptError, NotFoundError) as error:
+                    self._fetch_elsewhere(part, scratch, error)
 
     def _is_over(self) -> bool:
         return self._stop.is_set() or self._told.is_set()
@@ -226,6 +243,27 @@ class _Scatter:
                 _place(job, raw, job.frame.digest)
                 return True
         return False
+
+    def _fetch_elsewhere(
+        self, group: Sequence[Job], scratch: _Scratch, error: EnvstoreError
+    ) -> None:
+        """Fetch what was not where it should be from where it has moved; raises if it has not."""
+        if self._places is None:
+            raise error
+        locations, whereabouts = self._places
+        for _ in range(ATTEMPTS):
+            moved = whereabouts.again(locations)
+            if moved is None:
+                raise error
+            locations = moved
+            try:
+                for part in self._grouped(plan_again(group, moved)):
+                    self._fetch(part, scratch)
+            except (CorruptError, NotFoundError) as failure:
+                error = failure
+            else:
+                return
+        raise error
 
     def _fetch(self, group: Sequence[Job], scratch: _Scratch) -> None:
         """Fetch what lies side by side with one request."""
