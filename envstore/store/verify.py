@@ -1,75 +1,41 @@
 """Verify: walks from refs to bytes and reports every object that is not as it should be.
 
 Structure: ref -> snapshot -> manifest -> parts -> locations -> packs present, long enough, and
-listing the very frames and chunks the locations name. With data: every pack used is read whole,
-and its name, every frame and every chunk are hashed. Of the whole store also the index and stored
+listing the very frames and chunks the locations name. With data: packs are read, all or a sample,
+and every frame and every chunk of them is hashed. Of the whole store also the index and stored
 packages are checked, and every pack they name: the next push will rely on them. So are profiles.
+Of what is damaged the files are named that it keeps from being read. Packs that are on the damaged
+list are always read: what is known must not be passed over.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from envstore.errors import CorruptError, NotFoundError, UnsupportedFormatError
-from envstore.store.anchors import anchor_of, decode
-from envstore.store.digest import digest, parse_hex
-from envstore.store.frames import Codec, Frame
-from envstore.store.locations import FrameRef, Locations
+from envstore.errors import CorruptError, NotFoundError
+from envstore.store.damage import damaged_packs
+from envstore.store.digest import parse_hex
+from envstore.store.examining import Examiner, Looked, look
+from envstore.store.expected import Expected, Plans
+from envstore.store.harm import Losses, examine_tree, in_packs, places_of_files
 from envstore.store.locks import load_lock_bytes
-from envstore.store.manifest import HOLE, Entry, Root, read_entries
+from envstore.store.manifest import read_entries
+from envstore.store.objects.limited import LimitedObjects, Limiter
 from envstore.store.packages import decode_package
-from envstore.store.packs import FOOTER_SIZE, Pack, frame_bytes, pack_key, parse_pack, read_table
+from envstore.store.problems import DAMAGE, LostFile, Problem, Report
 from envstore.store.profiles import open_profile
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.samples import open_sample, sample_key
-from envstore.store.snapshots import Snapshot
+from envstore.store.sampling import Journal, Run, Sample
 
-_TAIL = 256 << 10
-DAMAGE = (CorruptError, NotFoundError, UnsupportedFormatError)
-"""What is wrong with one object, and does not keep the others from being looked at."""
-_Load = Callable[[FrameRef], bytes]
+__all__ = ["DAMAGE", "LostFile", "Problem", "Report", "Sample", "verify"]
 
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One damaged or missing object, why, and which refs or snapshots it harms."""
-
-    object: str
-    reason: str
-    harms: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Report:
-    """What was checked: counts of objects, and bytes of packs read."""
-
-    snapshots: int = 0
-    packs: int = 0
-    frames: int = 0
-    chunks: int = 0
-    bytes_read: int = 0
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-
-@dataclass(slots=True)
-class _Plan:
-    """What the snapshots and the index expect of a pack: frames, chunks and anchors of them.
-
-    The last two by the offset of their frame.
-    """
-
-    frames: set[FrameRef] = field(default_factory=set)
-    chunks: dict[int, set[tuple[int, int, bytes]]] = field(default_factory=dict)
-    anchors: dict[int, FrameRef] = field(default_factory=dict)
-    users: set[str] = field(default_factory=set)
+_READERS = 4
+_Progress = Callable[[int, int], None]
 
 
 def verify(
@@ -78,238 +44,284 @@ def verify(
     *,
     read_data: bool = False,
     whole: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    sample: Sample | None = None,
+    journal: Path | None = None,
+    resume: bool = False,
+    rate: float | None = None,
+    progress: _Progress = lambda done, total: None,
 ) -> Report:
     """Check ``targets``, pairs of a name for the report and a snapshot digest.
 
     ``whole`` adds what no target leads to: profiles, index segments, samples, and their packs.
+    With ``read_data`` packs are read, all or a ``sample``, and ``journal`` is a file that remembers
+    which, so that ``resume`` goes on where an earlier run was broken off. ``rate`` is the bytes a
+    second that may be read of the store. ``progress`` is told bytes of packs that are done and in
+    all, without ``read_data`` packs.
+
     Damage is collected, not raised; ``UnavailableError`` and ``AccessDeniedError`` are raised.
-    ``progress`` is told packs done and packs in all. Memory: about 200 bytes a chunk.
+    Nothing is written to the store. Memory: about 16 bytes a chunk, and a few MiB for packs.
     """
-    # What is cached here says nothing about what is in the store.
-    repository = Repository(repository.objects, repository.config, None)
-    report = Report()
-    plans: dict[bytes, _Plan] = defaultdict(_Plan)
-    damaged: dict[bytes, tuple[str, str]] = {}
-    harmed: dict[bytes, list[str]] = defaultdict(list)
-    for name, snapshot in targets:
-        if snapshot not in harmed:
-            report.snapshots += 1
-            problem = _check_metadata(repository, snapshot, name, plans)
-            if problem is not None:
-                damaged[snapshot] = problem
-        harmed[snapshot].append(name)
-    for snapshot, (object_, reason) in damaged.items():
-        report.problems.append(Problem(object_, reason, tuple(harmed[snapshot])))
-    if whole:
-        report.problems += _check_index(repository, plans)
-    names = {name: tuple(users) for users in harmed.values() for name in users[:1]}
-    sizes = {
-        parse_hex(info.key.rpartition("/")[2]): info.size
-        for info in repository.objects.list("packs/")
-    }
-    work = sorted(plans)
-    with ThreadPoolExecutor(PARALLEL if not read_data else 4) as pool:
-
-        def check(pack: bytes) -> tuple[list[str], int]:
-            return _check_pack(repository, pack, sizes.get(pack), plans[pack], read_data)
-
-        for i, (pack, (reasons, read)) in enumerate(zip(work, pool.map(check, work), strict=True)):
-            report.packs += 1
-            report.frames += len(plans[pack].frames)
-            report.chunks += sum(len(chunks) for chunks in plans[pack].chunks.values())
-            report.bytes_read += read
-            users = tuple(sorted({user for n in plans[pack].users for user in names[n]}))
-            report.problems += [Problem(f"pack {pack.hex()}", why, users) for why in reasons]
-            progress(i + 1, len(work))
-    return report
-
-
-def _check_metadata(
-    repository: Repository, name: bytes, user: str, plans: dict[bytes, _Plan]
-) -> tuple[str, str] | None:
-    """Walk one snapshot's metadata and add what it needs to ``plans``; returns the damage."""
-    what = f"snapshot {name.hex()}"
-    try:
-        snapshot = repository.snapshot(name)
-        what = f"manifest {snapshot.manifest.hex()}"
-        root, locations = repository.located(snapshot.manifest)
-        entries = read_entries(repository.parts(root, locations))
-        _expect(plans, user, root, locations, entries, snapshot)
-        if snapshot.lock is not None:
-            what = f"lock {snapshot.lock.hex()}"
-            load_lock_bytes(repository.objects, snapshot.lock)
-    except DAMAGE as error:
-        return what, error.message
-    return None
-
-
-def _check_index(repository: Repository, plans: dict[bytes, _Plan]) -> list[Problem]:
-    """Read what no snapshot leads to, and add the packs listed to ``plans``; returns the damage."""
-    found: list[Problem] = []
+    limiter = None if rate is None else Limiter(rate)
     objects = repository.objects
-
-    def each(prefix: str, read: Callable[[bytes], object]) -> None:
-        for info in objects.list(prefix):
-            name = parse_hex(info.key.removeprefix(prefix))
-            try:
-                if name is None:
-                    raise CorruptError(f"{info.key} is not a digest")
-                read(name)
-            except DAMAGE as error:
-                found.append(Problem(info.key, error.message, ()))
-
-    def segment(name: bytes) -> None:
-        for pack in repository.segment(name):
-            plan = plans[pack.digest]
-            for offset, frame in zip(pack.offsets(), pack.frames, strict=True):
-                facts = frame.stored, frame.raw, frame.codec, frame.digest
-                plan.frames.add(FrameRef(pack.digest, offset, *facts))
-
-    each("index/", segment)
-
-    def package(data: bytes, key: str) -> None:
-        for frame in decode_package(data, key).locations.frames:
-            plans[frame.pack].frames.add(frame)
-
-    each("samples/", lambda name: open_sample(objects.get(sample_key(name)), name))
-    each("locks/", lambda name: load_lock_bytes(objects, name))
-    for prefix, check in (("profiles/", open_profile), ("packages/", package)):
-        for info in objects.list(prefix):
-            try:
-                check(objects.get(info.key), info.key)
-            except NotFoundError:
-                continue  # removed since it was listed
-            except DAMAGE as error:
-                found.append(Problem(info.key, error.message, ()))
-    return found
-
-
-def _expect(
-    plans: dict[bytes, _Plan],
-    user: str,
-    root: Root,
-    locations: Locations,
-    entries: Iterable[Entry],
-    snapshot: Snapshot,
-) -> None:
-    planned: set[int] = set()
-
-    def need(number: int, offset: int, size: int, name: bytes) -> None:
-        if number >= len(locations.frames):
-            raise CorruptError(f"chunk {name.hex()} is nowhere")
-        frame = locations.frames[number]
-        if offset + size > frame.raw:
-            raise CorruptError(f"chunk {name.hex()} reaches beyond its frame")
-        plan = plans[frame.pack]
-        if number not in planned:
-            planned.add(number)
-            plan.users.add(user)
-            plan.frames.add(frame)
-            if frame.anchor is not None:
-                plan.anchors[frame.offset] = frame.anchor
-                plans[frame.anchor.pack].users.add(user)
-                plans[frame.anchor.pack].frames.add(frame.anchor)
-        plan.chunks.setdefault(frame.offset, set()).add((offset, size, name))
-
-    for i, info in enumerate(root.parts):
-        need(locations.part_frames[i], locations.part_offsets[i], info.size, info.digest)
-    number = count = files = logical = 0
-    for entry in entries:
-        count += 1
-        files += entry.kind == 0
-        logical += entry.size
-        for name, size in entry.refs:
-            if name != HOLE:
-                need(locations.ref_frames[number], locations.ref_offsets[number], size, name)
-            number += 1
-    if (count, files, logical) != (root.entries, root.files, root.logical):
-        raise CorruptError("the entries do not add up to what the manifest's root says")
-    if (files, logical) != (snapshot.files, snapshot.logical_bytes):
-        raise CorruptError("the entries do not add up to what the snapshot says")
-
-
-def _check_pack(
-    repository: Repository, name: bytes, size: int | None, plan: _Plan, read_data: bool
-) -> tuple[list[str], int]:
-    """Return what is wrong with one pack and the bytes read to find out."""
-    if size is None:
-        return ["it is missing"], 0
-    data = b""
+    if limiter is not None:
+        objects = LimitedObjects(objects, limiter)
+    # What is cached here says nothing about what is in the store.
+    check = _Check(Repository(objects, repository.config, None), targets)
+    check.walk_targets()
+    if whole:
+        check.walk_index()
+    notes = Journal(journal) if journal is not None and read_data else None
+    run = Run(sample or Sample(), "", {})
+    if notes is not None:
+        run = notes.begin(run.sample, resume=resume)
     try:
-        if read_data:
-            data = repository.objects.get(pack_key(name))
-            pack = parse_pack(data, name)
-            load = repository.fetcher.load
-            return _check_table(pack, plan) + _check_frames(pack, plan, data, load), len(data)
-        frames, read = _read_tail(repository, name, size)
-        return _check_table(Pack(name, size, frames), plan), read
-    except DAMAGE as error:
-        salvaged = _salvage(data, plan, repository.fetcher.load) if data else []
-        return [error.message, *salvaged], len(data)
+        check.look_at_packs(run if read_data else None, notes, whole, limiter, progress)
+        check.judge()
+    except BaseException:
+        if notes is not None:
+            notes.close()
+        raise
+    if notes is not None:
+        notes.end()
+    return check.report
 
 
-def _read_tail(repository: Repository, name: bytes, size: int) -> tuple[tuple[Frame, ...], int]:
-    length = min(size, _TAIL)
-    for _ in range(2):
-        if length < FOOTER_SIZE:
-            break
-        tail = repository.objects.get_range(pack_key(name), size - length, length)
-        found = read_table(tail, size, name)
-        if not isinstance(found, int):
-            return found, length
-        length = found
-    raise CorruptError(f"pack {name.hex()} is truncated to {size} bytes")
+@dataclass(slots=True)
+class _Tree:
+    """A manifest, the targets that lead to it, and its bit in ``Expected.users``."""
+
+    number: int
+    names: list[str]
 
 
-def _check_table(pack: Pack, plan: _Plan) -> list[str]:
-    """Compare what the snapshots expect with what the pack says of itself."""
-    reasons = []
-    present = dict(zip(pack.offsets(), pack.frames, strict=True))
-    for ref in sorted(plan.frames, key=lambda ref: ref.offset):
-        frame = present.get(ref.offset)
-        facts = (ref.stored, ref.raw, ref.codec, ref.digest)
-        if frame is None or (frame.stored, frame.raw, frame.codec, frame.digest) != facts:
-            reasons.append(f"it has no frame {ref.digest.hex()} at byte {ref.offset}")
-    for offset, wanted in sorted(plan.chunks.items()):
-        frame = present.get(offset)
-        held = {(start, size, name) for name, start, size in frame.chunks()} if frame else wanted
-        missing = wanted - held
-        if missing:
-            reasons.append(f"frame at byte {offset} lacks {len(missing)} chunks it should hold")
-    return reasons
+@dataclass(slots=True)
+class _Check:
+    """One run of ``verify``: what it expects, what it has looked at, and what it found."""
 
+    repository: Repository
+    targets: Sequence[tuple[str, bytes]]
+    report: Report = field(default_factory=Report)
+    plans: Plans = field(default_factory=Plans)
+    trees: dict[bytes, _Tree] = field(default_factory=dict)
+    suspects: set[bytes] = field(default_factory=set)
+    packages: dict[bytes, list[str]] = field(default_factory=lambda: defaultdict(list))
+    looked: dict[bytes, Looked] = field(default_factory=dict)
+    noted: frozenset[bytes] = frozenset()
 
-def _check_frames(pack: Pack, plan: _Plan, data: bytes, load: _Load) -> list[str]:
-    reasons = []
-    for (frame, stored), offset in zip(frame_bytes(pack, data), pack.offsets(), strict=True):
-        facts = frame.stored, frame.raw, frame.codec, frame.digest
-        ref = FrameRef(pack.digest, offset, *facts)
+    def walk_targets(self) -> None:
+        """Read the metadata of all targets, and plan for what it leads to."""
+        names: dict[bytes, list[str]] = defaultdict(list)
+        for name, snapshot in self.targets:
+            names[snapshot].append(name)
+        for snapshot, users in names.items():
+            self.report.snapshots += 1
+            problem = self._walk(snapshot, users)
+            if problem is not None:
+                self.report.problems.append(problem)
+
+    def _walk(self, name: bytes, users: list[str]) -> Problem | None:
+        what = f"snapshot {name.hex()}"
         try:
-            raw = memoryview(decode(ref, stored, load))
-            if frame.codec == Codec.XOR:
-                anchor = anchor_of(ref, stored)
-                if plan.anchors.get(offset, anchor) != anchor:
-                    reasons.append(f"frame {frame.digest.hex()} has another anchor than is said")
+            snapshot = self.repository.snapshot(name)
+            what = f"manifest {snapshot.manifest.hex()}"
+            tree = self.trees.setdefault(snapshot.manifest, _Tree(len(self.trees), []))
+            tree.names += users
+            root, locations = self.repository.located(snapshot.manifest)
+            self.plans.expect_frames(tree.number, locations.frames)
+            try:
+                entries = read_entries(self.repository.parts(root, locations))
+                self.plans.expect_tree(root, locations, entries, snapshot)
+            except DAMAGE:
+                # Whether the packs are to blame is to be seen in their bytes.
+                frames = (locations.frames[number] for number in locations.part_frames)
+                self.suspects.update(frame.pack for frame in frames)
+                raise
+            if snapshot.lock is not None:
+                what = f"lock {snapshot.lock.hex()}"
+                load_lock_bytes(self.repository.objects, snapshot.lock)
         except DAMAGE as error:
-            reasons.append(error.message)
-            continue
-        if len(frame.sizes) == 1 and frame.digests == frame.digest:
-            continue
-        for chunk, start, size in frame.chunks():
-            if digest(raw[start : start + size]) != chunk:
-                reasons.append(f"chunk {chunk.hex()} does not match its digest")
-    return reasons
+            return Problem(what, error.message, tuple(users))
+        return None
 
+    def walk_index(self) -> None:
+        """Read what no snapshot leads to, and plan for the packs that it lists."""
+        objects = self.repository.objects
 
-def _salvage(data: bytes, plan: _Plan, load: _Load) -> list[str]:
-    """Name the frames that a damaged pack can no longer give."""
-    reasons = []
-    view = memoryview(data)
-    for ref in sorted(plan.frames, key=lambda ref: ref.offset):
-        stored = view[ref.offset : ref.offset + ref.stored]
+        def each(prefix: str, read: Callable[[bytes], object]) -> None:
+            for info in objects.list(prefix):
+                name = parse_hex(info.key.removeprefix(prefix))
+                try:
+                    if name is None:
+                        raise CorruptError(f"{info.key} is not a digest")
+                    read(name)
+                except NotFoundError:
+                    continue  # removed since it was listed
+                except DAMAGE as error:
+                    self._problem(info.key, error.message)
+
+        def segment(name: bytes) -> None:
+            self.plans.expect_listed(f"index/{name.hex()}", self.repository.segment(name))
+
+        def package(data: bytes, key: str) -> None:
+            found = decode_package(data, key)
+            self.plans.expect_package(found)
+            for pack in {frame.pack for frame in found.locations.frames}:
+                self.packages[pack].append(key)
+
+        each("index/", segment)
+        each("samples/", lambda name: open_sample(objects.get(sample_key(name)), name))
+        each("locks/", lambda name: load_lock_bytes(objects, name))
+        for prefix, check in (("profiles/", open_profile), ("packages/", package)):
+            for info in objects.list(prefix):
+                try:
+                    check(objects.get(info.key), info.key)
+                except NotFoundError:
+                    continue
+                except DAMAGE as error:
+                    self._problem(info.key, error.message)
+
+    def _problem(self, what: str, reason: str, harms: tuple[str, ...] = ()) -> None:
+        self.report.problems.append(Problem(what, reason, harms))
+
+    def look_at_packs(
+        self,
+        run: Run | None,
+        journal: Journal | None,
+        whole: bool,
+        limiter: Limiter | None,
+        progress: _Progress,
+    ) -> None:
+        """Look at every pack that something expects, and read those that ``run`` chooses."""
+        repository, report = self.repository, self.report
+        self.noted = damaged_packs(repository.objects)
+        sizes = {
+            parse_hex(info.key.rpartition("/")[2]): info.size
+            for info in repository.objects.list("packs/")
+        }
+        deep = self.suspects | self.noted
+        if run is not None:
+            here = {name: sizes[name] for name in self.plans if name in sizes}
+            earlier = {name for name, size in run.done.items() if here.get(name) == size}
+            report.earlier_packs = len(earlier)
+            report.earlier_bytes = sum(here[name] for name in earlier)
+            deep |= set(run.sample.choose(here)) - earlier
+        # What is known to be damaged, and that nothing needs, may be gone or whole by now.
+        work = sorted(set(self.plans) | self.noted if whole else self.plans)
+        weights = [(sizes.get(name) or 0) if name in deep else 0 for name in work]
+        total = sum(weights) if run is not None else len(work)
+        done = 0
+
+        def check(pack: bytes) -> Looked:
+            plan = self.plans.get(pack) or Expected()
+            size = sizes.get(pack)
+            fetcher = repository.fetcher
+            return look(repository.objects, fetcher, pack, size, plan, read_data=pack in deep)
+
+        pool = ThreadPoolExecutor(PARALLEL if run is None else _READERS)
         try:
-            decode(ref, stored, load)
-        except DAMAGE as error:
-            reasons.append(f"{error.message} (byte {ref.offset})")
-    return reasons
+            results = zip(work, weights, pool.map(check, work), strict=True)
+            for pack, weight, found in results:
+                report.packs += pack in self.plans
+                report.frames += found.frames
+                report.chunks += found.chunks
+                report.bytes_read += found.read
+                if found.reasons or found.lacking or found.claims:
+                    self.looked[pack] = found
+                if pack in deep and not found.reasons:
+                    report.data_packs += 1
+                    report.sound.add(pack)
+                    if journal is not None:
+                        journal.add(pack, weight)
+                done += weight if run is not None else 1
+                progress(done, total)
+        finally:
+            if limiter is not None:
+                limiter.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def judge(self) -> None:
+        """Say of what was found who is to blame and who suffers."""
+        broken = {pack: found for pack, found in self.looked.items() if found.reasons}
+        suspects = {pack for pack, found in self.looked.items() if found.reasons or found.lacking}
+        examiner = Examiner(self.repository.fetcher)
+        losses, false, explained = self._losses(examiner, broken, suspects)
+        for pack, found in broken.items():
+            reasons = dict.fromkeys(found.reasons)
+            self.report.damaged[pack] = "; ".join(reasons)
+            users = self._users(pack)
+            if not users and pack in self.noted and pack not in self.packages:
+                self.report.quarantined.add(pack)
+                continue
+            lost = losses[pack]
+            for reason in reasons:
+                what = f"pack {pack.hex()}"
+                self.report.problems.append(Problem(what, reason, users, lost.files(), lost.count))
+        for manifest, lost in false.items():
+            what = f"locations of manifest {manifest.hex()}"
+            reason = "they lead to what is not there"
+            names = tuple(self.trees[manifest].names)
+            self.report.problems.append(Problem(what, reason, names, lost.files(), lost.count))
+        explained |= self._judge_packages(examiner, suspects)
+        for pack, found in self.looked.items():
+            for key in found.claims:
+                self._problem(key, f"it lists pack {pack.hex()} otherwise than that is")
+            if found.lacking and pack not in explained and pack not in broken:
+                reason = f"{found.lacking} frames or chunks are looked for in it, and it has none"
+                self._problem(f"pack {pack.hex()}", reason, self._users(pack))
+
+    def _users(self, pack: bytes) -> tuple[str, ...]:
+        plan = self.plans.get(pack)
+        bits = plan.users if plan else 0
+        trees = (tree for tree in self.trees.values() if bits >> tree.number & 1)
+        return tuple(sorted({name for tree in trees for name in tree.names}))
+
+    def _losses(
+        self, examiner: Examiner, broken: Mapping[bytes, Looked], suspects: set[bytes]
+    ) -> tuple[dict[bytes, Losses], dict[bytes, Losses], set[bytes]]:
+        """Return the files lost by damaged pack, by manifest whose locations are wrong, and where
+        the latter lead to.
+        """
+        by_pack: dict[bytes, Losses] = defaultdict(Losses)
+        false: dict[bytes, Losses] = {}
+        explained: set[bytes] = set()
+        bits = 0
+        for pack in suspects:
+            plan = self.plans.get(pack)
+            bits |= plan.users if plan else 0
+        for manifest, tree in self.trees.items():
+            if not bits >> tree.number & 1:
+                continue
+            try:
+                for path, place in examine_tree(self.repository, examiner, manifest, suspects):
+                    guilty = in_packs(place[0], broken)
+                    for pack in guilty:
+                        by_pack[pack].add(path, tree.names)
+                    if not guilty:
+                        explained.update(in_packs(place[0], suspects))
+                        false.setdefault(manifest, Losses()).add(path, tree.names)
+            except DAMAGE:
+                continue  # told of already, with all that is in the tree
+        return by_pack, false, explained
+
+    def _judge_packages(self, examiner: Examiner, suspects: set[bytes]) -> set[bytes]:
+        """Name the stored packages that lead to what is not there; returns to which packs."""
+        explained: set[bytes] = set()
+        for key in sorted({key for pack in suspects for key in self.packages.get(pack, ())}):
+            try:
+                package = decode_package(self.repository.objects.get(key), key)
+                places = places_of_files(package.locations, package.entries)
+                wanted = {place for _, place in places if in_packs(place[0], suspects)}
+                examiner.examine(wanted)
+            except DAMAGE:
+                continue
+            lost = {
+                pack
+                for place in wanted
+                if examiner.reason(place) is not None
+                for pack in in_packs(place[0], suspects)
+            }
+            if lost:
+                names = ", ".join(sorted(pack.hex() for pack in lost))
+                self._problem(key, f"it leads to what is not there any more, in pack {names}")
+            explained |= lost
+        return explained

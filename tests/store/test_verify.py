@@ -101,7 +101,7 @@ def test_a_sound_store(store: Store) -> None:
 
 
 def test_without_data_little_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("envstore.store.verify._TAIL", 4096)
+    monkeypatch.setattr("envstore.store.examining.TAIL", 4096)
     report = store.verify(read_data=False)
     assert report.ok
     assert report.bytes_read < 0.5 * store.verify().bytes_read
@@ -205,8 +205,9 @@ def test_an_index_that_lists_what_a_pack_does_not_hold(store: Store) -> None:
     wrong = replace(listed[0], frames=(frame, *listed[0].frames[1:]))
     segment, data = encode_segment([wrong])
     store.repository.objects.put(f"index/{segment.hex()}", data)
-    report = store.verify(read_data=False)
-    assert listed[0].digest.hex() in "".join(problem.object for problem in report.problems)
+    (problem,) = store.verify(read_data=False).problems
+    assert problem.object == f"index/{segment.hex()}"
+    assert listed[0].digest.hex() in problem.reason
 
 
 def test_locations_that_lead_into_the_middle_of_chunks(store: Store) -> None:
@@ -215,8 +216,10 @@ def test_locations_that_lead_into_the_middle_of_chunks(store: Store) -> None:
     locations.ref_offsets[3] += 1
     store.repository.objects.put(f"locations/{manifest.hex()}", locations.seal())
     for read_data in (False, True):
-        report = store.verify(read_data=read_data)
-        assert any("lacks 1 chunks" in problem.reason for problem in report.problems)
+        (problem,) = store.verify(read_data=read_data).problems
+        assert problem.object == f"locations of manifest {manifest.hex()}"
+        assert problem.harms == ("one:latest", "team/three:latest")
+        assert problem.lost == len(problem.files) == 1
 
 
 def test_a_pack_that_names_its_chunks_wrongly(store: Store) -> None:
