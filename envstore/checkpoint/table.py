@@ -40,6 +40,8 @@ MAX_DIMENSIONS = 64
 MAX_NAME = 4096
 _MAX_SIZE = 1 << 60
 _MAX_STEM = 150
+_OBJECT_BYTES = 16
+"""Bytes that a table needs at least to refer to a pickled object."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -174,14 +176,16 @@ def encode_record(record: TensorRecord) -> list[Any]:
 
 def parse_table(data: bytes, what: str) -> StateTable:
     """Parse ``state.json``. Raises ``CorruptError`` or ``UnsupportedFormatError`` with ``what``."""
-    return _Parser(what).table(encoding.loads(data, what))
+    return _Parser(what, len(data) // _OBJECT_BYTES).table(encoding.loads(data, what))
 
 
 class _Parser:
     """Reads one table; knows what to call it in errors."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, objects: int) -> None:
+        """``objects`` is how many pickled objects there can be at most."""
         self._what = what
+        self._objects = objects
         self._rank = 0
         self._world_size = 1
         self._tensors = 0
@@ -235,7 +239,8 @@ class _Parser:
         for alias, target in aliases.items():
             fits = isinstance(target, str) and target in tensors and alias not in tensors
             self._check(fits, f"{name}: aliases")
-        objects = self._int(body.get("objects"), f"{name}: objects", MAX_TENSORS)
+        objects = self._int(body.get("objects"), f"{name}: objects", self._objects)
+        self._objects -= objects
         return ItemRecord(
             name,
             kind,

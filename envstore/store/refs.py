@@ -24,6 +24,7 @@ from envstore.store.snapshots import find_snapshot
 FORMAT = 1
 DEFAULT_NAMESPACE = "default"
 DEFAULT_TAG = "latest"
+_MAX_SEQUENCE = 1 << 63
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _REF = re.compile(rf"(?:(?P<namespace>{_PART})/)?(?P<name>{_PART})(?::(?P<tag>{_PART}))?")
@@ -97,11 +98,12 @@ def _parse(data: bytes, name: RefName) -> Ref:
     if canonical.field(value, "format", int, what) > FORMAT:
         raise UnsupportedFormatError(f"{what} is of a newer format", hint="upgrade envstore")
     snapshot = parse_hex(canonical.field(value, "snapshot", str, what))
-    if snapshot is None:
-        raise CorruptError(f"{what} holds a malformed digest")
+    sequence = canonical.field(value, "sequence", int, what)
+    if snapshot is None or not 0 <= sequence < _MAX_SEQUENCE:
+        raise CorruptError(f"{what} holds a malformed digest or number")
     return Ref(
         snapshot,
-        canonical.field(value, "sequence", int, what),
+        sequence,
         canonical.field(value, "nonce", str, what),
         canonical.field(value, "updated", str, what),
     )
