@@ -11,10 +11,10 @@ from __future__ import annotations
 import secrets
 import time
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from envstore.errors import (
     AccessDeniedError,
@@ -30,6 +30,8 @@ from envstore.store.binary import U32, U64, Cursor, pack_array, seal, unseal
 from envstore.store.digest import digest, parse_hex
 from envstore.store.objects.base import ObjectStore
 from envstore.store.objects.keys import is_key
+
+_T = TypeVar("_T")
 
 FORMAT = 1
 STATE_KEY = "gc/state"
@@ -306,20 +308,33 @@ class Doomed:
 
 def read_doomed(objects: ObjectStore) -> Doomed:
     """Return the state and both lists as they belong together. One request, three if not empty."""
+
+    def read(state: State) -> tuple[list[Condemned], list[Condemned]]:
+        return read_list(objects, state.condemned), read_list(objects, state.deleting)
+
+    state, version, (condemned, deleting) = _consistent(objects, read)
+    return Doomed(state, version, condemned, deleting)
+
+
+def read_deleting(objects: ObjectStore) -> list[Condemned]:
+    """Return what is being deleted just now. One request, two if that is anything."""
+    return _consistent(objects, lambda state: read_list(objects, state.deleting))[2]
+
+
+def _consistent(objects: ObjectStore, read: Callable[[State], _T]) -> tuple[State, str | None, _T]:
+    """Return the state, its version, and what ``read`` finds in the lists it names."""
     for _ in range(_RACES):
         state, version = read_state(objects)
         try:
-            condemned = read_list(objects, state.condemned)
-            deleting = read_list(objects, state.deleting)
+            return state, version, read(state)
         except NotFoundError:
+            # A list is removed once no state names it.
             again, _ = read_state(objects)
             if again.nonce == state.nonce:
                 raise CorruptError(
                     f"{objects.url} has lost a list that {STATE_KEY} names",
                     hint="run `envstore repair`",
                 ) from None
-            continue
-        return Doomed(state, version, condemned, deleting)
     raise ConflictError(f"{STATE_KEY} moves too fast to be read", hint="try again")
 
 

@@ -123,6 +123,14 @@ def anchored(frames: Sequence[FrameRef], what: str) -> list[FrameRef]:
     return found
 
 
+def packs_named(data: bytes, what: str) -> set[bytes]:
+    """Return the packs that stored locations lead to. Raises ``CorruptError``."""
+    cursor = Cursor(unseal(MAGIC, data, limit=MAX_BODY, what=what)[0])
+    count = cursor.u32()
+    cursor.take(3 * U32.size)
+    return {cursor.digest() for _ in range(count)}
+
+
 def open_locations(data: bytes, manifest: bytes, *, parts: int, refs: int) -> Locations:
     """Decode the locations of ``manifest``, which has so many parts and references.
 

@@ -1,0 +1,136 @@
+"""The object store as a writer's session sees it: nothing is written behind a collector's back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from envstore.errors import CorruptError, NotFoundError
+from envstore.store.locations import packs_named
+from envstore.store.objects.base import ObjectInfo, ObjectStore, ignore
+from envstore.store.objects.body import Body, joined
+from envstore.store.packs import pack_key
+from envstore.store.roots import is_root, parse_root
+from envstore.store.snapshots import snapshot_key
+
+if TYPE_CHECKING:
+    from envstore.store.sessions import Session
+
+_T = TypeVar("_T")
+
+
+class GuardedStore:
+    """An ``ObjectStore`` for one session; reads pass as they are.
+
+    Whatever is written while the session is lost raises ``SessionLostError``. A doomed object
+    counts as absent: ``size`` does not see it, and writing it takes it off the condemned list
+    before. Writing a root, such as a ref, first claims what its snapshot leads to, unless that was
+    stored in this very session, and declares it. Locations that replace others declare their packs.
+
+    Besides the write itself: none for what is not doomed, about four requests for what is; two for
+    a root whose snapshot was not declared yet, and what ``Session.claim_snapshot`` takes if that
+    was there before; one to three for locations that replace others.
+    """
+
+    def __init__(self, inner: ObjectStore, session: Session) -> None:
+        self.url = inner.url
+        self.traffic = inner.traffic
+        self.inner = inner
+        self.session = session
+
+    def get(self, key: str) -> bytes:
+        """Return the whole object."""
+        return self.inner.get(key)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes from ``start``."""
+        return self.inner.get_range(key, start, length)
+
+    def get_range_into(
+        self,
+        key: str,
+        start: int,
+        views: Sequence[memoryview],
+        arrived: Callable[[int], None] = ignore,
+    ) -> None:
+        """Fill ``views`` with what is there from ``start``."""
+        self.inner.get_range_into(key, start, views, arrived)
+
+    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
+        """Yield the ``length`` bytes from ``start`` in pieces as they come."""
+        return self.inner.iter_range(key, start, length)
+
+    def get_versioned(self, key: str) -> tuple[bytes, str]:
+        """Return the object and its opaque version."""
+        return self.inner.get_versioned(key)
+
+    def put(self, key: str, data: Body) -> None:
+        """Store ``data`` under ``key`` in this session."""
+        if key.startswith("locations/"):
+            self._move(key, joined(data))
+        self._write(key, data, lambda: self.inner.put(key, data), None, conditional=False)
+
+    def put_if(self, key: str, data: bytes, version: str | None) -> str:
+        """Store ``data`` in this session, only if the object still has ``version``."""
+        if key.startswith("locations/") and version is not None:
+            self._move(key, data)
+        return self._write(
+            key, data, lambda: self.inner.put_if(key, data, version), version, conditional=True
+        )
+
+    def size(self, key: str) -> int | None:
+        """Return the object's size in bytes, ``None`` if it does not exist or is doomed."""
+        return None if self.session.is_doomed(key) else self.inner.size(key)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield every object whose key starts with ``prefix``, doomed or not."""
+        return self.inner.list(prefix)
+
+    def delete(self, key: str) -> None:
+        """Remove the object in this session."""
+        self.session.check()
+        self.inner.delete(key)
+
+    def now(self) -> float:
+        """Return the time by the store's clock."""
+        return self.inner.now()
+
+    def close(self) -> None:
+        """Release what the store holds; the session goes on."""
+        self.inner.close()
+
+    def _write(
+        self,
+        key: str,
+        data: Body,
+        write: Callable[[], _T],
+        version: str | None,
+        *,
+        conditional: bool,
+    ) -> _T:
+        session = self.session
+        session.check()
+        if not is_root(key):
+            if session.is_doomed(key):
+                session.claim((key,))
+            result = write()
+            session.stored(key)
+            return result
+        body = joined(data)
+        name = parse_root(key, body).snapshot
+        if not session.has_stored(snapshot_key(name)):
+            session.claim_snapshot(name)
+        session.declare((name,))
+        with session.reaching(key, body, version, conditional=conditional):
+            return write()
+
+    def _move(self, key: str, data: bytes) -> None:
+        """Declare the packs in which a reachable tree may be found only once this is written.
+
+        They are kept for as long as it may take to arrive, like what a root leads to.
+        """
+        new = packs_named(data, key)
+        with contextlib.suppress(CorruptError, NotFoundError):  # then it leads nowhere
+            new -= packs_named(self.inner.get(key), key)
+        self.session.declare((), map(pack_key, new))
