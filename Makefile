@@ -7,7 +7,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 	--no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format frameworks bench bench-setup image e2e-k8s lock clean
+.PHONY: help setup demo test soak lint format frameworks bench bench-setup image e2e-k8s lock clean
 
 help: ## List these commands
 	@echo "envstore: push an environment once, mount it anywhere"
@@ -21,6 +21,9 @@ demo: setup ## Push a real environment, mount it, run in it (STORE=file or STORE
 
 test: lint frameworks ## Check style and types, then run the tests (ARGS="-k push" chooses some)
 	scripts/test.sh $(ARGS)
+
+soak: frameworks ## Let pushers, mounts, trainers and collectors be killed, for half an hour (ARGS="--seconds 60")
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: setup ## Check formatting, style and types
 	$(BIN)/ruff format --check .

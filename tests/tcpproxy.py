@@ -68,6 +68,7 @@ class TcpProxy:
         self._budget = 0
         self._about = b""
         self._status = 0
+        self._seconds = 0.0
         self._told = 0
         self.connections = 0
         self.endpoint = f"http://{address[0]}:{self._listener.getsockname()[1]}"
@@ -111,6 +112,11 @@ class TcpProxy:
         """Flip every bit of the byte that follows ``count`` bytes of the answer's body."""
         self._budget = count
         self._set("alter", times, about)
+
+    def delay(self, seconds: float) -> None:
+        """Let each piece of an answer, of up to 64 KiB, wait so long before it is passed back."""
+        self._seconds = seconds
+        self._set("delay", None)
 
     def restore(self) -> None:
         """Pass everything again."""
@@ -177,6 +183,9 @@ class TcpProxy:
                 keep, last = len(data), False
                 if answers and self._breaks("swallow answers"):
                     break
+                if answers and self._breaks("delay"):
+                    with self._changed:
+                        self._changed.wait(self._seconds)
                 if answers and passed + len(data) > self._budget and self._breaks("cut answers"):
                     keep, last = max(0, self._budget - passed), True
                 header = data.find(b"\r\n\r\n")

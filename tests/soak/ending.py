@@ -1,0 +1,224 @@
+"""The reckoning, when all is quiet: what was acknowledged is there, whole, and garbage is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from envstore import checkpoint
+from envstore.checkpoint.errors import NoCheckpointError
+from envstore.errors import EnvstoreError
+from envstore.store.config import init_store
+from envstore.store.objects import open_objects
+from envstore.store.pull import pull
+from envstore.store.push import push
+from envstore.store.refs import RefName, list_refs, read_ref
+from envstore.store.repository import Repository
+from envstore.store.source import DirectorySource
+from envstore.store.statcache import StatCache
+from envstore.store.usage import measure
+from tests.soak import trainer, trees
+from tests.soak.ledger import ABSENT, ANYTHING
+from tests.soak.work import Worker, judge_tree
+from tests.soak.world import World
+
+ROOM = 1.05
+"""What the store may take at the end, as a multiple of its live content in a fresh one."""
+
+
+@dataclass(slots=True)
+class Reckoning:
+    """What was found at the end. Sizes are bytes of all objects."""
+
+    snapshots_checked: int = 0
+    checkpoints_checked: int = 0
+    damaged: int = 0
+    lost: int = 0
+    unexpected: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    bytes_fresh: int = 0
+    bytes_live: int = 0
+    ratio: float = 0.0
+    problems: int = 0
+
+    def encode(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return asdict(self)
+
+
+def reckon(world: World, url: str, workers: list[Worker], *, gc: bool) -> Reckoning:
+    """Collect, verify, read everything, and weigh the store at ``url``, which nobody uses now."""
+    found = Reckoning()
+    home = world.root / "end"
+    env = world.environment(home, "end", ENVSTORE_URL=url)
+    found.bytes_before = _bytes(url)
+    for _ in range(2 if gc else 0):
+        with world.op("gc", "end") as op:
+            world.judge(op, world.run(op, "envstore", ["--json", "gc", "--grace", "0s"], env))
+    with world.op("verify", "end") as op:
+        done = world.run(op, "envstore", ["--json", "verify", "--read-data"], env, limit=600)
+        if world.judge(op, done) != "done":
+            world.fail(f"verify at the end: {(done.out + done.err)[-3000:]}")
+        said = json.loads(done.out) if done.out.strip() else {"problems": []}
+        found.problems = len(said["problems"])
+    found.bytes_after = _bytes(url)
+    with Repository.open(url) as repository:
+        _check_refs(world, repository, found)
+        for worker in workers:
+            if worker.role == "train":
+                _check_run(world, url, worker, found)
+        found.bytes_live, found.bytes_fresh = _weigh(world, repository)
+        _say_objects(world, repository)
+    found.ratio = found.bytes_after / max(1, found.bytes_fresh)
+    if gc and found.ratio > ROOM:
+        world.fail(
+            f"the store takes {found.bytes_after:,} bytes, {found.ratio:.3f} times the "
+            f"{found.bytes_fresh:,} of a fresh one with the same content"
+        )
+    return found
+
+
+def _check_refs(world: World, repository: Repository, found: Reckoning) -> None:
+    there = {str(name).removesuffix(":latest"): name for name in list_refs(repository.objects)}
+    ours = {ref: name for ref, name in there.items() if ref.startswith("soak/")}
+    for ref in world.ledger.refs():
+        possible = world.ledger.possible(ref)
+        if ref not in ours:
+            if ABSENT not in possible:
+                found.lost += 1
+                world.fail(f"{ref} is lost; it was acknowledged as {possible}")
+            continue
+        tree = _read(world, repository, ref, ours[ref], found)
+        if tree is not None and tree not in possible and ANYTHING not in possible:
+            found.lost += 1
+            world.fail(f"{ref} is {tree}, and was acknowledged as {possible}")
+    for ref in ours.keys() - set(world.ledger.refs()):
+        found.unexpected += 1
+        world.fail(f"{ref} is there, and nobody ever wrote it")
+    for ref in there.keys() - ours.keys():
+        if not ref.startswith("runs/"):
+            found.unexpected += 1
+            world.fail(f"{ref} is there, and nobody ever wrote it")
+
+
+def _read(
+    world: World, repository: Repository, ref: str, name: RefName, found: Reckoning
+) -> str | None:
+    place = world.root / "end" / "tree"
+    trees.remove(place)
+    try:
+        snapshot = read_ref(repository.objects, name).snapshot
+        pull(repository, snapshot, place)
+    except EnvstoreError as error:
+        found.damaged += 1
+        world.fail(f"{ref} cannot be read at the end: {error}")
+        return None
+    found.snapshots_checked += 1
+    tree = judge_tree(world, f"{ref} at the end", trees.seen(place))
+    found.damaged += tree is None
+    return tree
+
+
+def _check_run(world: World, url: str, worker: Worker, found: Reckoning) -> None:
+    with checkpoint.Run(
+        worker.run_name,
+        url,
+        staging=checkpoint.Staging(world.root / "shm" / "end"),
+        persister="external",
+    ) as run:
+        latest = run.latest() or 0
+        if latest < worker.acknowledged:
+            found.lost += 1
+            world.fail(
+                f"{worker.run_name}: step {worker.acknowledged} is lost, {latest} is the last"
+            )
+        for commit in run.list():
+            state = trainer.fresh()
+            try:
+                step = run.restore(state, step=commit.step, only=state.keys())
+            except NoCheckpointError:
+                continue
+            except EnvstoreError as error:
+                found.damaged += 1
+                world.fail(f"{worker.run_name}: step {commit.step} cannot be restored: {error}")
+                continue
+            wrong = trainer.wrong(worker.run_name, state, step or 0)
+            found.checkpoints_checked += 1
+            if wrong:
+                found.damaged += 1
+                world.fail(f"{worker.run_name}: step {commit.step} is damaged: {wrong}")
+
+
+def _bytes(url: str) -> int:
+    objects = open_objects(url)
+    try:
+        return sum(info.size for info in objects.list(""))
+    finally:
+        objects.close()
+
+
+def _weigh(world: World, repository: Repository) -> tuple[int, int]:
+    """Return what ``du`` calls stored, and what a fresh store takes for all that is live."""
+    names = sorted(list_refs(repository.objects))
+    live = measure(repository, names).total.stored
+    home = world.root / "fresh"
+    objects = open_objects(f"file://{home}/store", create=True)
+    config, _ = init_store(objects)
+    seen: set[bytes] = set()
+    with Repository(objects, config, None) as fresh:
+        for number, name in enumerate(names):
+            snapshot = read_ref(repository.objects, name).snapshot
+            place = home / "tree"
+            trees.remove(place)
+            if snapshot in seen:
+                place = home / "again"  # the same tree under one more name
+            else:
+                pull(repository, snapshot, place)
+            seen.add(snapshot)
+            if not place.exists():
+                continue
+            stat_cache = StatCache(home / "stat.sqlite")
+            source = DirectorySource(place, kind="model", normalise=True)
+            try:
+                push(fresh, source, RefName.parse(f"live/{number}"), stat_cache)
+            finally:
+                source.close()
+                stat_cache.close()
+        total = sum(info.size for info in fresh.objects.list(""))
+    return live, total
+
+
+def _say_objects(world: World, repository: Repository) -> None:
+    sizes: dict[str, list[int]] = {}
+    for info in repository.objects.list(""):
+        sizes.setdefault(info.key.partition("/")[0], []).append(info.size)
+    for prefix, found in sorted(sizes.items()):
+        world.log(f"at the end {prefix}: {len(found)} objects, {sum(found):,} bytes")
+
+
+def quiet(world: World, seconds: float) -> None:
+    """Wait until no persister has anything to store, for ``seconds`` at most."""
+    from tests.soak.processes import bury, marked
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        bury()
+        if not [one for one in marked(world.token) if one.what == "persister"]:
+            return
+        time.sleep(0.2)
+
+
+def unmount_all(root: Path) -> int:
+    """Take away every mount below ``root``; returns how many there were."""
+    count = 0
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        place = line.split()[4].encode().decode("unicode_escape")
+        if place.startswith(f"{root}/"):
+            subprocess.run(["umount", "-l", place], check=False, capture_output=True)
+            count += 1
+    return count
