@@ -77,12 +77,12 @@ def du(settings: Settings, refs: tuple[str, ...]) -> None:
     LOGICAL is the sum of the files' sizes, UNIQUE counts equal chunks once, STORED is what those
     take compressed, ALONE the part of it that no other of the measured refs uses.
     """
-    from envstore.store.refs import RefName, list_refs
+    from envstore.store.refs import RefName
     from envstore.store.usage import measure
 
     names = [RefName.parse(ref) for ref in dict.fromkeys(refs)]
     with settings.open() as repository:
-        found = measure(repository, names or sorted(list_refs(repository.objects)))
+        found = measure(repository, names)
         url = repository.objects.url
     if settings.json:
         output.result(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from envstore.errors import CorruptError
+from envstore.errors import CorruptError, NotFoundError
 from envstore.store.locations import NOWHERE
 from envstore.store.manifest import HOLE
-from envstore.store.refs import RefName, read_ref
+from envstore.store.refs import RefName, list_refs, read_ref, try_read
 from envstore.store.repository import Repository
 
 
@@ -44,15 +44,19 @@ class _Tally:
     chunks: dict[bytes, tuple[int, float]]
 
 
-def measure(repository: Repository, names: Sequence[RefName]) -> StoreUsage:
-    """Measure ``names``; costs each one's metadata, one listing, and about 200 bytes a chunk."""
+def measure(repository: Repository, names: Sequence[RefName] = ()) -> StoreUsage:
+    """Measure ``names``, or all refs that are there and are not removed or moved meanwhile.
+
+    Costs each one's metadata, one listing, and about 200 bytes a chunk. Raises ``NotFoundError``.
+    """
     tallies: dict[bytes, _Tally] = {}
     manifests = {}
-    for name in names:
-        snapshot = repository.snapshot(read_ref(repository.objects, name).snapshot)
-        manifests[name] = snapshot.manifest
-        if snapshot.manifest not in tallies:
-            tallies[snapshot.manifest] = _tally(repository, snapshot.manifest)
+    for name in names or sorted(list_refs(repository.objects)):
+        manifest = _tallied(repository, name, tallies)
+        if manifest is not None:
+            manifests[name] = manifest
+        elif names:
+            read_ref(repository.objects, name)  # says that there is no such ref
     users: dict[bytes, int] = {}
     for manifest in manifests.values():
         for chunk in tallies[manifest].chunks:
@@ -68,6 +72,22 @@ def measure(repository: Repository, names: Sequence[RefName]) -> StoreUsage:
     sizes = [info.size for info in repository.objects.list("")]
     total = _usage(everything, sum(stored for _, stored in everything.chunks.values()))
     return StoreUsage(found, total, len(sizes), sum(sizes))
+
+
+def _tallied(repository: Repository, name: RefName, tallies: dict[bytes, _Tally]) -> bytes | None:
+    """Tally what ``name`` points at; returns its manifest, ``None`` if there is no such ref."""
+    before = None
+    while found := try_read(repository.objects, name):
+        try:
+            manifest = repository.snapshot(found[0].snapshot).manifest
+            if manifest not in tallies:
+                tallies[manifest] = _tally(repository, manifest)
+            return manifest
+        except NotFoundError:
+            if found == before:
+                raise
+            before = found  # collected, if the ref was moved since it was read
+    return None
 
 
 def _usage(tally: _Tally, exclusive: float) -> Usage:
