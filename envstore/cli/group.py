@@ -39,6 +39,7 @@ _COMMANDS = {
     "rm": "moving",
     "du": "store",
     "verify": "store",
+    "gc": "gc",
     "cache": "cache",
     "doctor": "doctor",
     "completion": "completion",

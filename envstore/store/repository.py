@@ -229,12 +229,20 @@ class Repository:
                 self.cache.put(name, data)
 
     def history(self, name: bytes, limit: int | None = None) -> Iterator[tuple[bytes, Snapshot]]:
-        """Yield a snapshot and its ancestors, newest first along first parents."""
+        """Yield a snapshot and its ancestors, newest first along first parents.
+
+        It ends where an ancestor has been collected as garbage: none is kept for its descendants.
+        """
         return islice(self._walk(name), limit)
 
     def _walk(self, name: bytes) -> Iterator[tuple[bytes, Snapshot]]:
         next_name: bytes | None = name
         while next_name is not None:
-            snapshot = self.snapshot(next_name)
+            try:
+                snapshot = self.snapshot(next_name)
+            except NotFoundError:
+                if next_name == name:
+                    raise
+                return
             yield next_name, snapshot
             next_name = snapshot.parents[0] if snapshot.parents else None

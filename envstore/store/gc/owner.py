@@ -1,0 +1,166 @@
+"""The one collector at work: its lease in ``gc/state``, and every change it makes there.
+
+The lease is renewed by a thread every quarter of its time. Before anything is deleted the owner
+looks at its own clocks: what it has not been able to renew for half a lease is over, long before
+anybody else would take it. Both clocks must agree, as one stands still when a machine sleeps and
+the other may be set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from envstore.errors import ConflictError, EnvstoreError
+from envstore.store import hosts
+from envstore.store.doomed import (
+    LEASE_SECONDS,
+    Condemned,
+    Doomed,
+    Owner,
+    State,
+    put_state,
+    read_doomed,
+    read_state,
+    write_list,
+)
+from envstore.store.objects.base import ObjectStore
+
+_ATTEMPTS = 200
+
+
+class LostOwnershipError(EnvstoreError):
+    """Another collector has taken over, or might have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is to become of the lists: the epoch, what is condemned and what is being deleted."""
+
+    epoch: int
+    condemned: Sequence[Condemned]
+    deleting: Sequence[Condemned]
+
+
+class Ownership:
+    """The lease of this process, given back at the end. ``check`` may be called by any thread."""
+
+    def __init__(self, objects: ObjectStore, id_: str) -> None:
+        self._objects = objects
+        self._id = id_
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._renewed = _clocks()
+        self._thread = threading.Thread(target=self._keep, name="collector's lease", daemon=True)
+
+    @classmethod
+    def take(cls, objects: ObjectStore) -> Ownership | Owner:
+        """Become the owner; returns who is, if that is somebody else who lives.
+
+        About four requests. Raises ``ConflictError`` if ``gc/state`` never stands still.
+        """
+        for _ in range(_ATTEMPTS):
+            state, version = read_state(objects)
+            if state.owner is not None and not state.owner.is_dead(objects.now()):
+                return state.owner
+            mine = cls(objects, secrets.token_hex(16))
+            with contextlib.suppress(ConflictError):
+                put_state(objects, replace(state, owner=mine._owner()), version)
+                return mine
+        raise ConflictError("gc/state is changed all the time", hint="try again")
+
+    def __enter__(self) -> Ownership:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        # Whoever cannot give it back leaves a lease that runs out.
+        with contextlib.suppress(EnvstoreError):
+            self._move(lambda state: replace(state, owner=None))
+
+    def check(self) -> None:
+        """Raise ``LostOwnershipError`` unless this certainly is the owner still. No request."""
+        elapsed = [now - then for now, then in zip(_clocks(), self._renewed, strict=True)]
+        if not all(-1.0 < seconds < LEASE_SECONDS / 2 for seconds in elapsed):
+            raise LostOwnershipError(
+                "garbage collection was stopped: its lease could not be renewed in time",
+                hint="nothing is lost; run it again",
+            )
+
+    def change(self, what: Callable[[Doomed], Change]) -> Doomed:
+        """Put what ``what`` makes of the lists as they are now, however often they move meanwhile.
+
+        Three to six requests for each attempt. Raises ``LostOwnershipError``, ``ConflictError``.
+        """
+        with self._lock:
+            for _ in range(_ATTEMPTS):
+                found = read_doomed(self._objects)
+                self._check_owner(found.state)
+                change = what(found)
+                state = replace(
+                    found.state,
+                    epoch=change.epoch,
+                    condemned=self._listed(
+                        found.condemned, change.condemned, found.state.condemned
+                    ),
+                    deleting=self._listed(found.deleting, change.deleting, found.state.deleting),
+                    owner=self._owner(),
+                )
+                began = _clocks()
+                try:
+                    stored, version = put_state(self._objects, state, found.version)
+                except ConflictError:
+                    continue
+                self._renewed = began
+                return Doomed(stored, version, change.condemned, change.deleting)
+        raise ConflictError("gc/state is changed all the time", hint="try again")
+
+    def _listed(
+        self, old: Sequence[Condemned], new: Sequence[Condemned], name: bytes | None
+    ) -> bytes | None:
+        return name if list(old) == list(new) else write_list(self._objects, new)
+
+    def _move(self, what: Callable[[State], State]) -> None:
+        with self._lock:
+            for _ in range(_ATTEMPTS):
+                began = _clocks()
+                state, version = read_state(self._objects)
+                self._check_owner(state)
+                with contextlib.suppress(ConflictError):
+                    put_state(self._objects, what(state), version)
+                    self._renewed = began
+                    return
+        raise ConflictError("gc/state is changed all the time", hint="try again")
+
+    def _check_owner(self, state: State) -> None:
+        if state.owner is None or state.owner.id != self._id:
+            raise LostOwnershipError(
+                "garbage collection was stopped: another collector has taken over",
+                hint="nothing is lost; it goes on with what was begun here",
+            )
+
+    def _owner(self) -> Owner:
+        until = int(self._objects.now() + LEASE_SECONDS)
+        return Owner(self._id, hosts.here(), until)
+
+    def _keep(self) -> None:
+        while not self._ended.wait(LEASE_SECONDS / 4):
+            # What cannot be renewed runs out, and `check` will tell.
+            with contextlib.suppress(EnvstoreError):
+                self._move(lambda state: replace(state, owner=self._owner()))
+
+
+def _clocks() -> tuple[float, float]:
+    return time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
