@@ -12,7 +12,6 @@ from envstore.confinement.kernel import prctl
 from envstore.errors import EnvstoreError
 
 _SET_DUMPABLE, _SET_NO_NEW_PRIVS = 4, 38
-_FILES_FOR_THIS_USER = 0o077
 
 
 class ConfinementError(EnvstoreError):
@@ -20,12 +19,11 @@ class ConfinementError(EnvstoreError):
 
 
 def keep_to_itself() -> None:
-    """Let nobody else look into this process, nor a dump of it; its files are its user's alone.
+    """Let nobody else look into this process, and no dump of it be written.
 
     For every process that knows keys to a store. Takes microseconds. Raises ``ConfinementError``.
     """
     try:
-        os.umask(_FILES_FOR_THIS_USER)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         prctl(_SET_DUMPABLE, 0)
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from envstore.fuse.channel import Channel
 from envstore.fuse.holder import Holder
 from envstore.fuse.keeping import STATE_FORMAT, Kept, MountRequest, read_state
 from envstore.fuse.mount import check_mountpoint
+from envstore.fuse.privileges import keep_what_a_holder_needs
 from envstore.fuse.processes import load_server_code
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.session import check_device
@@ -133,6 +134,7 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
         )
     files.clear()
     request = replace(request, mountpoint=mountpoint, metrics=_lasting(request.metrics))
+    request = _settled(request)
     node = {"node": claim(request.node).detach()} if request.node else {}
     descriptors = {
         "lock": lock,
@@ -169,11 +171,23 @@ def _inherit(
 
     check_same(kept, request)
     files = inherit(kept, replace(request, metrics=_lasting(request.metrics)))
+    kept.request = _settled(kept.request)
     kept.files |= life
     load_server_code()
     holder = Holder(kept, files, say, fdstore)
     holder.inherit()
     return holder.run()
+
+
+def _settled(request: MountRequest) -> MountRequest:
+    """Return the request with what only this process can find out; gives up all but its needs."""
+    keep_what_a_holder_needs(request)
+    if os.geteuid() == 0:
+        from envstore.fuse.fast import tried
+        from envstore.store.cache import default_cache
+
+        request = tried(request, default_cache())
+    return request
 
 
 def _lasting(address: str) -> str:
@@ -226,6 +240,7 @@ def _resume(memory: int) -> int:
     state = read_state(memory)
     kept = Kept.load(state["kept"])
     os.chdir("/")
+    keep_what_a_holder_needs(kept.request)
     holder = Holder(kept, RecordFiles(kept.request.mountpoint), lambda answer: None)
     holder.adopt(state)
     return holder.run()

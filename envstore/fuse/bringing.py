@@ -38,12 +38,12 @@ class _Lane:
 class Bringer:
     """Proves, loads and prepares for one node server. Belongs to one trio run."""
 
-    def __init__(self, volumes: Volumes) -> None:
+    def __init__(self, volumes: Volumes, no_fast_path: str = "") -> None:
         self._volumes = volumes
         self._access = Access(volumes.cache, volumes.supplies)
         self._turns = Turns()
         self._lanes: dict[str, _Lane] = {}
-        self.fast_parts = FastParts(volumes.cache)
+        self.fast_parts = FastParts(volumes.cache, no_fast_path)
 
     async def prove(self, asked: Asked) -> bytes:
         """Return the snapshot that is asked for; raises if it may not be had.

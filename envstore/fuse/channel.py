@@ -47,6 +47,11 @@ class Channel:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, within)
         return Channel(end)
 
+    @staticmethod
+    def duplicate(fd: int) -> Channel:
+        """Return a channel over a descriptor that somebody else keeps."""
+        return Channel.of(socket.socket(fileno=os.dup(fd)))
+
     def fileno(self) -> int:
         """Return the descriptor, for poll(2)."""
         return self.socket.fileno()

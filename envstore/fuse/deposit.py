@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from envstore.errors import UnavailableError, UnsupportedFormatError, UsageError
+from envstore.fuse import understudy
 from envstore.fuse.channel import Channel, Message
 from envstore.fuse.fdstore import FORMAT
 from envstore.fuse.keeping import Keepsake, Kept
@@ -27,6 +28,9 @@ from envstore.fuse.sockets import short_address
 
 LIFE = ("life", "watch")
 """The ends of a pipe: the first is open in every process of a node server, and nowhere else."""
+
+_OF_PROCESSES = (*LIFE, understudy.NAME)
+"""Files that mean nothing when no process is left."""
 
 _AGAIN_AFTER = 1.0
 _FLUSH_EVERY = 0.05
@@ -156,7 +160,7 @@ class Deposit:
     def _flush(self, mirror: Mirror) -> None:
         with contextlib.suppress(BlockingIOError):
             if self._main:
-                files, body = self._kept.told(LIFE)
+                files, body = self._kept.told(_OF_PROCESSES)
                 mirror.channel.post("kept", files, **body)
                 self._main = False
             mirror.flush()

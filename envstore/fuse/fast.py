@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def wanted_fast_path(
 
     Raises ``EnvstoreError`` if the request insists on one and there is none.
     """
-    if not _wants_fast_path(request, cache):
+    if not _wants_fast_path(request):
         return None
     try:
         return prepare_fast_path(content, cache)
@@ -48,7 +49,7 @@ def wanted_fast_path(
         return None
 
 
-def _wants_fast_path(request: MountRequest, cache: BlobCache) -> bool:
+def _wants_fast_path(request: MountRequest) -> bool:
     """Whether a mount is to be laid over an image; raises if it must be and cannot.
 
     Such a mount lets other users in, so nobody gets it who has not asked for either.
@@ -57,13 +58,24 @@ def _wants_fast_path(request: MountRequest, cache: BlobCache) -> bool:
         return False
     if request.fast_path == "auto" and not (request.allow_other and os.geteuid() == 0):
         return False
-    reason = probe(cache.root)
-    if reason is None:
+    reason = request.no_fast_path
+    if not reason:
         return True
     if request.fast_path == "on":
         raise UnsupportedFormatError(f"no fast path here: {reason}", hint="see: envstore doctor")
     _log.info("no fast path here: %s", reason)
     return False
+
+
+def tried(request: MountRequest, cache: BlobCache) -> MountRequest:
+    """Return the request with what keeps this machine from fast paths, if it may want one.
+
+    For whoever makes the mount, before there is a server, which could not try. Takes 10 ms.
+    """
+    maybe = request.fast_path == "on" or (request.fast_path == "auto" and request.allow_other)
+    if not request.node and (request.record or not maybe):
+        return request
+    return replace(request, no_fast_path=probe(cache.root) or "")
 
 
 def lay_fast_path(

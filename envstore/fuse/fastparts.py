@@ -12,7 +12,6 @@ import trio
 from envstore.errors import EnvstoreError
 from envstore.fuse.content import Content
 from envstore.fuse.fast import prepare_fast_path
-from envstore.fuse.overlay import probe
 from envstore.fuse.turns import Turns
 from envstore.store.cache import BlobCache
 
@@ -40,13 +39,13 @@ class _Checked:
 class FastParts:
     """The images of one server's snapshots, each written and checked once for all who wait.
 
-    Belongs to one trio run.
+    ``impossible`` is why there are none on this machine. Belongs to one trio run.
     """
 
-    def __init__(self, cache: BlobCache) -> None:
+    def __init__(self, cache: BlobCache, impossible: str = "") -> None:
         self._cache = cache
         self._turns = Turns()
-        self._impossible: str | None = "not tried"
+        self._impossible = impossible
         self._checked: dict[bytes, _Checked] = {}
 
     async def of(self, content: Content) -> dict[str, Any]:
@@ -54,10 +53,8 @@ class FastParts:
 
         Reads the whole image, some 100 bytes a file, at most once in a minute.
         """
-        if self._impossible is not None:
-            self._impossible = await trio.to_thread.run_sync(probe, self._cache.root)
-            if self._impossible is not None:
-                raise EnvstoreError(self._impossible)
+        if self._impossible:
+            raise EnvstoreError(self._impossible, hint="see: envstore doctor")
         async with self._turns.of(content.key):
             return await trio.to_thread.run_sync(self._find, content)
 

@@ -25,6 +25,8 @@ from typing import Any
 if __name__ == "__main__":  # at the end, so that it can hide nothing
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from envstore.confinement.process import confine
+from envstore.errors import EnvstoreError
 from envstore.fuse.channel import Channel, Message
 from envstore.fuse.limits import allow_many_files
 
@@ -343,6 +345,12 @@ def main(path: str) -> int:
             2, f"envstore: cannot listen at {path}: {error.strerror}\n".encode(errors="replace")
         )
         return 1
+    try:
+        # It only keeps what it is given. The socket's directory is left to it, for the end.
+        confine([os.path.dirname(path) or "."], (), executing=False)
+    except EnvstoreError as error:
+        os.write(2, f"envstore: {error}\n".encode(errors="replace"))
+        return error.exit_code
     _say(f"listening at {path}")
     FdStore(listener).run()
     with contextlib.suppress(OSError):

@@ -31,6 +31,7 @@ from envstore.fuse.processes import Helpers, ServerProcess, wakened_by_signals
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.servers import Servers
 from envstore.fuse.sockets import told
+from envstore.fuse.understudy import Understudy
 
 if TYPE_CHECKING:
     from envstore.fuse.deposit import Deposit
@@ -60,6 +61,7 @@ class Holder:
         self._say: _Say | None = say
         self._record: MountRecord | None = files.load()
         self._servers = Servers(kept, self)
+        self._understudy = Understudy(kept, self._servers.tell_of_understudy)
         self._helpers = Helpers()
         self._error: dict[str, Any] | None = None
         self._control = Control(kept.files["control"], self._asked)
@@ -68,7 +70,9 @@ class Holder:
             from envstore.fuse.showing import Shows
 
             self._shows = Shows(kept, self._helpers.start, self._servers.keepsakes.note)
-        self._upgrade = succession.Upgrade(kept, self._servers, self._helpers, self._shows)
+        self._upgrade = succession.Upgrade(
+            kept, self._servers, self._helpers, self._shows, self._understudy
+        )
         self._deposit: Deposit | None = None
         if kept.request.fdstore:
             from envstore.fuse.deposit import Deposit
@@ -85,6 +89,7 @@ class Holder:
     def begin(self) -> None:
         """Start the first server of a mount that is still to be made. Raises ``OSError``."""
         try:
+            self._understudy.start()
             self._servers.begin()
         except OSError:
             self._end()
@@ -101,6 +106,7 @@ class Holder:
             )
         self._record = record.with_holder(os.getpid())
         self._files.save(self._record)
+        self._understudy.start()
         self._servers.go_on()
 
     def adopt(self, state: dict[str, Any]) -> None:
@@ -113,6 +119,8 @@ class Holder:
             except EnvstoreError as error:
                 _log.warning("the record names another holder: %s", error)
         self._servers.adopt(succession.server_left(state), state.get("failure", ""))
+        self._understudy.start_soon()
+        self._understudy.on_time()
         if "upgrading" in state:
             self._upgrade.adopt(self._control.adopt(state["upgrading"]))
 
@@ -138,6 +146,7 @@ class Holder:
             handlers[self._kept.fuse] = self._on_unmounted
         self._servers.watch(poller, handlers)
         self._helpers.watch(poller, handlers)
+        self._understudy.watch(poller, handlers)
         self._control.watch(poller, handlers)
         if self._deposit is not None:
             self._deposit.watch(poller, handlers)
@@ -148,7 +157,7 @@ class Holder:
 
     def _patience(self) -> float:
         """Return the milliseconds until the clock alone gives something to do."""
-        parts = (self._servers, self._shows, self._deposit)
+        parts = (self._servers, self._shows, self._deposit, self._understudy)
         deadlines = (part.deadline() for part in parts if part is not None)
         times = [at for at in deadlines if at is not None]
         return max(0.0, min(times, default=time.monotonic() + 60) - time.monotonic()) * 1000 + 1
@@ -163,6 +172,7 @@ class Holder:
                 self._leave(self._deposit)
                 if self._status is not None:
                     return
+        self._understudy.on_time()
         self._servers.on_time(now)
 
     # --- what happens to servers ----------------------------------------------------------------

@@ -36,7 +36,8 @@ class MountRequest:
     ``hung_after`` is how many seconds a server may give no sign of life, ``lease_grace`` how many
     a node's mount may be seen nowhere. ``targets`` are the directories below which a node server
     makes mounts for others. ``fdstore`` is the socket of the process that keeps what a node server
-    needs when none of its own is left.
+    needs when none of its own is left. ``no_fast_path`` is why this machine has none, empty if it
+    has, or nobody has tried: a server could not.
     """
 
     store: str
@@ -54,6 +55,7 @@ class MountRequest:
     prefix: str = ""
     targets: Sequence[str] = ()
     fdstore: str = ""
+    no_fast_path: str = ""
 
     def __post_init__(self) -> None:
         """Be equal to what went through JSON."""
@@ -77,7 +79,8 @@ class Kept:
     """All there is to a live mount, and its descriptors by what they are for.
 
     ``files``: ``lock`` (see ``RecordFiles``), ``counters`` (memory), ``stats`` and ``control``
-    (listening sockets), of a node also ``node``, and ``life`` and ``watch`` (see ``Deposit``).
+    (listening sockets), ``understudy`` (see there), of a node also ``node``, and ``life`` and
+    ``watch`` (see ``Deposit``).
     ``fuse`` is the device, -1 before the mount is made; ``device`` the number that what it serves
     has in the mount table, if known.
     """

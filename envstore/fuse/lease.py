@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any
 
 from envstore.errors import UsageError
 from envstore.fuse.access import pinned
+from envstore.fuse.mountinfo import mountpoints_in
 from envstore.fuse.supplies import Source
 from envstore.store.objects import Credentials
 from envstore.store.refs import RefName
@@ -18,6 +20,8 @@ _LONGEST, _LONGEST_LEASE = 4096, 64 << 10
 _ID = re.compile(r"[0-9a-f]{16}")
 _OWNER = re.compile(r"(?:[a-z][a-z0-9-]{0,31})?")
 _FAST = frozenset({"auto", "on", "off"})
+
+_MOST_MISSING = 4096
 
 KEPT = 0
 """The name space of a mount that nobody looks for: its lease lasts until it is given back."""
@@ -111,6 +115,23 @@ class Asked:
             raise UsageError("the words of the question are too long together")
         source = Source.asked(store, given=lease.given)
         return cls(lease, source, identity, credentials)
+
+
+def missing(keepsakes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the leases, of keepsakes' bodies by their ids, whose mounts are seen nowhere.
+
+    At most so many as a message holds. Reads the kernel's tables; needs root for name spaces of
+    others. Raises ``OSError``.
+    """
+    leases = {identity: Lease.kept(body) for identity, body in keepsakes.items()}
+    spaces = {lease.namespace for lease in leases.values()} - {KEPT}
+    mounted = mountpoints_in(spaces)
+    gone = (
+        identity
+        for identity, lease in leases.items()
+        if lease.namespace != KEPT and lease.target not in mounted.get(lease.namespace, ())
+    )
+    return [*islice(gone, _MOST_MISSING)]
 
 
 def _word(question: Mapping[str, Any], name: str, default: str | None = None) -> str:

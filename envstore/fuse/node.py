@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ from envstore.fuse.bringing import Bringer
 from envstore.fuse.keeping import LEASE, Keepsake
 from envstore.fuse.lease import KEPT, Asked, Lease
 from envstore.fuse.metrics import Metrics
-from envstore.fuse.mountinfo import find_mount, mountpoints_in
+from envstore.fuse.mountinfo import find_mount
 from envstore.fuse.records import RecordFiles
 from envstore.fuse.sockets import MAX_LINE, told
 from envstore.fuse.turns import Turns
@@ -50,11 +50,13 @@ class Node:
         drop: Callable[[str], None],
         grace: float,
         restarts: Callable[[], int],
+        look: Callable[[], None],
+        no_fast_path: str = "",
     ) -> None:
         """Serve ``volumes``, whose file system is mounted on ``root``.
 
         A mount that is seen nowhere for ``grace`` seconds is gone. ``restarts`` tells how many
-        servers have died before.
+        servers have died before. ``look`` has the holder look, who then tells what is ``missing``.
         """
         self._volumes = volumes
         self._root = root
@@ -65,7 +67,8 @@ class Node:
         self._seen: dict[str, float] = {}
         self._restarts = restarts
         self._control = str(RecordFiles(root).control)
-        self._bringer = Bringer(volumes)
+        self._look = look
+        self._bringer = Bringer(volumes, no_fast_path)
         self._turns = Turns()
 
     def restore(self, key: str, keepsake: Keepsake) -> None:
@@ -237,16 +240,18 @@ class Node:
         """Take leases back whose mounts have gone without a word."""
         while True:
             await trio.sleep(min(_CHECK_SECONDS, self._grace / 4))
-            spaces = {lease.namespace for lease in self._leases.values()} - {KEPT}
-            with suppress(OSError):
-                mounted = await trio.to_thread.run_sync(mountpoints_in, spaces)
-                now = time.monotonic()
-                for identity, lease in list(self._leases.items()):
-                    if lease.namespace == KEPT or lease.target in mounted.get(lease.namespace, ()):
-                        self._seen[identity] = now
-                    elif now - self._seen[identity] > self._grace:
-                        _log.info("the mount on %s has gone", lease.target)
-                        self._end(identity)
+            if any(lease.namespace != KEPT for lease in self._leases.values()):
+                self._look()
+
+    def missing(self, leases: Collection[str]) -> None:
+        """Learn whose mounts were seen nowhere just now: the others' are there."""
+        now = time.monotonic()
+        for identity, lease in list(self._leases.items()):
+            if identity not in leases:
+                self._seen[identity] = now
+            elif now - self._seen[identity] > self._grace:
+                _log.info("the mount on %s has gone", lease.target)
+                self._end(identity)
 
 
 async def _question(stream: trio.SocketStream) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from envstore.fuse import session as sessions
+from envstore.fuse import understudy
 from envstore.fuse.channel import Message
-from envstore.fuse.keeping import Keepsake, Kept
+from envstore.fuse.keeping import LEASE, Keepsake, Kept
 from envstore.fuse.keepsakes import Keepsakes
 from envstore.fuse.processes import ServerProcess, bound_log, load_server_code, start_server
 from envstore.fuse.protocol import Flag
@@ -130,6 +131,14 @@ class Servers:
     def prepare_soon(self) -> None:
         """Have a standby at the next turn of the loop."""
         self._standby_at = time.monotonic()
+
+    def tell_of_understudy(self, fd: int) -> None:
+        """Have servers know another understudy, by their end of its channel."""
+        for server in filter(None, (self.active, self.standby)):
+            try:
+                server.channel.post(understudy.NAME, (fd,))
+            except OSError as error:  # it hangs, or has ended, and the next one is told anyway
+                _log.warning("server %d knows no understudy: %s", server.pid, error)
 
     def want_no_standby(self) -> None:
         """Prepare none from here on: the mount ends, and only the one that serves is of use."""
@@ -310,6 +319,8 @@ class Servers:
                 self._events.failed(body["error"])
             case "serving":
                 self._on_serving(server)
+            case "look":
+                self._look(server)
 
     def _on_serving(self, server: ServerProcess) -> None:
         server.serving = server.beat
@@ -317,6 +328,18 @@ class Servers:
             first = not self._kept.restarts
             self._standby_at = server.serving + (_STANDBY_AFTER if first else 0.0)
         self._events.serving(server)
+
+    def _look(self, server: ServerProcess) -> None:
+        """Tell a node server which of its mounts are nowhere to be seen."""
+        from envstore.fuse.lease import missing
+
+        leases = {
+            key.removeprefix(LEASE): keepsake.body
+            for key, keepsake in self._kept.keepsakes.items()
+            if key.startswith(LEASE)
+        }
+        with contextlib.suppress(OSError):  # it asks again
+            server.channel.post("missing", leases=missing(leases))
 
     def catch_up(self) -> None:
         """Hear what the server has said: that it gave a lease comes before anyone can use it."""

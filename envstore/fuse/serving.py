@@ -15,8 +15,6 @@ import math
 import os
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,12 +22,14 @@ import pyfuse3
 import trio
 
 from envstore.errors import EnvstoreError
-from envstore.fuse import stats
+from envstore.fuse import stats, understudy
 from envstore.fuse.channel import Channel, Message
-from envstore.fuse.keeping import LEASE, Keepsake, Kept, write_state
+from envstore.fuse.keeping import LEASE, Keepsake, Kept
 from envstore.fuse.node import Node
 from envstore.fuse.operations import SnapshotOperations
+from envstore.fuse.privileges import ServerConfinement
 from envstore.fuse.prometheus import render
+from envstore.fuse.protocol import Flag
 from envstore.fuse.scraping import serve_metrics
 from envstore.fuse.servers import BEAT
 from envstore.fuse.session import Session
@@ -61,7 +61,7 @@ class _Server:
     channel: Channel
     kept: Kept = field(init=False)
     volumes: Volumes = field(init=False)
-    holder: subprocess.Popen[bytes] | None = None
+    confined: ServerConfinement = field(init=False)
     holder_began: float = -math.inf
     holders_lost: int = 0
     node: Node | None = None
@@ -72,12 +72,16 @@ class _Server:
             return 0
         self.kept = Kept.received(message.body, message.files)
         self.volumes = Volumes(self.kept.request, self._keep)
+        # Before anything that somebody else has written is looked at.
+        self.confined = ServerConfinement(self.kept.request, self.volumes.cache.root)
         while (message := self.channel.receive()) is not None:
             match message.kind:
                 case "keep" | "drop":
                     self._told(message)
                 case "kept":
                     self._told_again(message)
+                case understudy.NAME:
+                    self._told_of_understudy(message)
                 case "load":
                     if not self._load():
                         return 1
@@ -119,6 +123,13 @@ class _Server:
         self.kept = Kept.received(message.body, message.files)
         self.kept.keepsakes = keepsakes
 
+    def _told_of_understudy(self, message: Message) -> None:
+        """Learn of another understudy than the one before."""
+        before = self.kept.files.get(understudy.NAME)
+        (self.kept.files[understudy.NAME],) = message.files
+        if before is not None:
+            os.close(before)
+
     def _load(self) -> bool:
         """Load what the mount is made for; says how that went."""
         try:
@@ -157,6 +168,8 @@ class _Server:
                     self._drop,
                     request.lease_grace,
                     lambda: self.kept.restarts,
+                    self._look,
+                    request.no_fast_path,
                 )
                 for key, keepsake in kept.keepsakes.items():
                     if key.startswith(LEASE):
@@ -199,6 +212,9 @@ class _Server:
         while True:
             await self._send("beat")
             self._save()
+            if self.confined.outdated and self.kept.flags & Flag.HAS_RESEND:
+                _log.warning("the cache was replaced: making way for a server that may use it")
+                os._exit(0)
             await trio.sleep(BEAT)
 
     async def _send(self, kind: str) -> None:
@@ -206,6 +222,11 @@ class _Server:
             self.channel.post(kind)
         except OSError as error:
             _log.debug("the holder does not hear: %s", error)
+
+    def _look(self) -> None:
+        """Have the holder look which of the node's mounts are there."""
+        with contextlib.suppress(OSError):  # it is gone, or busy: another time
+            self.channel.post("look")
 
     async def _obey(self) -> None:
         """Do what the holder says while serving; take its place when it is no more."""
@@ -222,6 +243,10 @@ class _Server:
                     os._exit(0)
                 case "keep" | "drop":
                     self._noted(message)
+                case understudy.NAME:
+                    self._told_of_understudy(message)
+                case "missing" if self.node is not None:
+                    self.node.missing(frozenset(message.body["leases"]))
                 case "end":
                     return
 
@@ -241,12 +266,10 @@ class _Server:
         _log.error("the holder is gone: starting another in %.1f s", delay)
         await trio.sleep(delay)
         self.holder_began = trio.current_time()
-        if self.holder is not None:
-            self.holder.poll()  # collects it
         self._start_holder()
 
     def _start_holder(self) -> None:
-        """Start another holder, with this server as its server.
+        """Have another holder started, with this server as its server.
 
         Without leaving the loop: what is kept while the state is handed over would be lost.
         """
@@ -256,27 +279,12 @@ class _Server:
                 passed.callback(theirs.close)
                 pidfd = os.pidfd_open(os.getpid())
                 passed.callback(os.close, pidfd)
-                server = {"pid": os.getpid(), "pidfd": pidfd, "channel": theirs.fileno()}
-                state = write_state({"kept": self.kept.save(), "server": server})
-                passed.callback(os.close, state)
-                self.holder = subprocess.Popen(
-                    [sys.executable, "-P", background_script(), "--resume", str(state)],
-                    pass_fds=(*self.kept.descriptors(), pidfd, theirs.fileno(), state),
-                    start_new_session=True,
-                    stdin=subprocess.DEVNULL,
-                )
+                understudy.call(self.kept, pidfd, theirs)
             except OSError as error:
                 _log.error("no other holder can be started: %s", error)
                 return
         self.channel.close()
         self.channel = ours
-
-
-def background_script() -> str:
-    """Return the program that is a holder."""
-    from envstore.fuse import background
-
-    return os.path.abspath(background.__file__)
 
 
 def _listener(fd: int) -> trio.SocketListener:

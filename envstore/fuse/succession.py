@@ -18,6 +18,7 @@ from envstore.fuse.processes import Helpers, ServerProcess
 from envstore.fuse.protocol import Flag
 from envstore.fuse.servers import Servers
 from envstore.fuse.sockets import told
+from envstore.fuse.understudy import Understudy
 
 if TYPE_CHECKING:
     from envstore.fuse.showing import Shows
@@ -81,12 +82,20 @@ def server_left(state: dict[str, Any]) -> ServerProcess | None:
 class Upgrade:
     """The replacement of a holder and its server by other code, one at a time. For the loop."""
 
-    def __init__(self, kept: Kept, servers: Servers, helpers: Helpers, shows: Shows | None) -> None:
+    def __init__(
+        self,
+        kept: Kept,
+        servers: Servers,
+        helpers: Helpers,
+        shows: Shows | None,
+        understudy: Understudy,
+    ) -> None:
         """Be ready for one of the holder that has all this."""
         self._kept = kept
         self._servers = servers
         self._helpers = helpers
         self._shows = shows
+        self._understudy = understudy
         self._checking = False
         self._asking: Connection | None = None
 
@@ -137,6 +146,7 @@ class Upgrade:
                 refused = EnvstoreError(f"cannot execute {program[0]}: {error.strerror}")
                 connection.answer(error=told(refused))
             self._servers.prepare_soon()
+            self._understudy.start_soon()
 
         self._helpers.start(check, checked)
         self._checking = True
@@ -145,6 +155,7 @@ class Upgrade:
         """Replace this process's code. Raises ``OSError`` if that cannot be done."""
         # It knows neither the new code nor the new holder; the one that serves goes on meanwhile.
         self._servers.end_standby()
+        self._understudy.end()  # it would start a holder of this code
         become(program, self._kept, self._servers.active, asking, self._servers.failure)
 
     def adopt(self, connection: Connection) -> None:

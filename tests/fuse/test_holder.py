@@ -713,11 +713,11 @@ def test_the_log_of_servers_that_die_for_ever_has_an_end(live: Live) -> None:
 
 _NO_HOLDER = """
 import os
-from envstore.fuse import serving
-script = serving.background_script
+from envstore.fuse import understudy
+script = understudy.background_script
 def missing():
     return "/no/such/program" if os.path.exists({flag!r}) else script()
-serving.background_script = missing
+understudy.background_script = missing
 """
 
 

@@ -356,7 +356,8 @@ def test_nonsense_at_the_socket_ends_nothing(site: Site) -> None:
 
 
 def test_whoever_connects_and_says_nothing_is_told_so() -> None:
-    node = Node(Volumes(MountRequest("", "", ""), _nothing), "/", _nothing, _nothing, 60.0, int)
+    volumes = Volumes(MountRequest("", "", ""), _nothing)
+    node = Node(volumes, "/", _nothing, _nothing, 60.0, int, _nothing)
 
     async def converse() -> bytes:
         ours, theirs = trio.testing.memory_stream_pair()

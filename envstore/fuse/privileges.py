@@ -1,0 +1,168 @@
+"""What each process of a mount keeps of its user's privileges.
+
+The holder keeps what mounting and unmounting takes. A server, which reads what strangers have
+stored, keeps next to nothing, and can start nothing: what follows a holder that died is started by
+its understudy (see there).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from envstore.confinement.capabilities import (
+    DAC_OVERRIDE,
+    DAC_READ_SEARCH,
+    NET_BIND_SERVICE,
+    SETPCAP,
+    SYS_ADMIN,
+    SYS_PTRACE,
+)
+from envstore.confinement.process import confine, keep_capabilities, keep_to_itself
+from envstore.errors import EnvstoreError
+from envstore.fuse.keeping import MountRequest
+
+_PRIVILEGED_PORTS = 1024
+_CONFIGURATION = 1 << 20
+_SYSTEM = frozenset(
+    b"bin boot dev etc lib lib32 lib64 libx32 lost+found proc root run sbin sys usr var".split()
+)
+"""Directories at the top in which a node server writes nothing but its cache."""
+
+_Identity = tuple[int, int] | None
+
+
+def keep_what_a_holder_needs(request: MountRequest) -> None:
+    """Give up what mounting, unmounting and starting servers does not take.
+
+    Of root ``sys_admin`` (mounts) and ``dac_override`` (mount points and targets of others) stay,
+    ``setpcap`` for servers to give up more, and what servers may need; of a node server
+    ``sys_ptrace``, to see mount points in others' name spaces. Other users have no capability, and
+    stay able to run fusermount3. Raises ``ConfinementError``.
+    """
+    keep_to_itself()
+    root = os.geteuid() == 0
+    kept = {SYS_ADMIN, SETPCAP, DAC_OVERRIDE, DAC_READ_SEARCH} if root else set()
+    if root and request.node:
+        kept.add(SYS_PTRACE)
+    keep_capabilities(kept | _for_the_port(request), privileged=not root)
+
+
+class ServerConfinement:
+    """What a server may do from when this is made, for good; for a process of one thread.
+
+    It may read what its user may, and write below the cache, below a store in a directory (for
+    leases), and where its metrics' socket is; a node server, which cannot know which stores it
+    will be asked for, below everything that is no directory of the system's.
+
+    As root it keeps ``dac_read_search`` for a store in a directory, ``dac_override`` only if the
+    cache or that store is another user's, ``net_bind_service`` only for a port below 1024. It can
+    start programs only if the AWS configuration has a ``credential_process``.
+
+    Raises ``ConfinementError``.
+    """
+
+    def __init__(self, request: MountRequest, cache: Path) -> None:
+        self._cache = cache
+        self._there = _identity(cache)
+        store = _directory_of(request.store)
+        kept = _for_the_port(request)
+        if os.geteuid() == 0:
+            owned = [cache] if store is None else [cache, store]
+            kept |= {DAC_READ_SEARCH} if store is not None or request.node else set()
+            kept |= {DAC_OVERRIDE} if any(map(_is_anothers, owned)) else set()
+        places = [cache, Path(os.devnull), *_login_caches()]
+        places += [store] if store is not None else []
+        places += _others() if request.node else []
+        if request.metrics and not _port(request.metrics):
+            places.append(Path(request.metrics).parent)
+        confine(places, kept, executing=_starts_programs())
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the cache is another directory by now, in which this process cannot write."""
+        found = _identity(self._cache)
+        return found is not None and found != self._there
+
+
+def _for_the_port(request: MountRequest) -> set[int]:
+    port = _port(request.metrics) if request.metrics else None
+    return {NET_BIND_SERVICE} if port and port < _PRIVILEGED_PORTS else set()
+
+
+def _port(address: str) -> int | None:
+    from envstore.fuse.prometheus import check_address
+
+    try:
+        place = check_address(address)
+    except EnvstoreError:
+        return None
+    return None if place is None else place[1]
+
+
+def _directory_of(store: str) -> Path | None:
+    """Return where a store is, if it is a directory."""
+    if not store:
+        return None
+    from envstore.store.objects.url import FileLocation, parse_url
+
+    try:
+        location = parse_url(store)
+    except EnvstoreError:
+        return None  # whoever opens it will say so
+    return location.path if isinstance(location, FileLocation) else None
+
+
+def _is_anothers(place: Path) -> bool:
+    """Whether root must override permissions to work in a directory."""
+    try:
+        if place.stat().st_uid:
+            return True
+        return any(
+            found.st_uid and not found.st_mode & stat.S_IXOTH
+            for found in (parent.stat() for parent in place.absolute().parents)
+        )
+    except OSError:
+        return False
+
+
+def _others() -> Iterator[Path]:
+    """Yield the directories at the top that are not the system's."""
+    with os.scandir(b"/") as entries:
+        for entry in entries:
+            if entry.name not in _SYSTEM and entry.is_dir():
+                yield Path(os.fsdecode(entry.path))
+
+
+def _login_caches() -> list[Path]:
+    """Return where botocore keeps short-lived keys that it renews."""
+    home = Path(os.path.expanduser("~/.aws"))
+    return [home / "sso/cache", home / "login/cache"]
+
+
+def _starts_programs() -> bool:
+    """Whether AWS' configuration names a program that prints keys."""
+    home = os.path.expanduser("~/.aws")
+    for name, default in (
+        ("AWS_CONFIG_FILE", "config"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "credentials"),
+    ):
+        path = os.path.expanduser(os.environ.get(name) or os.path.join(home, default))
+        try:
+            with open(path, "rb") as file:
+                if b"credential_process" in file.read(_CONFIGURATION):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def _identity(directory: Path) -> _Identity:
+    """Return which directory a path leads to now, ``None`` if to none."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
