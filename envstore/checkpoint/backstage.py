@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from envstore.checkpoint.service import LINGER_SECONDS, LOG, BusyError, Persister
+from envstore.confinement.capabilities import CHOWN, DAC_OVERRIDE, FOWNER
+from envstore.confinement.process import keep_capabilities, keep_to_itself, refuse
+from envstore.confinement.programs import starts_programs
 from envstore.errors import EnvstoreError
 
 MAX_LOG = 1 << 20
@@ -45,6 +48,18 @@ def settle_in(nice: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         path = Path("/proc/self/oom_score_adj")
         path.write_text(str(max(-1000, int(path.read_text()) - _OOM_LESS)))
+
+
+def confine(*, watching: bool) -> None:
+    """Give up what a persister has no use for; one that is ``watching`` starts others.
+
+    Of root what it may do with files stays: slots and stores in directories may be others', and
+    what it makes beside their slots is to be theirs. Raises ``ConfinementError``.
+    """
+    keep_to_itself()
+    keep_capabilities({CHOWN, DAC_OVERRIDE, FOWNER} if os.geteuid() == 0 else ())
+    if not watching:
+        refuse(executing=not starts_programs())
 
 
 def serve(options: argparse.Namespace) -> int:

@@ -18,6 +18,8 @@ import sys
 if __name__ == "__main__":  # at the end, so that it can hide nothing
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+from envstore.errors import EnvstoreError
+
 _NICE = 10
 _AT_ONCE = 1
 
@@ -33,6 +35,11 @@ def main(arguments: list[str]) -> int:
     from envstore.checkpoint import backstage
 
     backstage.settle_in(_NICE)
+    try:
+        backstage.confine(watching=options.watch is not None)
+    except EnvstoreError as error:
+        sys.stderr.write(f"envstore: {error}\n")
+        return error.exit_code
     if options.watch is not None:
         from envstore.checkpoint.watching import watch
 

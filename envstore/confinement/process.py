@@ -58,7 +58,18 @@ def confine(
     keep_capabilities(kept)
     try:
         landlock.write_only_below(places)
-        seccomp.refuse_calls(executing=not executing)
+    except OSError as error:
+        raise _failed(error) from error
+    refuse(executing=not executing)
+
+
+def refuse(*, executing: bool) -> None:
+    """Refuse this process system calls for good, with ``executing`` also those that start programs.
+
+    Raises ``ConfinementError``.
+    """
+    try:
+        seccomp.refuse_calls(executing=executing)
     except OSError as error:
         raise _failed(error) from error
 

@@ -20,7 +20,7 @@ _REFUSED = {
     # Other processes.
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "process_madvise": (440, 440), "kcmp": (312, 272), "pidfd_getfd": (438, 438),
-    "kill": (62, 129), "tkill": (200, 130), "pidfd_send_signal": (424, 424),
+    "tkill": (200, 130), "pidfd_send_signal": (424, 424),
     "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
     "move_pages": (279, 239), "migrate_pages": (256, 238),
     # Mounts and name spaces.
@@ -48,7 +48,7 @@ _REFUSED = {
     "setdomainname": (171, 162), "iopl": (172, None), "ioperm": (173, None),
     "syslog": (103, 116), "vhangup": (153, 58),
 }  # fmt: skip
-_CLONE, _CLONE3, _SECCOMP = (56, 220), (435, 435), (317, 277)
+_CLONE, _CLONE3, _KILL, _SECCOMP = (56, 220), (435, 435), (62, 129), (317, 277)
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _NAME_SPACES = 0x7E020000  # flags of clone(2)
@@ -56,7 +56,7 @@ _OTHER_TABLE = 0x40000000  # the calls of x32, which are those of x86_64 by othe
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _INSTRUCTION = struct.Struct("=HBBI")
-_NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, 16
+_NUMBER, _ARCHITECTURE, _FIRST, _SECOND = 0, 4, 16, 24
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 _EPERM, _ENOSYS = _ERROR | 1, _ERROR | 38
 _SET_FILTER, _AVAILABLE, _ALL_THREADS = 1, 2, 1
@@ -104,10 +104,12 @@ def filter_of(column: int, architecture: int, *, executing: bool) -> bytes:
         *tests,
         # Its flags lie in memory, out of reach: the C library goes back to clone(2).
         (_EQUAL, _CLONE3[column], "unknown", ""),
+        # With no signal it only asks whether a process is there.
+        (_EQUAL, _KILL[column], "signal", ""),
         (_EQUAL, _CLONE[column], "", "allow"),
     ]
-    # What follows the tests: load the flags, test them, and the three ends.
-    ends = {"allow": len(tests) + 2, "refuse": len(tests) + 3, "unknown": len(tests) + 4}
+    names = ("flags", "flags tested", "signal", "signal tested", "allow", "refuse", "unknown")
+    ends = {name: len(tests) + at for at, name in enumerate(names)}
 
     def jump(at: int, to: str) -> int:
         return ends[to] - at - 1 if to else 0
@@ -120,8 +122,17 @@ def filter_of(column: int, architecture: int, *, executing: bool) -> bytes:
     for at, (kind, value, yes, no) in enumerate(tests):
         code.append(_INSTRUCTION.pack(kind, jump(at, yes), jump(at, no), value))
     code += [
-        _INSTRUCTION.pack(_LOAD, 0, 0, _ARGUMENT),
-        _INSTRUCTION.pack(_ANY_BIT, 1, 0, _NAME_SPACES),
+        _INSTRUCTION.pack(_LOAD, 0, 0, _FIRST),
+        _INSTRUCTION.pack(
+            _ANY_BIT,
+            jump(ends["flags tested"], "refuse"),
+            jump(ends["flags tested"], "allow"),
+            _NAME_SPACES,
+        ),
+        _INSTRUCTION.pack(_LOAD, 0, 0, _SECOND),
+        _INSTRUCTION.pack(
+            _EQUAL, jump(ends["signal tested"], "allow"), jump(ends["signal tested"], "refuse"), 0
+        ),
         _INSTRUCTION.pack(_RETURN, 0, 0, _ALLOW),
         _INSTRUCTION.pack(_RETURN, 0, 0, _EPERM),
         _INSTRUCTION.pack(_RETURN, 0, 0, _ENOSYS),

@@ -21,11 +21,11 @@ from envstore.confinement.capabilities import (
     SYS_PTRACE,
 )
 from envstore.confinement.process import confine, keep_capabilities, keep_to_itself
+from envstore.confinement.programs import starts_programs
 from envstore.errors import EnvstoreError
 from envstore.fuse.keeping import MountRequest
 
 _PRIVILEGED_PORTS = 1024
-_CONFIGURATION = 1 << 20
 _SYSTEM = frozenset(
     b"bin boot dev etc lib lib32 lib64 libx32 lost+found proc root run sbin sys usr var".split()
 )
@@ -78,7 +78,7 @@ class ServerConfinement:
         places += _others() if request.node else []
         if request.metrics and not _port(request.metrics):
             places.append(Path(request.metrics).parent)
-        confine(places, kept, executing=_starts_programs())
+        confine(places, kept, executing=starts_programs())
 
     @property
     def outdated(self) -> bool:
@@ -140,23 +140,6 @@ def _login_caches() -> list[Path]:
     """Return where botocore keeps short-lived keys that it renews."""
     home = Path(os.path.expanduser("~/.aws"))
     return [home / "sso/cache", home / "login/cache"]
-
-
-def _starts_programs() -> bool:
-    """Whether AWS' configuration names a program that prints keys."""
-    home = os.path.expanduser("~/.aws")
-    for name, default in (
-        ("AWS_CONFIG_FILE", "config"),
-        ("AWS_SHARED_CREDENTIALS_FILE", "credentials"),
-    ):
-        path = os.path.expanduser(os.environ.get(name) or os.path.join(home, default))
-        try:
-            with open(path, "rb") as file:
-                if b"credential_process" in file.read(_CONFIGURATION):
-                    return True
-        except OSError:
-            continue
-    return False
 
 
 def _identity(directory: Path) -> _Identity:
