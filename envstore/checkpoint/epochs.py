@@ -157,7 +157,7 @@ class Epochs:
             "world_size": world_size,
             "created": _now(),
         }
-        data, _ = create(self._objects, self._key(number, "claim"), canonical.encode(body))
+        data, _ = create(self._objects, self._key(number, "claim"), canonical.encode_checked(body))
         return self._parse_claim(data, number)
 
     def begin(self, claim: Claim, resumed_from: CheckpointId | None) -> Epoch | None:
@@ -186,7 +186,7 @@ class Epochs:
         return self._settle(number, {"format": FORMAT, "void": 1})
 
     def _settle(self, number: int, body: dict[str, Any]) -> Epoch | None:
-        data, _ = create(self._objects, self._key(number, "start"), canonical.encode(body))
+        data, _ = create(self._objects, self._key(number, "start"), canonical.encode_checked(body))
         self._starts[number] = self._parse_start(data, number)
         return self._starts[number]
 

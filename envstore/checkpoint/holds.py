@@ -51,7 +51,7 @@ class Holds:
         if len(reason) > MAX_TEXT:
             raise UsageError(f"a reason of {len(reason)} characters is too long")
         body = {"format": FORMAT, "reason": reason}
-        self._objects.put(self._pin_key(checkpoint), canonical.encode(body))
+        self._objects.put(self._pin_key(checkpoint), canonical.encode_checked(body))
 
     def unpin(self, checkpoint: CheckpointId) -> None:
         """Remove a pin. One request."""
@@ -88,7 +88,7 @@ class Holds:
             "holder": f"{socket.gethostname()[:255]}:{os.getpid()}",
             "until": until,
         }
-        self._objects.put(self._lease_key(commit.checkpoint, nonce), canonical.encode(body))
+        self._objects.put(self._lease_key(commit.checkpoint, nonce), canonical.encode_checked(body))
 
     def drop_lease(self, checkpoint: CheckpointId, nonce: str) -> None:
         """Remove a lease. One request."""

@@ -55,7 +55,7 @@ class Part:
             )
         if parse_time(self.saved) is None:
             raise UsageError(f"{self.saved!r} is no time in UTC after RFC 3339")
-        return canonical.encode(
+        return canonical.encode_checked(
             {
                 "format": FORMAT,
                 "checkpoint": str(self.checkpoint),
@@ -121,7 +121,7 @@ class Commit:
 
     def encode(self) -> bytes:
         """Return the object that is stored: the same from whoever commits the same parts."""
-        return canonical.encode(
+        return canonical.encode_checked(
             {
                 "format": FORMAT,
                 "checkpoint": str(self.checkpoint),

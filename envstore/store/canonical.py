@@ -6,9 +6,12 @@ import json
 from typing import Any, NoReturn
 
 from envstore.errors import CorruptError, UsageError
+from envstore.store.digest import digest
 
 MAX_BODY = 1 << 20
 _MAX_DIGITS = 20
+_CHECK = "check"
+_CHECK_DIGITS = 16
 
 
 def encode(value: dict[str, Any]) -> bytes:
@@ -27,11 +30,45 @@ def encode(value: dict[str, Any]) -> bytes:
     return data
 
 
+def encode_checked(value: dict[str, Any]) -> bytes:
+    """Return ``value`` as ``encode`` does, with a field ``check`` that ``decode`` looks at.
+
+    For objects whose name says nothing of what is in them: without it a letter that has changed
+    would pass for what was written.
+    """
+    return encode({**value, _CHECK: _digest(value)})
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return digest(encode(value)).hex()[:_CHECK_DIGITS]
+
+
+def _verified(value: dict[str, Any], data: bytes, what: str) -> dict[str, Any]:
+    """Return ``value`` without its check. Raises ``CorruptError`` if that does not hold.
+
+    Objects that have none were written before there was one, unless it is the name of the field
+    that has changed by a letter.
+    """
+    found = value.pop(_CHECK, None)
+    if found is not None:
+        intact = encode({**value, _CHECK: found}) == data and found == _digest(value)
+    else:
+        intact = not any(_is_nearly_check(key) for key in value)
+    if not intact:
+        raise CorruptError(f"{what} does not match its check")
+    return value
+
+
+def _is_nearly_check(key: str) -> bool:
+    return len(key) == len(_CHECK) and sum(map(str.__ne__, key, _CHECK)) == 1
+
+
 def decode(data: bytes, what: str) -> dict[str, Any]:
     """Return the JSON object in ``data``. Raises ``CorruptError`` naming ``what``.
 
     Refused is what two readers could understand in two ways, or could not write again: a key given
-    twice, text that is not Unicode, numbers beyond all 64 bits.
+    twice, text that is not Unicode, numbers beyond all 64 bits. So is what has a ``check`` that
+    does not match; the field is not returned.
     """
     if len(data) > MAX_BODY:
         raise CorruptError(f"{what} is {len(data)} bytes long, more than {MAX_BODY}")
@@ -47,7 +84,7 @@ def decode(data: bytes, what: str) -> dict[str, Any]:
         raise CorruptError(f"{what} is not valid JSON") from None
     if not isinstance(value, dict):
         raise CorruptError(f"{what} is not a JSON object")
-    return value
+    return _verified(value, data, what)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

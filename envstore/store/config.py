@@ -46,7 +46,7 @@ def init_store(objects: ObjectStore) -> tuple[StoreConfig, bool]:
         "codec": config.codec,
     }
     try:
-        objects.put_if(KEY, canonical.encode(body), None)
+        objects.put_if(KEY, canonical.encode_checked(body), None)
     except ConflictError:
         return load_config(objects), False
     return config, True

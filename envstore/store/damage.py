@@ -30,7 +30,7 @@ class Damage:
 
     def encode(self) -> bytes:
         """Return the stored JSON."""
-        return canonical.encode(
+        return canonical.encode_checked(
             {
                 "format": FORMAT,
                 "pack": self.pack.hex(),

@@ -49,6 +49,7 @@ PREFIXES = (
     "index/",
     "samples/",
     "packs/",
+    "probe/",
 )
 """What the keys that may be doomed begin with."""
 LEASE_SECONDS = 60.0
@@ -97,7 +98,7 @@ class State:
     def encode(self) -> bytes:
         """Return the stored JSON."""
         owner = self.owner
-        return canonical.encode(
+        return canonical.encode_checked(
             {
                 "format": FORMAT,
                 "epoch": self.epoch,

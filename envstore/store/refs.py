@@ -81,7 +81,7 @@ class Ref:
 
     def encode(self) -> bytes:
         """Return the stored JSON."""
-        return canonical.encode(
+        return canonical.encode_checked(
             {
                 "format": FORMAT,
                 "snapshot": self.snapshot.hex(),

@@ -60,7 +60,7 @@ class Record:
 
     def encode(self) -> bytes:
         """Return the stored JSON. Raises ``UsageError`` if that is too long."""
-        return canonical.encode(
+        return canonical.encode_checked(
             {
                 "format": FORMAT,
                 "epoch": self.epoch,

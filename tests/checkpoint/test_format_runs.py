@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from envstore.checkpoint import bodies, holds
 from envstore.checkpoint.layout import CheckpointId
@@ -33,6 +34,9 @@ def objects_of(root: Path) -> dict[str, dict[str, Any]]:
             value = json.loads(data)
             text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
             assert data == text.encode()
+            check = value.pop("check")
+            text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            assert check == blake3(text.encode()).hexdigest()[:16]
             assert value["format"] == 1
             found[str(path.relative_to(top))] = value
     return found

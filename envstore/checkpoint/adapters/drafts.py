@@ -103,7 +103,7 @@ class Drafts:
             "snapshot": draft.snapshot.hex(),
             "created": draft.created,
         }
-        self._objects.put(_key(ref, draft.path), canonical.encode(body))
+        self._objects.put(_key(ref, draft.path), canonical.encode_checked(body))
 
     def _read(self, key: str) -> Draft | None:
         try:

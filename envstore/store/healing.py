@@ -1,0 +1,115 @@
+"""Healing: leads every manifest that names a damaged pack to good copies of what it held.
+
+Whoever writes takes the chunks of damaged packs for absent and so stores them again. What is left
+to do then is here: the locations of all manifests that look for them in the damaged packs are led
+to where they lie now. No snapshot and no manifest changes. Packs that were stored again under
+their own name are whole, and come off the list; others stay on it, and in quarantine, until they
+are collected: nothing leads to them any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from envstore.store.damage import forget_damage
+from envstore.store.digest import parse_hex
+from envstore.store.index import DedupIndex
+from envstore.store.locations import FrameRef, Locations, packs_named
+from envstore.store.manifest import Root
+from envstore.store.problems import DAMAGE
+from envstore.store.redirecting import Find, redirect
+from envstore.store.repository import PARALLEL, Repository
+
+
+@dataclass(slots=True)
+class Healed:
+    """What healing did: manifests led elsewhere, and how many chunks of theirs; packs that are
+    whole again. ``left`` chunks still lie in damaged packs, as no copy of them is known.
+    """
+
+    manifests: int = 0
+    chunks: int = 0
+    left: int = 0
+    packs: set[bytes] = field(default_factory=set)
+
+
+def heal(repository: Repository, damaged: Collection[bytes], index: DedupIndex) -> Healed:
+    """Heal what can be healed with the chunks that ``index`` knows, at the end of a push.
+
+    ``damaged`` is what its session knew of. No request if that is empty; else a listing, a request
+    for each manifest of the store, and a few for each that is harmed. ``index`` must be settled
+    and know nothing in damaged packs but what was stored there anew. Call within a session.
+    Raises the errors of the store; what cannot be read or healed is left as it is.
+    """
+    healed = Healed()
+    if not damaged:
+        return healed
+    stored = {index.frames[number].pack for number in index.own}
+    for pack in stored.intersection(damaged):
+        forget_damage(repository.objects, pack)
+        healed.packs.add(pack)
+    leaving = frozenset(damaged) - stored
+
+    def find(name: bytes) -> tuple[FrameRef, int] | None:
+        place = index.find(name)
+        if place is None or not index.frames[place[0]].pack:
+            return None
+        return index.frames[place[0]], place[1]
+
+    for manifest in harmed_manifests(repository, leaving):
+        try:
+            moved, left = lead(repository, manifest, leaving, find)
+        except DAMAGE:
+            continue  # for `repair`, which looks for more than was pushed
+        healed.manifests += moved > 0
+        healed.chunks += moved
+        healed.left += left
+    return healed
+
+
+def harmed_manifests(repository: Repository, packs: Collection[bytes]) -> Iterator[bytes]:
+    """Yield the manifests whose locations name one of ``packs``. One request each."""
+    if not packs:
+        return
+    objects = repository.objects
+    wanted = frozenset(packs)
+
+    def names(key: str) -> bytes | None:
+        manifest = parse_hex(key.rpartition("/")[2])
+        if manifest is None:
+            return None
+        try:
+            found = packs_named(objects.get(key), key)
+        except DAMAGE:
+            return None  # removed meanwhile, or damaged itself
+        return None if wanted.isdisjoint(found) else manifest
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for manifest in pool.map(names, [info.key for info in objects.list("locations/")]):
+            if manifest is not None:
+                yield manifest
+
+
+def lead(
+    repository: Repository, manifest: bytes, leaving: Collection[bytes], find: Find
+) -> tuple[int, int]:
+    """Lead what a manifest has in ``leaving`` to where ``find`` says; returns moved and left.
+
+    First its parts, for they must be read to know what the files are made of. Raises
+    ``CorruptError`` and ``NotFoundError`` for metadata that is lost.
+    """
+    root, locations = repository.located(manifest)
+    parts = redirect(repository.objects, manifest, root, leaving, find)
+    if parts.moved:
+        locations = repository.locations(manifest, root)
+    names = reference_names(repository, root, locations)
+    files = redirect(repository.objects, manifest, root, leaving, find, names)
+    # What is left of the parts is counted with the rest.
+    return parts.moved + files.moved, files.left
+
+
+def reference_names(repository: Repository, root: Root, locations: Locations) -> bytes:
+    """Return the digests of all references of a manifest, one after the other."""
+    return b"".join(part.ref_digests for part in repository.parts(root, locations))
