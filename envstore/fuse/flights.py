@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 
 import trio
 
-from envstore.errors import AccessDeniedError, CorruptError, EnvstoreError, UnavailableError
+from envstore.errors import (
+    AccessDeniedError,
+    CorruptError,
+    EnvstoreError,
+    NotFoundError,
+    UnavailableError,
+)
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.pace import Pace
 from envstore.store.locations import FrameRef
@@ -83,7 +89,8 @@ class Group:
 
     Of what has landed ``None`` is left. ``heard`` is when the last bytes came, in seconds of
     ``time.monotonic``; ``pace`` limits the bandwidth while nobody waits. ``lost`` are the frames
-    that nobody waited for when the store could not be reached. ``account`` is whose they are.
+    that nobody waited for when the store could not be reached, ``misplaced`` those that were not
+    where they should be. ``account`` is whose they are.
     """
 
     frames: Sequence[FrameRef]
@@ -94,6 +101,7 @@ class Group:
     account: Metrics | None = None
     heard: float = 0.0
     lost: list[FrameRef] = field(default_factory=list)
+    misplaced: list[FrameRef] = field(default_factory=list)
     done: trio.Event = field(default_factory=trio.Event)
 
     def __post_init__(self) -> None:
@@ -140,3 +148,8 @@ class Turn:
         if self._held:
             self._held = False
             self.limiter.release_on_behalf_of(self._group)
+
+
+def is_misplaced(result: bytes | EnvstoreError) -> bool:
+    """Whether something is not where it should be, so that it may be worth looking elsewhere."""
+    return isinstance(result, (CorruptError, NotFoundError))

@@ -18,7 +18,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from envstore.errors import CorruptError, EnvstoreError, NoSpaceError, UsageError
+from envstore.errors import (
+    CorruptError,
+    EnvstoreError,
+    NoSpaceError,
+    NotFoundError,
+    UsageError,
+)
 from envstore.fuse.content import content_from_image
 from envstore.fuse.erofs import ensure_image
 from envstore.fuse.hydrated import Hydrated, Record, claim, save, save_record
@@ -30,10 +36,11 @@ from envstore.store.cache import BlobCache
 from envstore.store.cachespace import CacheFullError
 from envstore.store.digest import digest
 from envstore.store.fetch import FrameFetcher
-from envstore.store.locations import NOWHERE, FrameRef, Located, Locations
-from envstore.store.manifest import Part, Root
+from envstore.store.locations import NOWHERE, FrameRef, Located
+from envstore.store.manifest import Part
 from envstore.store.repository import Repository
 from envstore.store.source import Kind
+from envstore.store.whereabouts import ATTEMPTS, Whereabouts
 
 _PARALLEL = 4
 _MAX_REQUEST = 8 << 20
@@ -93,11 +100,13 @@ def hydrate(
         save(directory / "snapshot", description.encode())
         save(directory / "manifest", root.seal())
         save(directory / "locations", locations.seal())
-        save(directory / "parts", b"".join(_parts(repository, root, locations)))
+        # Fetched a moment ago, and in the cache.
+        save(directory / "parts", b"".join(repository.stored_parts(root, locations)))
         if not any(relocates):
             ensure_image(content.tree, manifest, directory / "image")
         nodes = _contents(content.tree)
-        work = _Work(repository, cache, content.tree, content.locations, directory / "pins", rate)
+        whereabouts = repository.whereabouts(root, locations)
+        work = _Work(repository, cache, content.tree, whereabouts, directory / "pins", rate)
         missing = work.run(nodes, progress)
         size = sum(content.tree.size(node) for node in nodes)
         at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -141,20 +150,6 @@ def _contents(tree: Tree) -> list[int]:
     ]
 
 
-def _parts(repository: Repository, root: Root, locations: Locations) -> Iterator[bytes]:
-    """Yield a manifest's parts as they are stored, fetched a moment ago."""
-    number, raw = -1, b""
-    for i, info in enumerate(root.parts):
-        if locations.part_frames[i] != number:
-            number = locations.part_frames[i]
-            raw = repository.fetcher.load(locations.frames[number])
-        start = locations.part_offsets[i]
-        data = raw[start : start + info.size]
-        if digest(data) != info.digest:
-            raise CorruptError(f"manifest part {info.digest.hex()} does not match its digest")
-        yield data
-
-
 @dataclass(slots=True)
 class _Batch:
     """Files that are made together, and by frame the chunks of theirs that it holds."""
@@ -172,7 +167,7 @@ class _Work:
         repository: Repository,
         cache: BlobCache,
         tree: Tree,
-        locations: Located,
+        whereabouts: Whereabouts,
         pins: Path,
         rate: int | None,
     ) -> None:
@@ -181,7 +176,8 @@ class _Work:
         # What becomes a file is not kept as blobs too.
         self._fetcher = FrameFetcher(repository.objects, None)
         self._tree = tree
-        self._locations = locations
+        self._whereabouts = whereabouts
+        self._locations = whereabouts.locations
         self._pins = pins
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -321,10 +317,56 @@ class _Work:
             return 0
         written = 0
         for frame, known, raw in zip(group, numbers, self._fetcher.fetch(group), strict=True):
-            if isinstance(raw, EnvstoreError):
-                raise raw
-            self._keep_for_later(turn, frame, known, raw)
-            written += sum(self._write(batch, files, number, raw) for number in known)
+            try:
+                if isinstance(raw, EnvstoreError):
+                    raise raw
+                written += sum(self._write(batch, files, number, raw) for number in known)
+            except (CorruptError, NotFoundError) as error:
+                chunks = [chunk for number in known for chunk in batch.frames[number]]
+                written += self._fetch_elsewhere(files, chunks, error)
+            else:
+                self._keep_for_later(turn, frame, known, raw)
+        return written
+
+    def _fetch_elsewhere(
+        self, files: dict[int, NewFile], chunks: Sequence[tuple[int, int]], error: EnvstoreError
+    ) -> int:
+        """Write chunks that are not where they should be, from where they have moved.
+
+        Raises ``error`` if they have not.
+        """
+        locations = self._locations
+        for _ in range(ATTEMPTS):
+            moved = self._whereabouts.again(locations)
+            if moved is None:
+                raise error
+            locations = moved
+            try:
+                return self._write_from(files, chunks, moved)
+            except (CorruptError, NotFoundError) as failure:
+                error = failure
+        raise error
+
+    def _write_from(
+        self, files: dict[int, NewFile], chunks: Sequence[tuple[int, int]], locations: Located
+    ) -> int:
+        """Fetch chunks by other locations than those of the batches, and write them."""
+        wanted: dict[FrameRef, list[tuple[int, int]]] = defaultdict(list)
+        for node, ref in chunks:
+            number = locations.ref_frames[ref]
+            if number == NOWHERE:
+                raise CorruptError(f"chunk {self._tree.chunk_digest(ref).hex()} is located nowhere")
+            wanted[locations.frames[number]].append((node, ref))
+        written = 0
+        for group in self._fetcher.plan(wanted, max_request=_MAX_REQUEST):
+            if self._pace is not None:
+                self._pace.wait(group[-1].offset + group[-1].stored - group[0].offset)
+            if self._stop.is_set():
+                return written
+            for frame, raw in zip(group, self._fetcher.fetch(group), strict=True):
+                if isinstance(raw, EnvstoreError):
+                    raise raw
+                written += self._place(files, wanted[frame], locations, raw)
         return written
 
     def _keep_for_later(self, turn: int, frame: FrameRef, known: Sequence[int], raw: bytes) -> None:
@@ -341,10 +383,19 @@ class _Work:
             self._cache.put(frame.digest, raw)
 
     def _write(self, batch: _Batch, files: dict[int, NewFile], number: int, raw: bytes) -> int:
+        return self._place(files, batch.frames[number], self._locations, raw)
+
+    def _place(
+        self,
+        files: dict[int, NewFile],
+        chunks: Iterable[tuple[int, int]],
+        locations: Located,
+        raw: bytes,
+    ) -> int:
         written = 0
         view = memoryview(raw)
-        for node, ref in batch.frames[number]:
-            start, size = self._locations.ref_offsets[ref], self._tree.chunk_size(ref)
+        for node, ref in chunks:
+            start, size = locations.ref_offsets[ref], self._tree.chunk_size(ref)
             files[node].write(ref, view[start : start + size])
             written += size
         return written

@@ -17,6 +17,7 @@ import struct
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from envstore.errors import CorruptError, NoSpaceError, UnsupportedFormatError
 from envstore.fuse.columns import build_sections
@@ -34,6 +35,7 @@ _TEXT_AT = _HEADER.size
 _NOEXEC_SEAL = 8
 """Asks memfd_create(2) for a file that cannot be executed: some systems allow no other. Since
 Linux 6.3."""
+_Section: TypeAlias = "Buffer | memoryview[int]"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -61,9 +63,13 @@ def make_image(
     other, ``UsageError`` when ``prefix`` is too long, ``NoSpaceError`` when memory is short.
     """
     tree = build_sections(root, parts, _TEXT_AT, prefix)
-    sections: dict[str, Buffer] = {name: getattr(tree, name) for name in TreeSections.__slots__}
+    sections: dict[str, _Section] = {name: getattr(tree, name) for name in TreeSections.__slots__}
     del tree
     sections |= _locate(locations)
+    return _written(manifest, sections)
+
+
+def _written(manifest: bytes, sections: dict[str, _Section]) -> int:
     try:
         fd = _create(f"envstore-{manifest.hex()[:12]}")
         try:
@@ -76,6 +82,22 @@ def make_image(
     return fd
 
 
+def moved_image(fd: int, locations: Located) -> int | None:
+    """Return an image as ``fd`` is one, but with other locations of the same manifest.
+
+    ``None`` if it has those already. Takes twice the memory of the image for a moment. Raises as
+    ``open_image`` does, ``NoSpaceError``.
+    """
+    memory, manifest, sizes = _opened(fd)
+    views = _views(memory, sizes)[1]
+    found = {name: memoryview(data) for name, data in _locate(locations).items()}
+    if all(views[name] == view for name, view in found.items()):
+        return None
+    if len(found["ref_frames"]) != len(views["ref_frames"]):
+        raise CorruptError(f"locations of manifest {manifest.hex()} do not belong to its image")
+    return _written(manifest, {**views, **found})
+
+
 def _create(name: str) -> int:
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
@@ -86,7 +108,7 @@ def _create(name: str) -> int:
         return os.memfd_create(name, flags)
 
 
-def _fill(fd: int, manifest: bytes, sections: dict[str, Buffer]) -> None:
+def _fill(fd: int, manifest: bytes, sections: dict[str, _Section]) -> None:
     sizes = []
     at = _TEXT_AT
     for name in TYPES:
@@ -132,6 +154,16 @@ def open_image(fd: int) -> Image:
     Raises ``UnsupportedFormatError`` when another version made it, ``CorruptError`` when it is no
     image, or could still be changed: a page that is cut off kills whoever reads it.
     """
+    memory, manifest, sizes = _opened(fd)
+    starts, views = _views(memory, sizes)
+    _check_lengths({name: len(view) for name, view in views.items()})
+    _check_ends(starts, views)
+    tree = _tree(memory, starts, views)
+    return Image(tree, _locations(memory, starts, views), manifest, bytes(views["prefix"]))
+
+
+def _opened(fd: int) -> tuple[mmap.mmap, bytes, list[int]]:
+    """Return an image's memory, its manifest, and the sizes of its sections."""
     try:
         sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
     except OSError:
@@ -151,11 +183,7 @@ def open_image(fd: int) -> Image:
                 hint="mount again",
             )
         raise CorruptError("a tree image does not start with its magic number")
-    starts, views = _views(memory, sizes)
-    _check_lengths({name: len(view) for name, view in views.items()})
-    _check_ends(starts, views)
-    tree = _tree(memory, starts, views)
-    return Image(tree, _locations(memory, starts, views), manifest, bytes(views["prefix"]))
+    return memory, manifest, sizes
 
 
 def _views(

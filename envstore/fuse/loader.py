@@ -16,9 +16,9 @@ from math import inf
 
 import trio
 
-from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnavailableError
+from envstore.errors import CorruptError, EnvstoreError, UnavailableError
 from envstore.fuse.complaints import Complaints
-from envstore.fuse.flights import Flight, Group, Turn
+from envstore.fuse.flights import Flight, Group, Turn, is_misplaced
 from envstore.fuse.lookahead import Lookahead
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.pace import Pace
@@ -116,7 +116,7 @@ class FrameLoader:
         for flight in self._join(wanted, deadline):
             own = wanted[flight.frame.digest]
             found[own.digest] = result = await flight.wait(deadline)
-            if own != flight.frame and isinstance(result, (CorruptError, NotFoundError)):
+            if own != flight.frame and is_misplaced(result):
                 elsewhere.append(own)
         if elsewhere:
             # Another snapshot's locations led there; ours may know a better place.
@@ -137,7 +137,7 @@ class FrameLoader:
         rate: float | None = None,
         certain: bool = False,
         account: Metrics | None = None,
-    ) -> None:
+    ) -> list[FrameRef]:
         """Fetch what is not cached of ``frames``, in the order given, and return when it is done.
 
         ``concurrency`` requests at a time, of up to ``request`` stored bytes: each brings the
@@ -148,10 +148,12 @@ class FrameLoader:
         so that readers need not guess meanwhile which other files are. Ends early, with a
         complaint, when the store has not been reached for as long as the loader is patient.
 
-        When it is cancelled, what is on its way still comes. Raises nothing.
+        Returns the frames that are not where they should be. When it is cancelled, what is on its
+        way still comes. Raises nothing.
         """
         pace = None if rate is None else Pace(rate)
         queue = Lookahead(self._missing(frames), window)
+        misplaced: list[FrameRef] = []
         reached = trio.current_time()
 
         async def work() -> None:
@@ -161,6 +163,7 @@ class FrameLoader:
                 group.pace, group.account = pace, account
                 self._nursery.start_soon(self._fetch, group, self._streams)
                 await group.done.wait()
+                misplaced.extend(group.misplaced)
                 if not group.lost:
                     reached, tries = trio.current_time(), 0
                     continue
@@ -179,6 +182,7 @@ class FrameLoader:
                     nursery.start_soon(work)
         finally:
             self.certain -= certain
+        return misplaced
 
     def used(self, name: bytes) -> None:
         """Note that a reader was given bytes of the cached frame called ``name``."""
@@ -321,6 +325,8 @@ class FrameLoader:
                 self._complaints.say(f"readahead: {failure}")
                 if isinstance(failure, UnavailableError):
                     group.lost.append(flight.frame)
+            if is_misplaced(failure):
+                group.misplaced.append(flight.frame)
             self._land(group, position, failure)
         if again:
             self._complaints.say(f"trying again: {again[0].failure}")

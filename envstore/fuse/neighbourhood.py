@@ -39,7 +39,7 @@ class Neighbourhood:
         self._frames = frames
         self._orders: dict[_Unit, list[int]] = {}
 
-    def plan(self, node: int, missed: int) -> list[int]:
+    def plan(self, node: int, missed: FrameRef) -> list[int]:
         """Return the frames to fetch along with frame ``missed`` of file ``node``.
 
         Costs about 2 us for each file of the package at the first miss in it.
@@ -68,9 +68,9 @@ class Neighbourhood:
         numbers.pop(NOWHERE, None)
         return list(numbers)
 
-    def _following(self, order: list[int], missed: int) -> list[int]:
+    def _following(self, order: list[int], missed: FrameRef) -> list[int]:
         """Return what lies in the packs behind a frame, up to the window."""
-        place = _place(self._frames[missed])
+        place = _place(missed)
         found = []
         left = WINDOW
         for number in order:

@@ -19,10 +19,12 @@ from envstore.store.locations import NOWHERE, FrameRef, Located
 from envstore.store.profiles import NO_PROFILE, Range, find_profile
 from envstore.store.repository import Repository
 from envstore.store.source import Kind
+from envstore.store.whereabouts import ATTEMPTS
 
 if TYPE_CHECKING:
     from envstore.fuse.loader import FrameLoader
     from envstore.fuse.metrics import Metrics
+    from envstore.fuse.moved import Moved
     from envstore.fuse.reader import Reader
     from envstore.fuse.relocating import RelocatingReader
 
@@ -80,7 +82,7 @@ class ProfileSearch:
 async def follow(
     search: ProfileSearch,
     tree: Tree,
-    locations: Located,
+    moved: Moved,
     loader: FrameLoader,
     reader: Reader | RelocatingReader,
     room: int,
@@ -88,15 +90,28 @@ async def follow(
 ) -> None:
     """Fetch what the profile names of ``tree``, ``room`` raw bytes of it at most.
 
-    ``reader`` is told which files it need not guess about.
+    ``reader`` is told which files it need not guess about, ``moved`` asked for what is not where
+    it should be.
     """
     import trio  # whoever only makes or shows profiles has no event loop
 
     choice = await trio.to_thread.run_sync(search.result, abandon_on_cancel=True)
-    frames = await trio.to_thread.run_sync(plan, choice, tree, locations, room)
-    _log.info("fetching %d frames ahead (profile %s)", len(frames), choice.name or choice.origin)
     reader.expect(_nodes(choice.ranges, tree))
-    await loader.stream(frames, certain=bool(choice.ranges), account=account)
+    locations: Located | None = moved.locations
+    for _ in range(1 + ATTEMPTS):
+        if locations is None:
+            return
+        frames = await trio.to_thread.run_sync(plan, choice, tree, locations, room)
+        name = choice.name or choice.origin
+        _log.info("fetching %d frames ahead (profile %s)", len(frames), name)
+        missed = await loader.stream(frames, certain=bool(choice.ranges), account=account)
+        if not missed:
+            return
+        try:
+            locations = await moved.again(locations, missed[0].pack)
+        except EnvstoreError as error:
+            _log.warning("not everything is fetched ahead: %s", error)
+            return
 
 
 def plan(choice: Choice, tree: Tree, locations: Located, room: int) -> list[FrameRef]:

@@ -41,6 +41,10 @@ class Readahead:
         self.known: set[int] = set()
         """Files of which is known what will be read, so that nothing is guessed before a miss."""
 
+    def move(self, ref_frames: Sequence[int]) -> None:
+        """Plan with other frames from now on."""
+        self._ref_frames = ref_frames
+
     def plan(self, node: int, offset: int, length: int, *, missed: bool) -> list[int]:
         """Return the frames worth fetching after a read, which ``missed`` the cache or not."""
         refs = self._tree.file_refs(node)

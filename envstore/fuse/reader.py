@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 
 import trio
 
-from envstore.errors import CorruptError, EnvstoreError
+from envstore.errors import CorruptError, EnvstoreError, NotFoundError
 from envstore.fuse.complaints import Complaints
 from envstore.fuse.loader import FrameLoader
 from envstore.fuse.metrics import Metrics
+from envstore.fuse.moved import Moved
 from envstore.fuse.neighbourhood import Neighbourhood
 from envstore.fuse.readahead import Readahead
 from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache
 from envstore.store.digest import digest
 from envstore.store.locations import NOWHERE, FrameRef, Located
+from envstore.store.whereabouts import ATTEMPTS
 
 _INLINE = 1 << 20
 """Unproven bytes that may be hashed between two requests: a fraction of a millisecond."""
@@ -40,10 +42,11 @@ class _Run:
     """Bytes ``start`` to ``end`` of a frame, of which ``skip`` and what follows ``length`` more
     are only there to prove the chunks at the edges.
 
-    ``unproven`` are the references to check with their chunks' offset in the run.
+    ``unproven`` are the references to check with their chunks' offset in the run. Of a hole
+    there is no ``frame``.
     """
 
-    frame: int
+    frame: FrameRef | None
     start: int
     end: int
     skip: int
@@ -57,11 +60,21 @@ class _Run:
         return memoryview(data)[self.skip : self.skip + self.length]
 
 
+class _MisplacedError(Exception):
+    """Something is not in the pack where its locations say: lost, or it has moved."""
+
+    def __init__(self, pack: bytes, error: EnvstoreError) -> None:
+        super().__init__(str(error))
+        self.pack = pack
+        self.error = error
+
+
 class Reader:
     """Reads files of one snapshot; see ``Content``. Belongs to one trio run.
 
     Readers of several snapshots of a store share one ``FrameLoader``. ``watch``, if there is one,
-    is told the node, offset and size of every read.
+    is told the node, offset and size of every read. ``moved``, if there is one, is asked for newer
+    locations when something is not where it should be, before that is taken for damage.
     """
 
     def __init__(
@@ -73,6 +86,7 @@ class Reader:
         metrics: Metrics,
         complaints: Complaints,
         watch: Callable[[int, int, int], None] | None = None,
+        moved: Moved | None = None,
     ) -> None:
         self._tree = tree
         self._locations = locations
@@ -81,6 +95,7 @@ class Reader:
         self._metrics = metrics
         self._complaints = complaints
         self._watch = watch
+        self._moved = moved
         self._proven = bytearray(tree.refs)
         self._readahead = Readahead(tree, locations.ref_frames)
         self._neighbourhood = Neighbourhood(tree, locations.ref_frames, locations.frames)
@@ -119,24 +134,53 @@ class Reader:
         try:
             if self._watch is not None:
                 self._watch(node, offset, size)
-            runs = self._runs(node, offset, size)
-            found = await trio.to_thread.run_sync(self._wait, runs, limiter=self._threads)
-            missing = await self._still_missing(runs, found)
-            self._metrics.waited += len(runs) - len(missing)
-            self._metrics.missed += len(missing)
-            self._count_use(runs)
-            surprised = bool(missing) and not self._loader.certain
-            ahead = self._expect(node, offset, runs, missed=surprised)
-            if surprised:
-                ahead += self._neighbourhood.plan(node, runs[missing[-1]].frame)
-            needed = self._frames(runs[at].frame for at in missing)
-            self._metrics.missed_bytes += sum(frame.stored for frame in {*needed})
-            loaded = await self._loader.load(needed, self._frames(ahead), self._metrics)
-            for at, frame in zip(missing, needed, strict=True):
-                found[at] = self._accept(runs[at], loaded[frame.digest])
-            return self._joined(found)
+            for _ in range(ATTEMPTS):
+                locations = self._locations
+                try:
+                    return await self._read(node, offset, size)
+                except _MisplacedError as misplaced:
+                    if not await self._has_moved(locations, misplaced.pack):
+                        raise misplaced.error from None
+            return await self._read(node, offset, size)
+        except _MisplacedError as misplaced:
+            raise self._failed(node, misplaced.error) from misplaced
         except Exception as error:
             raise self._failed(node, error) from error
+
+    async def _read(self, node: int, offset: int, size: int) -> bytes:
+        """Read a range by the locations that are known now."""
+        runs = self._runs(node, offset, size)
+        found = await trio.to_thread.run_sync(self._wait, runs, limiter=self._threads)
+        missing = await self._still_missing(runs, found)
+        self._metrics.waited += len(runs) - len(missing)
+        self._metrics.missed += len(missing)
+        self._count_use(runs)
+        surprised = bool(missing) and not self._loader.certain
+        ahead = self._expect(node, offset, runs, missed=surprised)
+        needed = [frame for at in missing if (frame := runs[at].frame) is not None]
+        if surprised:
+            ahead += self._neighbourhood.plan(node, needed[-1])
+        self._metrics.missed_bytes += sum(frame.stored for frame in {*needed})
+        loaded = await self._loader.load(needed, self._frames(ahead), self._metrics)
+        for at, frame in zip(missing, needed, strict=True):
+            try:
+                found[at] = self._accept(runs[at], frame, loaded[frame.digest])
+            except (CorruptError, NotFoundError) as error:
+                raise _MisplacedError(frame.pack, error) from None
+        return self._joined(found)
+
+    async def _has_moved(self, stale: Located, pack: bytes) -> bool:
+        """Whether what is not in ``pack`` may be elsewhere, by newer locations than ``stale``."""
+        if self._locations is not stale:
+            return True
+        found = await self._moved.again(stale, pack) if self._moved is not None else None
+        if found is None:
+            return False
+        if self._locations is not found:
+            self._locations = found
+            self._readahead.move(found.ref_frames)
+            self._neighbourhood = Neighbourhood(self._tree, found.ref_frames, found.frames)
+        return True
 
     def expect(self, nodes: Iterable[int]) -> None:
         """Know that what will be read of these files is being fetched."""
@@ -181,10 +225,9 @@ class Reader:
         return self._readahead.plan(node, offset, length, missed=missed)
 
     def _count_use(self, runs: list[_Run]) -> None:
-        frames = self._locations.frames
         for run in runs:
-            if run.frame != NOWHERE:
-                self._loader.used(frames[run.frame].digest)
+            if run.frame is not None:
+                self._loader.used(run.frame.digest)
 
     def _frames(self, numbers: Iterable[int]) -> list[FrameRef]:
         frames = self._locations.frames
@@ -195,51 +238,55 @@ class Reader:
         frames, offsets = self._locations.ref_frames, self._locations.ref_offsets
         tree, proven = self._tree, self._proven
         runs: list[_Run] = []
-        run = _Run(NOWHERE, 0, -1, 0, 0)
+        run = _Run(None, 0, -1, 0, 0)
+        before = NOWHERE
         for ref, start, length in tree.pieces(node, offset, size):
             if tree.is_hole(ref):
-                run = _Run(NOWHERE, 0, -1, 0, length)
+                before, run = NOWHERE, _Run(None, 0, -1, 0, length)
                 runs.append(run)
                 continue
-            frame, base = frames[ref], offsets[ref]
+            number, base = frames[ref], offsets[ref]
             whole = tree.chunk_size(ref)
-            if frame == NOWHERE or base + whole > self._locations.frames[frame].raw:
+            if number == NOWHERE or base + whole > self._locations.frames[number].raw:
                 raise CorruptError(f"chunk {tree.chunk_digest(ref).hex()} is located nowhere")
             if proven[ref]:
                 low, high = base + start, base + start + length
             else:
                 low, high = base, base + whole
-            if run.frame != frame or run.end != low:
-                run = _Run(frame, low, high, base + start - low, length)
+            if before != number or run.end != low:
+                run = _Run(self._locations.frames[number], low, high, base + start - low, length)
                 runs.append(run)
             else:
                 run.end = high
                 run.length += length
             if not proven[ref]:
                 run.unproven.append((ref, low - run.start))
+            before = number
         return runs
 
     def _now(self, run: _Run) -> bytes | memoryview | None:
         """Return a run's bytes if they can be had and proven at once."""
-        if run.frame == NOWHERE:
+        if run.frame is None:
             return bytes(run.length)
         if run.unproven and run.end - run.start > _INLINE:
             return None
         try:
-            return self._from_cache(run, nowait=True)
+            return self._from_cache(run, run.frame, nowait=True)
         except BlockingIOError:
             return None
 
     def _wait(self, runs: list[_Run]) -> list[_Data]:
         """Return for each run its bytes from the cache, if it has them."""
         return [
-            bytes(run.length) if run.frame == NOWHERE else self._from_cache(run, nowait=False)
+            bytes(run.length)
+            if run.frame is None
+            else self._from_cache(run, run.frame, nowait=False)
             for run in runs
         ]
 
-    def _from_cache(self, run: _Run, *, nowait: bool) -> bytes | memoryview | None:
+    def _from_cache(self, run: _Run, frame: FrameRef, *, nowait: bool) -> bytes | memoryview | None:
         """Return a run's bytes, ``None`` if they are not cached or not what they should be."""
-        name = self._locations.frames[run.frame].digest
+        name = frame.digest
         try:
             data = self._cache.read(name, run.start, run.end - run.start, nowait=nowait)
         except EnvstoreError as error:
@@ -254,15 +301,15 @@ class Reader:
         """Return which runs the cache cannot give, after removing what is damaged there."""
         missing = []
         for at, run in enumerate(runs):
-            if found[at] is None:
+            frame = run.frame
+            if found[at] is None and frame is not None:
                 raw = None
-                frame = self._locations.frames[run.frame]
                 if self._cache.contains(frame.digest):
                     raw = await self._loader.recheck(frame)
                 if raw is None:
                     missing.append(at)
                 else:
-                    found[at] = self._accept(run, raw)
+                    found[at] = self._accept(run, frame, raw)
         return missing
 
     def _wrong(self, run: _Run, data: bytes | memoryview) -> int | None:
@@ -274,14 +321,13 @@ class Reader:
             self._proven[ref] = 1
         return None
 
-    def _accept(self, run: _Run, raw: bytes | EnvstoreError) -> bytes | memoryview:
+    def _accept(self, run: _Run, frame: FrameRef, raw: bytes | EnvstoreError) -> bytes | memoryview:
         """Return a run's bytes from a frame whose own digest was checked."""
         if isinstance(raw, EnvstoreError):
             raise raw
         data = memoryview(raw)[run.start : run.end]
         wrong = self._wrong(run, data)
         if wrong is not None:
-            frame = self._locations.frames[run.frame]
             raise CorruptError(
                 f"chunk {self._tree.chunk_digest(wrong).hex()} is not in frame "
                 f"{frame.digest.hex()} of pack {frame.pack.hex()}, where it should be"

@@ -12,7 +12,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
@@ -25,6 +25,7 @@ from envstore.fuse.forest import SECRET_SIZE, Forest, Plot, told_size
 from envstore.fuse.keeping import Keepsake, MountRequest
 from envstore.fuse.ledger import read_counts, write_counts
 from envstore.fuse.metrics import Metrics
+from envstore.fuse.moved import Moved
 from envstore.fuse.prefetch import ProfileSearch, follow
 from envstore.fuse.promote import Promoter
 from envstore.fuse.reader import Reader
@@ -34,6 +35,7 @@ from envstore.fuse.supplies import KEYS, Source, Supplies, Supply, prefix_of
 from envstore.fuse.tree import Tree
 from envstore.fuse.turns import Turns
 from envstore.store.cache import BlobCache, default_cache
+from envstore.store.locations import Located
 from envstore.store.repository import Repository
 
 FAST = "fast"
@@ -57,6 +59,7 @@ class Volume:
     supply: Supply
     reader: Reader | RelocatingReader
     metrics: Metrics
+    moved: Moved
 
 
 class Volumes:
@@ -219,7 +222,7 @@ class Volumes:
         room = self.cache.capacity // 2
         loader, reader, account = volume.supply.loader, volume.reader, volume.metrics
         try:
-            await follow(search, content.tree, content.locations, loader, reader, room, account)
+            await follow(search, content.tree, volume.moved, loader, reader, room, account)
         except Exception:  # noqa: BLE001 - the mount must go on without this
             _log.exception("nothing more is fetched ahead of %s", content.name)
 
@@ -401,6 +404,19 @@ class Volumes:
         if self._request.record:
             self._recorder = Recorder(content.tree, content.locations)
         metrics = Metrics() if slot else self.metrics
+
+        def moved_to(fd: int, locations: Located) -> None:
+            self._move(volume, fd, locations)
+
+        moved = Moved(
+            content.locations,
+            supply.objects,
+            content.manifest,
+            self._complaints,
+            self._request.patience,
+            lambda: os.dup(volume.keepsake.files[0]),
+            moved_to,
+        )
         reader = Reader(
             content.tree,
             content.locations,
@@ -409,6 +425,7 @@ class Volumes:
             metrics,
             self._complaints,
             self._recorder.watch if self._recorder else None,
+            moved,
         )
         if slot:
             memory = mmap.mmap(keepsake.files[1], 0)
@@ -418,9 +435,20 @@ class Volumes:
         else:
             self.forest = Forest(self._secret, content.tree)
         shown = RelocatingReader(reader, content.tree) if content.tree.relocates else reader
-        volume = Volume(slot, content, keepsake, supply, shown, metrics)
+        volume = Volume(slot, content, keepsake, supply, shown, metrics, moved)
         self._volumes[slot] = volume
         return volume
+
+    def _move(self, volume: Volume, fd: int, locations: Located) -> None:
+        """Have an image with other locations serve from now on, and the next server, too."""
+        if self._volumes.get(volume.slot) is not volume:
+            os.close(fd)
+            return
+        former = volume.keepsake.files
+        volume.content = replace(volume.content, fd=fd, locations=locations)
+        volume.keepsake = Keepsake(volume.keepsake.body, (fd, *former[1:]))
+        self._keep(f"{SLOT}{volume.slot}", volume.keepsake)
+        os.close(former[0])
 
 
 def _told_memory(tree: Tree) -> int:

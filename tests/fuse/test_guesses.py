@@ -96,10 +96,11 @@ def test_a_small_package_comes_whole(laid: Laid) -> None:
     names = (f"{SITE}/small/__pycache__/a.pyc", f"{SITE}/small/sub/__pycache__/b.pyc")
     expected = sorted(laid.numbers[name][0] for name in names)
     for name in names:
-        assert guess.plan(laid.node(name), laid.numbers[name][0]) == expected
+        assert guess.plan(laid.node(name), laid.frames[laid.numbers[name][0]]) == expected
     standard = "lib/python3.12/json/__pycache__/"
     found = guess.plan(
-        laid.node(standard + "encoder.pyc"), laid.numbers[standard + "encoder.pyc"][0]
+        laid.node(standard + "encoder.pyc"),
+        laid.frames[laid.numbers[standard + "encoder.pyc"][0]],
     )
     assert found == [laid.numbers[standard + name][0] for name in ("decoder.pyc", "encoder.pyc")]
 
@@ -107,14 +108,14 @@ def test_a_small_package_comes_whole(laid: Laid) -> None:
 def test_of_a_large_package_a_library_comes_whole(laid: Laid) -> None:
     guess = Neighbourhood(laid.tree, laid.ref_frames, laid.frames)
     name = f"{SITE}/big/lib/library.so.1"
-    assert guess.plan(laid.node(name), laid.numbers[name][1]) == laid.numbers[name]
+    assert guess.plan(laid.node(name), laid.frames[laid.numbers[name][1]]) == laid.numbers[name]
 
 
 def test_of_what_is_too_large_a_window_comes(laid: Laid) -> None:
     guess = Neighbourhood(laid.tree, laid.ref_frames, laid.frames)
     for name in (f"{SITE}/big/core/huge.so", f"{SITE}/big/__pycache__/a.pyc"):
         missed = laid.numbers[name][2]
-        found = guess.plan(laid.node(name), missed)
+        found = guess.plan(laid.node(name), laid.frames[missed])
         assert found == list(range(missed + 1, missed + 1 + WINDOW // MIB))
 
 
@@ -129,7 +130,7 @@ def test_of_what_is_too_large_a_window_comes(laid: Laid) -> None:
 )
 def test_of_everything_else_nothing_is_guessed(laid: Laid, name: str) -> None:
     guess = Neighbourhood(laid.tree, laid.ref_frames, laid.frames)
-    assert guess.plan(laid.node(name), laid.numbers[name][0]) == []
+    assert guess.plan(laid.node(name), laid.frames[laid.numbers[name][0]]) == []
 
 
 def test_a_file_of_moderate_size_comes_whole_when_it_is_missed(laid: Laid) -> None:

@@ -20,6 +20,7 @@ from envstore.fuse.content import Content, load_content
 from envstore.fuse.default_profile import default_ranges
 from envstore.fuse.loader import FrameLoader
 from envstore.fuse.metrics import Metrics
+from envstore.fuse.moved import Moved
 from envstore.fuse.prefetch import Choice, ProfileSearch, follow, plan, resolve
 from envstore.fuse.readahead import Readahead
 from envstore.fuse.reader import Reader
@@ -259,10 +260,14 @@ def test_a_followed_profile_saves_requests(site: Site) -> None:
             complaints = Complaints(logging.getLogger("test"))
             loader = FrameLoader(FrameFetcher(counted, cache), cache, metrics, complaints)
             reader = Reader(content.tree, content.locations, loader, cache, metrics, complaints)
+            moved = Moved(
+                content.locations, counted, content.manifest, complaints, 0.0,
+                lambda: content.fd, lambda fd, locations: None,
+            )  # fmt: skip
             async with trio.open_nursery() as nursery:
                 await nursery.start(loader.run)
                 search = ProfileSearch(site.store.repository, site.pushed.snapshot, wanted)
-                await follow(search, content.tree, content.locations, loader, reader, 1 << 40)
+                await follow(search, content.tree, moved, loader, reader, 1 << 40)
                 for name, at in reads:
                     data = await reader.read(site.node(name), at, 4096)
                     assert data == noise(name, 3 * MIB)[at : at + 4096]
