@@ -15,6 +15,8 @@ U32 = struct.Struct("<I")
 U64 = struct.Struct("<Q")
 
 _ENVELOPE = struct.Struct("<8sI32s")
+_MAX_RATIO = (128 << 10) // 4
+"""Bytes that one byte of zstd can become: a block of four stands for 128 KiB of one value."""
 _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _SWAP = sys.byteorder == "big"
 
@@ -110,7 +112,12 @@ def unseal(magic: bytes, data: bytes, *, limit: int, what: str) -> tuple[bytes, 
 
 
 def inflate(data: bytes | memoryview, size: int, what: str) -> bytes:
-    """Return the ``size`` bytes that the single zstd frame ``data`` holds, and never more."""
+    """Return the ``size`` bytes that the single zstd frame ``data`` holds, and never more.
+
+    Nothing is allocated that so few bytes cannot become.
+    """
+    if size > len(data) * _MAX_RATIO:
+        raise CorruptError(f"{what} claims that {len(data)} bytes become {size}")
     try:
         header = zstandard.get_frame_parameters(data)
         if header.content_size != size:

@@ -15,6 +15,7 @@ from envstore.store.digest import DIGEST_SIZE, digest
 from envstore.store.entries import HOLE, MAX_HOLE, NORMAL_MTIME_NS, Entry, sort_key
 from envstore.store.parts import (
     MAX_PART_REFS,
+    MODE_BITS,
     Part,
     PartInfo,
     build_parts,
@@ -108,6 +109,8 @@ def open_root(data: bytes, name: bytes) -> Root:
         PartInfo(digests[i * DIGEST_SIZE : (i + 1) * DIGEST_SIZE], sizes[i], numbers[i], refs[i])
         for i in range(count)
     )
+    if mode > MODE_BITS:
+        raise CorruptError(f"{what} has a mode that holds more than permission bits")
     if mtime >> 63:
         mtime -= 1 << 64
     return Root(parts, entries, files, logical, mode, mtime)

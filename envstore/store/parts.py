@@ -23,6 +23,10 @@ from envstore.store.source import Kind
 MAX_PART_REFS = 16_384
 _MIN_ENTRIES, _MAX_ENTRIES, _CUT_MASK = 128, 4096, 0x1FF
 _MAX_TEXT = 1 << 20
+MAX_PATHS = 64 << 20
+"""Bytes of all paths of a part that a reader takes; writers stop soon after ``_MAX_TEXT``."""
+MODE_BITS = 0o7777
+_MAX_FILE = (1 << 63) - 1
 
 _EXECUTABLE, _CONTINUED, COMPOSED = 4, 8, 16
 _KNOWN = frozenset(flags for flags in range(32) if flags & 3 == Kind.FILE or flags < COMPOSED)
@@ -264,6 +268,8 @@ def _check_part(part: Part) -> None:
         raise CorruptError("manifest part: a symbolic link to nothing")
     if len(part.sizes) != files or len(part.counts) != files or len(part.targets) != links:
         raise CorruptError("manifest part: file or link columns of different length")
+    if max(part.sizes, default=0) > _MAX_FILE:
+        raise CorruptError("manifest part: a file that is longer than any file can be")
     if any(number >= count or what[number] != Kind.FILE for number in part.links):
         raise CorruptError("manifest part: a hard link that is no file")
     _check_relocations(part, what)
@@ -275,6 +281,8 @@ def _check_part(part: Part) -> None:
         part.mtimes is not None and len(part.modes) == len(part.mtimes) == count
     ):
         raise CorruptError("manifest part: mode columns of different length")
+    if max(part.modes or (), default=0) > MODE_BITS:
+        raise CorruptError("manifest part: a mode that holds more than permission bits")
     depth = part.base.count(b"/") + 1 if part.base else 0
     if count and part.depths[0] != depth:
         raise CorruptError("manifest part: the first entry is not below the part's base")
@@ -323,6 +331,7 @@ def read_entries(parts: Iterable[Part]) -> Iterator[Entry]:
     directory of the same manifest: nobody who writes these entries can be led elsewhere.
     """
     held: Entry | None = None
+    refs: list[tuple[bytes, int]] = []
     directories = [b""]
     previous = b""
     for part in parts:
@@ -330,10 +339,12 @@ def read_entries(parts: Iterable[Part]) -> Iterator[Entry]:
             if continued:
                 if held is None or held.path != entry.path:
                     raise CorruptError("manifest: a part continues a file that is not there")
-                held = _joined(held, entry)
+                refs = refs or [*held.refs]
+                refs += entry.refs
                 continue
             if held is not None:
-                yield checked(held)
+                yield _whole(held, refs)
+                refs = []
             key = sort_key(entry.path)
             if key <= previous:
                 raise CorruptError(f"manifest: {entry.path!r} is out of order")
@@ -347,15 +358,12 @@ def read_entries(parts: Iterable[Part]) -> Iterator[Entry]:
                 directories.append(entry.path)
             held = entry
     if held is not None:
-        yield checked(held)
+        yield _whole(held, refs)
 
 
-def _joined(first: Entry, more: Entry) -> Entry:
-    return Entry(
-        first.path, first.kind, first.executable, first.size, first.digest,
-        first.refs + more.refs, b"", first.mode, first.mtime_ns, first.link, first.relocation,
-        first.composed,
-    )  # fmt: skip
+def _whole(first: Entry, refs: list[tuple[bytes, int]]) -> Entry:
+    """Return the checked entry that begins with ``first`` and has all of ``refs``, if any."""
+    return checked(replace(first, refs=tuple(refs)) if refs else first)
 
 
 def checked(entry: Entry) -> Entry:
@@ -371,12 +379,15 @@ def checked(entry: Entry) -> Entry:
 def _part_entries(part: Part) -> Iterator[tuple[Entry, bool]]:
     stack = part.base.split(b"/") if part.base else []
     starts = list(accumulate(part.counts, initial=0))
-    file_no = link_no = long_no = 0
+    file_no = link_no = long_no = text = 0
     for i, flags in enumerate(part.kinds):
         kind = Kind(flags & 3)
         del stack[part.depths[i] :]
         stack.append(part.names[i])
         path = b"/".join(stack)
+        text += len(path)
+        if text > MAX_PATHS:
+            raise CorruptError(f"manifest part: paths of more than {MAX_PATHS} bytes")
         mode = part.modes[i] if part.modes is not None else None
         mtime = part.mtimes[i] if part.mtimes is not None else None
         relocation = part.relocations.get(i, b"")

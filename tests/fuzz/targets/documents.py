@@ -9,12 +9,10 @@ from envstore.checkpoint.adapters.drafts import Drafts
 from envstore.checkpoint.epochs import Epochs
 from envstore.checkpoint.holds import Holds
 from envstore.checkpoint.layout import CheckpointId, RunName
-from envstore.checkpoint.policies import decode_keep, encode_keep
-from envstore.checkpoint.policies import every, last
+from envstore.checkpoint.policies import decode_keep, encode_keep, every, last
 from envstore.checkpoint.records import Commit, Part, parse_commit, parse_part
 from envstore.store import canonical, config, damage, doomed
 from envstore.store.digest import digest
-from envstore.store.objects.base import ObjectStore
 from envstore.store.refs import RefName, list_refs, read_ref
 from envstore.store.snapshots import Snapshot, parse_snapshot
 from tests.fuzz.harness import expect, target
@@ -26,10 +24,6 @@ _CHECKPOINT = CheckpointId(500, 2, 1)
 _RUN = RunName("team", "run")
 _TIME = "2026-01-02T03:04:05+00:00"
 _WORDS = (b'"format":1', b"\\ud800", b"[[[[[[[[", b"1e999", b"NaN", b"-0", b"99999999999999999999")
-
-
-def _store(memory: Memory) -> ObjectStore:
-    return cast(ObjectStore, memory)
 
 
 def _json(**fields: object) -> list[bytes]:
@@ -67,7 +61,7 @@ def _config_seed() -> list[bytes]:
 
 @target("store-description", _config_seed, mutate_json, _WORDS)
 def store_description(data: bytes) -> None:
-    config.load_config(_store(Memory({config.KEY: data})))
+    config.load_config((Memory({config.KEY: data})))
 
 
 def _snapshot_seed() -> list[bytes]:
@@ -90,9 +84,9 @@ def snapshot(data: bytes) -> None:
 )
 def ref(data: bytes) -> None:
     name = RefName("default", "x", "latest")
-    memory = _store(Memory({name.key: data}))
+    memory = Memory({name.key: data})
     found = read_ref(memory, name)
-    again = read_ref(_store(Memory({name.key: found.encode()})), name)
+    again = read_ref((Memory({name.key: found.encode()})), name)
     expect(again == found, "a ref is not read as written")
 
 
@@ -131,7 +125,7 @@ def run_epoch(data: bytes) -> None:
     """The same bytes as claim and as start of two epochs."""
     keys = [f"runs/team/run/epochs/{number:08d}/{kind}" for number in (1, 2)
             for kind in ("start", "claim")]  # fmt: skip
-    epochs = Epochs(_store(Memory(dict.fromkeys(keys, data))), _RUN)
+    epochs = Epochs((Memory(dict.fromkeys(keys, data))), _RUN)
     try:
         epochs.look()
     finally:
@@ -147,7 +141,7 @@ def run_hold(data: bytes) -> None:
     """The same bytes as a pin and as a lease."""
     pin = f"runs/team/run/pins/{_CHECKPOINT}"
     lease = f"runs/team/run/leases/{_CHECKPOINT}/0123456789abcdef"
-    holds = Holds(_store(Memory({pin: data, lease: data})), _RUN)
+    holds = Holds((Memory({pin: data, lease: data})), _RUN)
     try:
         holds.pins()
     finally:
@@ -208,7 +202,7 @@ def gc_state(data: bytes) -> None:
     _WORDS,
 )
 def damage_note(data: bytes) -> None:
-    damage.read_damage(_store(Memory(default=data)), _NAME)
+    damage.read_damage((Memory(default=data)), _NAME)
 
 
 def _key_seeds() -> list[bytes]:
@@ -223,7 +217,7 @@ def listed_keys(data: bytes) -> None:
     keys = data.decode("utf-8", "replace").split("\n")
     more = [f"{prefix}{key}" for key in keys for prefix in (
         f"profiles/{_NAME.hex()}/", "runs/team/run/pins/", "runs/team/run/epochs/", "damaged/")]  # fmt: skip
-    memory = _store(Memory(dict.fromkeys([*keys, *more], b"{}")))
+    memory = Memory(dict.fromkeys([*keys, *more], b"{}"))
     for name in list_refs(memory):
         expect(str(name).isprintable() and RefName.parse(str(name)) == name, f"a ref {name}")
     for name in list_profiles(memory, _NAME):

@@ -24,7 +24,7 @@ from envstore.store.frames import (
     encode_table,
 )
 from envstore.store.locations import FrameRef, Locations
-from envstore.store.packs import PackBuilder, Pack, parse_pack, read_table
+from envstore.store.packs import Pack, PackBuilder, parse_pack, read_table
 from envstore.store.source import Kind
 from tests.fuzz.harness import expect, target
 
