@@ -14,6 +14,7 @@ from envstore.store.digest import parse_hex
 from envstore.store.manifest import Entry
 from envstore.store.refs import Ref, RefName, list_refs, move_ref, read_ref, try_read
 from envstore.store.repository import PARALLEL, Repository
+from envstore.store.sessions import writing
 from envstore.store.snapshots import Snapshot
 from envstore.store.source import Kind
 from envstore.store.verify import DAMAGE, Problem
@@ -90,22 +91,36 @@ def entries_at(entries: Iterable[Entry], path: bytes, *, recursive: bool) -> Ite
 def tag(repository: Repository, source: str, target: RefName, *, force: bool = False) -> Tagged:
     """Point ``target`` at the snapshot that ``source`` stands for.
 
-    Raises ``ConflictError`` if it points elsewhere already and ``force`` is not given, or if it
+    A handful of requests; for a digest, which may name what nothing else does any more, one more
+    for each of its packs, to see that it is whole. Raises ``NotFoundError`` if it is not,
+    ``ConflictError`` if ``target`` points elsewhere already and ``force`` is not given, or if it
     is moved at the same time.
     """
+    expected, found = _tagged(repository, source, target, force=force)
+    if found.before == found.snapshot:
+        return found
+    with writing(repository, f"tag {target}") as (session, inside):
+        # What the source means from here on cannot be collected before the target is there.
+        expected, found = _tagged(inside, source, target, force=force)
+        session.claim_snapshot(found.snapshot, verify="@" in source)
+        move_ref(inside.objects, target, found.snapshot, expected)
+    return found
+
+
+def _tagged(
+    repository: Repository, source: str, target: RefName, *, force: bool
+) -> tuple[tuple[Ref, str] | None, Tagged]:
+    """Return the target's ref as it is, and what is to become of it. Raises ``ConflictError``."""
     name = repository.resolve(source)
     # A digest given in full was not looked up yet.
     repository.snapshot(name)
     expected = try_read(repository.objects, target)
     before = expected[0].snapshot if expected else None
-    if before == name:
-        return Tagged(target, name, before)
-    if before is not None and not force:
+    if before is not None and before != name and not force:
         raise ConflictError(
             f"{target} exists and points at @{before.hex()[:12]}", hint="--force moves it"
         )
-    move_ref(repository.objects, target, name, expected)
-    return Tagged(target, name, before)
+    return expected, Tagged(target, name, before)
 
 
 def current(repository: Repository, names: Sequence[RefName]) -> list[tuple[RefName, Ref | None]]:

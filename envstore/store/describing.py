@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from envstore.errors import EnvstoreError
+from envstore.errors import ConflictError, EnvstoreError, NotFoundError, UnavailableError
 from envstore.store.chunking import Chunk
 from envstore.store.dedup import MAX_PART_RANGES, places_to_reuse
 from envstore.store.filing import Progress, silent
@@ -12,9 +12,12 @@ from envstore.store.index import DedupIndex, LocationsBuilder
 from envstore.store.known import KnownChunks
 from envstore.store.locations import locations_key
 from envstore.store.manifest import HOLE, Entry, Root, build_parts, manifest_key
+from envstore.store.objects.base import ObjectStore
 from envstore.store.packing import PackWriter
 from envstore.store.repository import Repository
 from envstore.store.source import Kind
+
+_ATTEMPTS = 5
 
 
 def store_manifest(
@@ -63,9 +66,34 @@ def store_manifest(
         *root_attributes,
     )
     objects = repository.objects
-    objects.put(locations_key(root.digest), builder.result.seal())
+    _store_locations(objects, locations_key(root.digest), builder.result.seal())
     objects.put(manifest_key(root.digest), root.seal())
     return root
+
+
+def _store_locations(objects: ObjectStore, key: str, sealed: bytes) -> None:
+    """Store locations, over those that are there only by compare-and-swap.
+
+    The tree may be reachable: a write without a condition that arrives late would undo what others
+    have made of its locations since, and lead readers to packs that are gone by then.
+    """
+    version: str | None = None
+    for attempt in range(_ATTEMPTS):
+        try:
+            objects.put_if(key, sealed, version)
+        except (ConflictError, UnavailableError) as error:
+            last = attempt + 1 == _ATTEMPTS
+            try:
+                found, version = objects.get_versioned(key)
+            except NotFoundError:
+                version = None
+            else:
+                if found == sealed:
+                    return
+            if last:
+                raise error from None
+        else:
+            return
 
 
 def place_of(index: DedupIndex, name: bytes) -> tuple[int, int]:

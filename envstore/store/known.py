@@ -16,6 +16,7 @@ from envstore.errors import CorruptError, EnvstoreError, NotFoundError
 from envstore.store.binary import unseal
 from envstore.store.chunking import Chunk
 from envstore.store.digest import DIGEST_SIZE, parse_hex
+from envstore.store.guarded import GuardedStore
 from envstore.store.index import MAGIC, MAX_BODY, DedupIndex, open_segment
 from envstore.store.locations import NOWHERE, Locations
 from envstore.store.manifest import Root
@@ -45,8 +46,23 @@ class KnownChunks:
         self._repository = repository
         self.index = index
         self.warnings: list[str] = []
+        self.forget_unsafe()
         self._samples: list[Sample] = []
         self._loaded: set[bytes] = set()
+
+    def use(self, repository: Repository) -> None:
+        """Go on in another session, whose store ``repository`` has."""
+        self._repository = repository
+        self.forget_unsafe()
+
+    def forget_unsafe(self) -> None:
+        """Make unknown what this writer's session must not reuse: doomed and damaged packs."""
+        objects = self._repository.objects
+        if isinstance(objects, GuardedStore):
+            session = objects.session
+            unsafe = session.doomed_packs | session.damaged_packs
+            if unsafe:
+                self.index.forget_packs(unsafe)
 
     def base(self, name: bytes) -> Snapshot | None:
         """Return a snapshot to build on, or ``None`` with a warning if it is damaged."""

@@ -1,9 +1,10 @@
 """Push: source -> chunks -> frames -> packs -> manifest -> snapshot -> ref.
 
 Cost: reading and hashing what changed (about 1 GB/s), compressing what is new (about 110 MB/s a
-core), one PUT for each 32 MiB of it, and a handful of requests besides; an unchanged tree costs
-one ``lstat`` a file and three requests. Nothing is visible before the ref moves, and everything a
-ref leads to was stored before: a push that dies leaves at worst packs that the next push reuses.
+core), one PUT for each 32 MiB of it, and some twenty requests besides, seven of them for its
+session; an unchanged tree costs one ``lstat`` a file and three requests. Nothing is visible before
+the ref moves, and everything a ref leads to was stored before: a push that dies leaves at worst
+packs that the next push reuses.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from envstore.store.packing import PackWriter
 from envstore.store.profiles import file_ranks, find_profile
 from envstore.store.refs import Ref, RefName, move_ref, try_read
 from envstore.store.repository import Repository
+from envstore.store.sessions import writing
 from envstore.store.snapshots import Snapshot, save_snapshot
 from envstore.store.source import Source
 from envstore.store.statcache import StatCache
@@ -105,37 +107,42 @@ def push(
                 traffic.requests - requests, time.monotonic() - started, True,
                 (*source.warnings, *known.warnings),
             )  # fmt: skip
-    bases = [*((expected[0].snapshot,) if expected else ()), *options.parents]
-    with ThreadPoolExecutor(1) as pool:
-        ranks = pool.submit(_ranks, repository, bases, tree, known)
-        known.learn_snapshots(bases)
-        known.learn_segments()
-        tree.ranks = ranks.result()
-    orphans = find_orphans(repository, state)
-    index.add_packs(orphans)
-    writer = PackWriter(repository.objects, index, pending=state, level=options.level)
-    try:
-        writer.adopt(orphans)
-        tree.old = stat_cache.recipes(source.identity)
-        store_files(source, tree, known, writer, progress)
-        while not known.forget_lost(tree.chunks()):
+    with writing(repository, f"push {ref}") as (_, inside):
+        known.use(inside)
+        bases = [*((expected[0].snapshot,) if expected else ()), *options.parents]
+        with ThreadPoolExecutor(1) as pool:
+            ranks = pool.submit(_ranks, inside, bases, tree, known)
+            known.learn_snapshots(bases)
+            known.learn_segments()
+            tree.ranks = ranks.result()
+        orphans = find_orphans(inside, state)
+        index.add_packs(orphans)
+        writer = PackWriter(inside.objects, index, pending=state, level=options.level)
+        try:
+            writer.adopt(orphans)
+            tree.old = stat_cache.recipes(source.identity)
             store_files(source, tree, known, writer, progress)
-        new_bytes = writer.new_bytes
-        root = store_manifest(
-            repository,
-            entries_of(source, tree),
-            known,
-            writer,
-            root_attributes=source.root_attributes(),
-            progress=progress,
+            while not known.forget_lost(tree.chunks()):
+                store_files(source, tree, known, writer, progress)
+            new_bytes = writer.new_bytes
+            root = store_manifest(
+                inside,
+                entries_of(source, tree),
+                known,
+                writer,
+                root_attributes=source.root_attributes(),
+                progress=progress,
+            )
+        finally:
+            writer.close()
+        unchanged = before is not None and (before.manifest, before.kind) == (
+            root.digest,
+            source.kind,
         )
-    finally:
-        writer.close()
-    unchanged = before is not None and (before.manifest, before.kind) == (root.digest, source.kind)
-    if unchanged and expected is not None:
-        name = expected[0].snapshot
-    else:
-        name = _commit(repository, source, ref, expected, root, options)
+        if unchanged and expected is not None:
+            name = expected[0].snapshot
+        else:
+            name = _commit(inside, source, ref, expected, root, options)
     try:
         _remember(stat_cache, source, tree, root.digest)
     except EnvstoreError as error:

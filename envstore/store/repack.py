@@ -24,6 +24,7 @@ from envstore.store.packs import TARGET_SIZE
 from envstore.store.parts import Part
 from envstore.store.profiles import Range, find_profile
 from envstore.store.repository import Repository
+from envstore.store.sessions import writing
 
 BATCH = 64 << 20
 """Raw bytes of frames that are held at once."""
@@ -102,17 +103,18 @@ def repack(
             snapshot, manifest, found.name, len(chunks), raw, 0, before, before, unchanged=True
         )
     index = DedupIndex()
-    writer = PackWriter(repository.objects, index, level=level)
-    try:
-        done = 0
-        for chunk, data in _read(repository, chunks, locations):
-            writer.add(chunk.name, data)
-            done += chunk.size
-            progress(done, raw)
-        writer.flush()
-    finally:
-        writer.close()
-    locations = _replace(repository, manifest, root, bytes(names), index)
+    with writing(repository, f"repack {snapshot.hex()}") as (_, inside):
+        writer = PackWriter(inside.objects, index, level=level)
+        try:
+            done = 0
+            for chunk, data in _read(inside, chunks, locations):
+                writer.add(chunk.name, data)
+                done += chunk.size
+                progress(done, raw)
+            writer.flush()
+        finally:
+            writer.close()
+        locations = _replace(inside, manifest, root, bytes(names), index)
     after = _layout(repository, chunks, locations)
     return Repacked(
         snapshot, manifest, found.name, len(chunks), raw, writer.stored_bytes, before, after,

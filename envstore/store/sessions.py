@@ -85,6 +85,7 @@ class Session:
         self._stored: set[str] = set()
         self._unclear: dict[str, tuple[bytes, str | None, bool]] = {}
         self._damaged: frozenset[bytes] | None = None
+        self._thread: threading.Thread | None = None
         self.objects = GuardedStore(inner, self)
 
     @classmethod
@@ -285,7 +286,8 @@ class Session:
                 break
             found = read_doomed(self._inner)
         self._doomed = found.keys()
-        threading.Thread(target=self._beat, name="session", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="session", daemon=True)
+        self._thread.start()
 
     def _update(self, record: Record) -> None:
         """Move the session's object on. Raises ``SessionLostError`` if it is not this one's now."""
@@ -347,6 +349,8 @@ class Session:
         if os.getpid() != self._pid or self._over.is_set():
             return
         self._over.set()
+        if self._thread is not None:
+            self._thread.join()
         with self._lock:
             try:
                 if self._version is not None and not any(map(self._may_land, self._unclear)):

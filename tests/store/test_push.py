@@ -43,7 +43,7 @@ def test_only_the_changed_file_is_read(store: Store, tree: Path) -> None:
     assert second.read_bytes == second.new_chunk_bytes == 12_345
     assert second.uploaded_bytes < 30_000
     assert not second.unchanged
-    assert second.requests <= 18
+    assert second.requests <= 18 + 7  # of the session
     snapshot = store.snapshot()
     assert snapshot.parents == (first.snapshot,)
     store.assert_sound()

@@ -207,8 +207,7 @@ class FileObjects:
                 self._require_root()
 
     def now(self) -> float:
-        """Return the time of the file system, by a new file in ``.tmp``. One request."""
-        self.traffic.add(requests=1)
+        """Return the time of the file system, by a new file in ``.tmp``."""
         with (
             self._errors("write", _TEMPORARY, writing=True),
             self._directory((_TEMPORARY,), create=True) as temporary,
