@@ -20,6 +20,7 @@ from envstore.store.digest import parse_hex
 from envstore.store.doomed import Condemned, Doomed, read_doomed, tidy_lists
 from envstore.store.gc.fencing import Writers, meet_writers
 from envstore.store.gc.marking import DRAFTS, LEASES, WRITERS, Marks, Progress, mark
+from envstore.store.gc.moving import Moved, move, resume
 from envstore.store.gc.owner import Change, Ownership
 from envstore.store.gc.report import Busy, Collected, Writer
 from envstore.store.gc.retiring import retire
@@ -85,6 +86,7 @@ def _run(
     progress: Progress,
 ) -> None:
     swept = finish(owner, repository.objects)
+    resume(repository, progress)
     for at in range(_ROUNDS):
         this = _Round(repository, owner, grace, max_unused, result, progress, swept)
         this.run()
@@ -113,6 +115,7 @@ class _Round:
     swept: Swept = field(default_factory=Swept)
     condemned: int = 0
     repacked: int = 0
+    written: int = 0
 
     def run(self) -> None:
         """Do it all, and tell ``result`` how things stand afterwards."""
@@ -133,6 +136,9 @@ class _Round:
         for key in self.swept.deleted:
             self._freed(found, key)
         needed = measure_packs(objects, found, marks, self.progress)
+        if self.owner is not None:
+            moved = move(self.repository, found, marks, needed, self.max_unused, self.progress)
+            self._moved(moved, marks)
         after = self._condemn(before, found, marks)
         self._tell(found, marks, needed, after, writers)
 
@@ -172,6 +178,16 @@ class _Round:
         for pack in damaged_packs(objects) & packs if packs else ():
             if pack_key(pack) in self.swept.deleted:
                 forget_damage(objects, pack)
+
+    def _moved(self, moved: Moved, marks: Marks) -> None:
+        """Take the packs that were moved for dead, as the next mark will find them."""
+        for number in moved.packs:
+            marks.why[number] = 0
+        self.repacked = len(moved.packs)
+        self.written = moved.written
+        self.result.repacked_packs += len(moved.packs)
+        self.result.written_bytes += moved.written
+        self.result.damaged += moved.damaged
 
     def _freed(self, found: Survey, key: str) -> None:
         self.result.freed_objects += 1
@@ -245,7 +261,7 @@ class _Round:
         result.condemned_objects = len(after.condemned)
         result.condemned_bytes = sum(found.size(row.key) for row in after.condemned)
         result.undeletable_objects = len(self.swept.undeletable)
-        result.store_bytes = found.bytes - gone
+        result.store_bytes = found.bytes - gone + self.written
         result.kept = kept
         result.live_bytes = max(0, result.store_bytes - result.kept_bytes)
         result.writers = [
