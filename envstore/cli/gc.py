@@ -127,10 +127,11 @@ def _print(settings: Settings, done: Collected) -> None:
             f"repacked {output.counted(done.repacked_packs, 'pack')} that were live in part, "
             f"storing {output.size(done.written_bytes)}"
         )
-    say(
-        f"condemned {output.size(done.condemned_bytes)}: "
-        f"{output.counted(done.condemned_objects, 'object')}, to be deleted by later runs"
-    )
+    if done.condemned_objects:
+        say(
+            f"condemned {output.size(done.condemned_bytes)}: "
+            f"{output.counted(done.condemned_objects, 'object')}, for later runs to delete"
+        )
     say(
         f"live {output.size(done.live_bytes)}: {output.counted(done.snapshots, 'snapshot')}, "
         f"{output.counted(done.packs, 'pack')}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from envstore.store.damage import damaged_packs, forget_damage
 from envstore.store.digest import parse_hex
 from envstore.store.doomed import Condemned, Doomed, read_doomed, tidy_lists
+from envstore.store.gc.carrying import carry_profiles, remove_old_leases
 from envstore.store.gc.fencing import Writers, meet_writers
 from envstore.store.gc.marking import DRAFTS, LEASES, WRITERS, Marks, Progress, mark
 from envstore.store.gc.moving import Moved, move, resume
@@ -95,6 +96,7 @@ def _run(
         swept = Swept(undeletable=swept.undeletable)
     state = owner.change(lambda found: _without(found, swept.deleted)).state
     tidy_lists(repository.objects, state)
+    remove_old_leases(repository.objects)
 
 
 def _without(found: Doomed, keys: set[str]) -> Change:
@@ -132,6 +134,7 @@ class _Round:
         if self.owner is None:
             self.swept.deleted |= self._would_go(before, writers, found, marks)
         else:
+            carry_profiles(self.repository, found, marks)
             self._sweep(self.owner, found, self._due(before, writers, found, marks))
         for key in self.swept.deleted:
             self._freed(found, key)

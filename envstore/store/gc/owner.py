@@ -55,6 +55,7 @@ class Ownership:
         self._id = id_
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._lists: dict[bytes | None, Sequence[Condemned]] = {None: ()}
         self._renewed = _clocks()
         self._thread = threading.Thread(target=self._keep, name="collector's lease", daemon=True)
 
@@ -102,11 +103,13 @@ class Ownership:
     def change(self, what: Callable[[Doomed], Change]) -> Doomed:
         """Put what ``what`` makes of the lists as they are now, however often they move meanwhile.
 
-        Three to six requests for each attempt. Raises ``LostOwnershipError``, ``ConflictError``.
+        A list that ``what`` returns as it got it is neither compared nor written. Two requests for
+        each attempt, and one for each list that changes, or that others have changed. Raises
+        ``LostOwnershipError``, ``ConflictError``.
         """
         with self._lock:
             for _ in range(_ATTEMPTS):
-                found = read_doomed(self._objects)
+                found = self._read()
                 self._check_owner(found.state)
                 change = what(found)
                 state = replace(
@@ -124,13 +127,34 @@ class Ownership:
                 except ConflictError:
                     continue
                 self._renewed = began
+                self._lists = {
+                    stored.condemned: change.condemned,
+                    stored.deleting: change.deleting,
+                    None: (),
+                }
                 return Doomed(stored, version, change.condemned, change.deleting)
         raise ConflictError("gc/state is changed all the time", hint="try again")
 
     def _listed(
         self, old: Sequence[Condemned], new: Sequence[Condemned], name: bytes | None
     ) -> bytes | None:
-        return name if list(old) == list(new) else write_list(self._objects, new)
+        same = old is new or list(old) == list(new)
+        return name if same else write_list(self._objects, new)
+
+    def _read(self) -> Doomed:
+        """Return the lists as they are, those that are known from memory."""
+        state, version = read_state(self._objects)
+        names = state.condemned, state.deleting
+        if not all(name in self._lists for name in names):
+            found = read_doomed(self._objects)
+            self._lists = {
+                found.state.condemned: found.condemned,
+                found.state.deleting: found.deleting,
+                None: (),
+            }
+            return found
+        condemned, deleting = (self._lists[name] for name in names)
+        return Doomed(state, version, condemned, deleting)
 
     def _move(self, what: Callable[[State], State]) -> None:
         with self._lock:

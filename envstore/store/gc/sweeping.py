@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +45,7 @@ def finish(owner: Ownership, objects: ObjectStore) -> Swept:
     swept = Swept()
     rows = owner.change(_same).deleting
     if rows:
-        _delete(owner, objects, rows, swept, lambda: None)
+        _delete(owner, objects, rows, swept)
     return swept
 
 
@@ -58,34 +58,42 @@ def sweep(
 ) -> None:
     """Delete the keys of ``due`` that nobody has claimed meanwhile, noting them in ``swept``.
 
-    Interrupted at any moment it puts the others back. Raises ``LostOwnershipError`` and the
-    errors of the store, but for ``AccessDeniedError``: such keys stay condemned.
+    They stay on the condemned list, from which the caller takes them in the end, as writing that
+    anew for each batch would take longer than the deletions. Interrupted at any moment it leaves
+    nothing half done. Raises ``LostOwnershipError`` and the errors of the store, but for
+    ``AccessDeniedError``: such keys stay.
     """
     rows = sorted(due, key=lambda row: (order_of(row.key), row.key))
-    done = 0
-    for batch in _batched(rows):
-        wanted = {row.key for row in batch}
-        moved = owner.change(partial(_to_deleting, wanted)).deleting
-
-        def tell(done: int = done) -> None:
-            progress("deleting", done + len(swept.deleted), len(rows))
-
-        _delete(owner, objects, moved, swept, tell)
-        done += len(batch) - len(moved)
+    listed = _Listed()
+    for at in range(0, len(rows), BATCH):
+        progress("deleting", at, len(rows))
+        batch = rows[at : at + BATCH]
+        moved = owner.change(partial(_to_deleting, batch, listed)).deleting
+        _delete(owner, objects, moved, swept)
 
 
-def _batched(rows: Sequence[Condemned]) -> Iterable[Sequence[Condemned]]:
-    return (rows[at : at + BATCH] for at in range(0, len(rows), BATCH))
+class _Listed:
+    """The keys of a list, looked up once for as long as it stays the same."""
+
+    def __init__(self) -> None:
+        self._list: Sequence[Condemned] = ()
+        self._keys: frozenset[str] = frozenset()
+
+    def keys(self, rows: Sequence[Condemned]) -> frozenset[str]:
+        if rows is not self._list:
+            self._list, self._keys = rows, frozenset(row.key for row in rows)
+        return self._keys
 
 
 def _same(found: Doomed) -> Change:
     return Change(found.state.epoch, found.condemned, found.deleting)
 
 
-def _to_deleting(wanted: set[str], found: Doomed) -> Change:
-    moved = [row for row in found.condemned if row.key in wanted]
-    left = [row for row in found.condemned if row.key not in wanted]
-    return Change(found.state.epoch, left, sorted([*found.deleting, *moved]))
+def _to_deleting(batch: Sequence[Condemned], listed: _Listed, found: Doomed) -> Change:
+    keys = listed.keys(found.condemned)
+    moved = {row.key: row for row in found.deleting}
+    moved |= {row.key: row for row in batch if row.key in keys}
+    return Change(found.state.epoch, found.condemned, sorted(moved.values()))
 
 
 def _delete(
@@ -93,9 +101,8 @@ def _delete(
     objects: ObjectStore,
     rows: Sequence[Condemned],
     swept: Swept,
-    tell: Callable[[], None],
 ) -> None:
-    """Delete ``rows``, all that is on the deleting list; what is left is condemned again."""
+    """Delete ``rows``, all that is on the deleting list, and take them off it."""
     tried: set[str] = set()
     gone: set[str] = set()
     kept: set[str] = set()
@@ -114,27 +121,25 @@ def _delete(
         else:
             gone.add(row.key)
 
-    def restore(found: Doomed) -> Change:
+    def settle(found: Doomed) -> Change:
         # A deletion whose answer never came may still arrive: nobody may claim such a key.
         unclear = tried - gone - kept
-        back = {row.key: row for row in rows if row.key not in gone and row.key not in unclear}
-        condemned = {row.key: row for row in found.condemned} | back
         left = [row for row in rows if row.key in unclear]
-        return Change(found.state.epoch, sorted(condemned.values()), left)
+        return Change(found.state.epoch, found.condemned, left)
 
     try:
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="sweep") as pool:
             try:
                 for _ in pool.map(delete, rows):
-                    tell()
+                    pass
             finally:
                 stopped.set()
     except BaseException:
         # The next collector, or a writer in need, would finish it; but none should have to.
         with contextlib.suppress(EnvstoreError):
-            owner.change(restore)
+            owner.change(settle)
         raise
     finally:
         swept.deleted |= gone
         swept.undeletable |= kept
-    owner.change(restore)
+    owner.change(settle)
