@@ -42,7 +42,9 @@ class Report:
     ``data_packs`` of ``packs`` were read whole, and ``earlier_packs``, of ``earlier_bytes``, by
     the run that this one continues. ``damaged`` says of the packs that are to be on the damaged
     list why; ``sound`` are the packs that were read whole and are as they should be;
-    ``quarantined`` are damaged, and nothing needs them. ``warnings`` are no damage.
+    ``quarantined`` are damaged, and nothing needs them; ``unneeded`` are on the list, and nothing
+    names them at all. ``false_locations`` are manifests whose locations are damaged or lead to what
+    is not there. ``warnings`` are no damage.
     """
 
     snapshots: int = 0
@@ -58,6 +60,8 @@ class Report:
     damaged: dict[bytes, str] = field(default_factory=dict)
     sound: set[bytes] = field(default_factory=set)
     quarantined: set[bytes] = field(default_factory=set)
+    unneeded: set[bytes] = field(default_factory=set)
+    false_locations: set[bytes] = field(default_factory=set)
 
     @property
     def ok(self) -> bool:

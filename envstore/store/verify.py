@@ -11,7 +11,7 @@ list are always read: what is known must not be passed over.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,7 @@ def verify(
     *,
     read_data: bool = False,
     whole: bool = False,
+    also: Collection[bytes] = (),
     sample: Sample | None = None,
     journal: Path | None = None,
     resume: bool = False,
@@ -53,10 +54,10 @@ def verify(
     """Check ``targets``, pairs of a name for the report and a snapshot digest.
 
     ``whole`` adds what no target leads to: profiles, index segments, samples, and their packs.
-    With ``read_data`` packs are read, all or a ``sample``, and ``journal`` is a file that remembers
-    which, so that ``resume`` goes on where an earlier run was broken off. ``rate`` is the bytes a
-    second that may be read of the store. ``progress`` is told bytes of packs that are done and in
-    all, without ``read_data`` packs.
+    With ``read_data`` packs are read, all or a ``sample``; those in ``also`` always are.
+    ``journal`` is a file that remembers which, so that ``resume`` goes on where an earlier run was
+    broken off. ``rate`` is the bytes a second that may be read of the store. ``progress`` is told
+    bytes of packs that are done and in all, without ``read_data`` packs.
 
     Damage is collected, not raised; ``UnavailableError`` and ``AccessDeniedError`` are raised.
     Nothing is written to the store. Memory: about 16 bytes a chunk, and a few MiB for packs.
@@ -67,6 +68,7 @@ def verify(
         objects = LimitedObjects(objects, limiter)
     # What is cached here says nothing about what is in the store.
     check = _Check(Repository(objects, repository.config, None), targets)
+    check.suspects.update(also)
     check.walk_targets()
     if whole:
         check.walk_index()
@@ -126,7 +128,14 @@ class _Check:
             what = f"manifest {snapshot.manifest.hex()}"
             tree = self.trees.setdefault(snapshot.manifest, _Tree(len(self.trees), []))
             tree.names += users
-            root, locations = self.repository.located(snapshot.manifest)
+            root = self.repository.root(snapshot.manifest)
+            what = f"locations of manifest {snapshot.manifest.hex()}"
+            try:
+                locations = self.repository.locations(snapshot.manifest, root)
+            except DAMAGE:
+                self.report.false_locations.add(snapshot.manifest)
+                raise
+            what = f"manifest {snapshot.manifest.hex()}"
             self.plans.expect_frames(tree.number, locations.frames)
             try:
                 entries = read_entries(self.repository.parts(root, locations))
@@ -205,6 +214,8 @@ class _Check:
             report.earlier_packs = len(earlier)
             report.earlier_bytes = sum(here[name] for name in earlier)
             deep |= set(run.sample.choose(here)) - earlier
+        if whole:
+            report.unneeded = set(self.noted) - set(self.plans)
         # What is known to be damaged, and that nothing needs, may be gone or whole by now.
         work = sorted(set(self.plans) | self.noted if whole else self.plans)
         weights = [(sizes.get(name) or 0) if name in deep else 0 for name in work]
@@ -256,6 +267,7 @@ class _Check:
             for reason in reasons:
                 what = f"pack {pack.hex()}"
                 self.report.problems.append(Problem(what, reason, users, lost.files(), lost.count))
+        self.report.false_locations.update(false)
         for manifest, lost in false.items():
             what = f"locations of manifest {manifest.hex()}"
             reason = "they lead to what is not there"

@@ -1,0 +1,206 @@
+"""Checks a whole store, beside writers and collectors, and keeps its list of damaged packs.
+
+What ``verify`` reads may be rewritten or collected while it reads. So what it finds is looked at
+once more from the refs on, and only what is still wrong then is damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from envstore.errors import (
+    AccessDeniedError,
+    CorruptError,
+    NotFoundError,
+    UnsupportedFormatError,
+)
+from envstore.store import canonical
+from envstore.store.catalog import all_targets
+from envstore.store.damage import (
+    PREFIX,
+    Damage,
+    damaged_packs,
+    forget_damage,
+    note_damage,
+    read_damage,
+)
+from envstore.store.digest import parse_hex
+from envstore.store.doomed import LISTS, STATE_KEY, open_list, parse_state
+from envstore.store.objects.base import ObjectStore
+from envstore.store.packs import pack_key
+from envstore.store.problems import DAMAGE, Problem, Report
+from envstore.store.repository import Repository
+from envstore.store.roots import is_root, parse_root
+from envstore.store.sampling import Sample
+from envstore.store.session_records import PREFIX as SESSIONS
+from envstore.store.session_records import parse_record
+from envstore.store.verify import verify
+
+_LOOKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How much of the data is read: see ``verify`` for what each means."""
+
+    read_data: bool = False
+    sample: Sample | None = None
+    journal: Path | None = None
+    resume: bool = False
+    rate: float | None = None
+
+
+def check_store(
+    repository: Repository,
+    names: Sequence[str] = (),
+    reading: Reading | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Check what ``names`` (REFs) stand for, or the whole store, and return what is wrong with it.
+
+    Nothing is written to the store. Raises ``NotFoundError`` and ``UsageError`` for the names, and
+    the errors of the store when it cannot be read.
+    """
+    reading = reading or Reading()
+    report = _look(repository, names, reading, (), progress)
+    for _ in range(_LOOKS):
+        if report.ok:
+            break
+        # What was damaged is read again, whatever else was to be read is not.
+        again = _look(
+            repository, names, Reading(rate=reading.rate), tuple(report.damaged), lambda *_: None
+        )
+        steady = _objects(again) == _objects(report)
+        report.problems = again.problems
+        report.damaged, report.quarantined = again.damaged, again.quarantined
+        report.false_locations = again.false_locations
+        report.sound -= set(again.damaged)
+        if steady:
+            break
+    return report
+
+
+def _objects(report: Report) -> set[tuple[str, str]]:
+    return {(problem.object, problem.reason) for problem in report.problems}
+
+
+def _look(
+    repository: Repository,
+    names: Sequence[str],
+    reading: Reading,
+    also: Sequence[bytes],
+    progress: Callable[[int, int], None],
+) -> Report:
+    broken: list[Problem] = []
+    if names:
+        targets = [(name, repository.resolve(name)) for name in names]
+    else:
+        targets, broken = all_targets(repository)
+        targets, further = _check_small(repository.objects, targets)
+        broken += further
+    report = verify(
+        repository,
+        targets,
+        read_data=reading.read_data,
+        whole=not names,
+        also=also,
+        sample=reading.sample,
+        journal=reading.journal,
+        resume=reading.resume,
+        rate=reading.rate,
+        progress=progress,
+    )
+    report.problems[:0] = broken
+    return report
+
+
+def _check_small(
+    objects: ObjectStore, targets: list[tuple[str, bytes]]
+) -> tuple[list[tuple[str, bytes]], list[Problem]]:
+    """Check the objects that steer writers and collectors, and the roots besides refs.
+
+    Returns ``targets`` with the snapshots that only such roots name, and the damage.
+    """
+    problems: list[Problem] = []
+    known = {snapshot: name for name, snapshot in targets}
+
+    def root(data: bytes, key: str) -> None:
+        found = parse_root(key, data).snapshot
+        if found not in known:
+            known[found] = key
+            targets.append((key, found))
+
+    def run(data: bytes, key: str) -> None:
+        value = canonical.decode(data, key)
+        if canonical.field(value, "format", int, key) > 1:
+            raise UnsupportedFormatError(f"{key} is of a newer format", hint="upgrade envstore")
+        # Parts and commits say which checkpoint they are of.
+        if str(value.get("checkpoint", "")) not in key:
+            raise CorruptError(f"{key} is about another checkpoint")
+        if is_root(key):
+            root(data, key)
+
+    def listed(data: bytes, key: str) -> None:
+        name = parse_hex(key.removeprefix(LISTS))
+        if name is None:
+            raise CorruptError(f"{key} is not a digest")
+        open_list(data, name)
+
+    def note(data: bytes, key: str) -> None:
+        pack = parse_hex(key.removeprefix(PREFIX))
+        if pack is not None:
+            read_damage(objects, pack)
+
+    checks: list[tuple[str, Callable[[bytes, str], object]]] = [
+        ("runs/", run),
+        ("drafts/", root),
+        ("leases/", root),
+        (SESSIONS, parse_record),
+        (STATE_KEY, lambda data, _: parse_state(data)),
+        (LISTS, listed),
+        (PREFIX, note),
+    ]
+    for prefix, check in checks:
+        for info in objects.list(prefix):
+            try:
+                check(objects.get(info.key), info.key)
+            except NotFoundError:
+                continue  # removed since it was listed
+            except DAMAGE as error:
+                problems.append(Problem(info.key, error.message))
+    return targets, problems
+
+
+def keep_list(repository: Repository, report: Report) -> tuple[int, int]:
+    """Bring the list of damaged packs up to date with a report; returns how many went on and off.
+
+    Off go the packs that were read and found whole, and those that are gone and that nothing leads
+    to. Raises ``AccessDeniedError`` for whoever may only read.
+    """
+    objects = repository.objects
+    known = damaged_packs(objects)
+    added = removed = 0
+    now = int(objects.now()) if report.damaged else 0
+    for pack, reason in sorted(report.damaged.items()):
+        if pack in known:
+            continue
+        text = reason.encode("utf-8", "backslashreplace").decode()
+        added += note_damage(objects, Damage(pack, text, now))
+    for pack in known:
+        gone = pack in report.unneeded and objects.size(pack_key(pack)) is None
+        if pack in report.sound or gone:
+            forget_damage(objects, pack)
+            removed += 1
+    return added, removed
+
+
+def try_to_keep_list(repository: Repository, report: Report) -> tuple[int, int]:
+    """``keep_list`` for whoever may not be allowed to: then a warning is added to the report."""
+    try:
+        return keep_list(repository, report)
+    except AccessDeniedError as error:
+        report.warnings.append(f"the list of damaged packs is left as it is: {error.message}")
+        return 0, 0
