@@ -13,14 +13,17 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from envstore.errors import EnvstoreError
 from envstore.store.damage import forget_damage
 from envstore.store.digest import parse_hex
+from envstore.store.guarded import GuardedStore
 from envstore.store.index import DedupIndex
 from envstore.store.locations import FrameRef, Locations, packs_named
 from envstore.store.manifest import Root
 from envstore.store.problems import DAMAGE
 from envstore.store.redirecting import Find, redirect
 from envstore.store.repository import PARALLEL, Repository
+from envstore.store.sessions import SessionLostError
 
 
 @dataclass(slots=True)
@@ -67,6 +70,30 @@ def heal(repository: Repository, damaged: Collection[bytes], index: DedupIndex) 
         healed.chunks += moved
         healed.left += left
     return healed
+
+
+def heal_after(repository: Repository, index: DedupIndex) -> list[str]:
+    """Heal at the end of a push within its session; returns what there is to tell about it.
+
+    No request unless packs are known to be damaged. Raises nothing but ``SessionLostError``: the
+    push itself has succeeded.
+    """
+    objects = repository.objects
+    damaged = objects.session.damaged_packs if isinstance(objects, GuardedStore) else frozenset()
+    if not damaged:
+        return []
+    try:
+        healed = heal(repository, damaged, index)
+    except SessionLostError:
+        raise
+    except EnvstoreError as error:
+        return [f"damaged packs are not healed yet: {error.message}"]
+    if not healed.packs and not healed.chunks:
+        return []
+    return [
+        f"healed: {len(healed.packs)} damaged packs are whole again, and {healed.chunks} chunks of "
+        f"{healed.manifests} trees lie in good ones; look with: envstore verify"
+    ]
 
 
 def harmed_manifests(repository: Repository, packs: Collection[bytes]) -> Iterator[bytes]:

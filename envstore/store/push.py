@@ -18,8 +18,10 @@ from pathlib import Path
 
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError, UnsupportedFormatError
 from envstore.store.chunking import CHUNKER_ID
+from envstore.store.damage import damaged_packs
 from envstore.store.describing import store_manifest
 from envstore.store.filing import FiledTree, Progress, entries_of, scan, silent, store_files
+from envstore.store.healing import heal_after
 from envstore.store.index import DedupIndex
 from envstore.store.known import KnownChunks, find_orphans
 from envstore.store.manifest import Root
@@ -100,7 +102,8 @@ def push(
     tree = scan(source)
     if before is not None and expected is not None and before.kind == source.kind:
         manifest = stat_cache.manifest(source.identity, tree.signature)
-        if manifest == before.manifest:
+        # Of what is known to be damaged every byte may be wanted once more.
+        if manifest == before.manifest and not damaged_packs(repository.objects):
             return PushResult(
                 str(ref), expected[0].snapshot, manifest, source.kind, before.files,
                 before.logical_bytes, 0, 0, 0, traffic.bytes_out - sent,
@@ -143,6 +146,7 @@ def push(
             name = expected[0].snapshot
         else:
             name = _commit(inside, source, ref, expected, root, options)
+        known.warnings += heal_after(inside, index)
     try:
         _remember(stat_cache, source, tree, root.digest)
     except EnvstoreError as error:
