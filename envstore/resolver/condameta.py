@@ -85,7 +85,10 @@ def lasting_installed(data: bytes) -> bytes:
 
 
 def _load(data: bytes) -> dict[str, Any]:
-    record = json.loads(data)
+    try:
+        record = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError("not an object")
     return record
