@@ -34,8 +34,13 @@ def main() -> int:
     parser.add_argument(
         "--store", choices=("s3", "file"), default="s3", help="a server or a disk [%(default)s]"
     )
-    parser.add_argument("--no-network-faults", action="store_true", help="leave the network alone")
-    parser.add_argument("--no-gc", action="store_true", help="collect no garbage")
+    parser.add_argument(
+        "--without",
+        action="append",
+        choices=("gc", "verify", "mount", "train", "network", "disk"),
+        default=[],
+        help="leave this out, to find what is to blame; may be repeated",
+    )
     parser.add_argument("--dir", type=Path, help="where to work [a new one in /var/tmp]")
     parser.add_argument("--keep", action="store_true", help="keep everything also on success")
     parser.add_argument("--json", action="store_true", help="print one object")

@@ -18,6 +18,7 @@ from envstore.store.pull import pull
 from envstore.store.push import push
 from envstore.store.refs import RefName, list_refs, read_ref
 from envstore.store.repository import Repository
+from envstore.store.roots import read_roots
 from envstore.store.source import DirectorySource
 from envstore.store.statcache import StatCache
 from envstore.store.usage import measure
@@ -32,7 +33,11 @@ ROOM = 1.05
 
 @dataclass(slots=True)
 class Reckoning:
-    """What was found at the end. Sizes are bytes of all objects."""
+    """What was found at the end. Sizes are bytes of all objects.
+
+    ``fresh`` is what a fresh store takes for the same content, ``du`` what ``envstore du`` calls
+    stored, ``held`` what only those need who were killed.
+    """
 
     snapshots_checked: int = 0
     checkpoints_checked: int = 0
@@ -42,7 +47,9 @@ class Reckoning:
     bytes_before: int = 0
     bytes_after: int = 0
     bytes_fresh: int = 0
-    bytes_live: int = 0
+    bytes_du: int = 0
+    held_snapshots: int = 0
+    held_bytes: int = 0
     ratio: float = 0.0
     problems: int = 0
 
@@ -59,7 +66,9 @@ def reckon(world: World, url: str, workers: list[Worker], *, gc: bool) -> Reckon
     found.bytes_before = _bytes(url)
     for _ in range(2 if gc else 0):
         with world.op("gc", "end") as op:
-            world.judge(op, world.run(op, "envstore", ["--json", "gc", "--grace", "0s"], env))
+            done = world.run(op, "envstore", ["--json", "gc", "--grace", "0s"], env)
+            world.judge(op, done)
+            world.log(f"the last collection: {done.out}")
     with world.op("verify", "end") as op:
         done = world.run(op, "envstore", ["--json", "verify", "--read-data"], env, limit=600)
         if world.judge(op, done) != "done":
@@ -72,7 +81,7 @@ def reckon(world: World, url: str, workers: list[Worker], *, gc: bool) -> Reckon
         for worker in workers:
             if worker.role == "train":
                 _check_run(world, url, worker, found)
-        found.bytes_live, found.bytes_fresh = _weigh(world, repository)
+        _weigh(world, repository, found)
         _say_objects(world, repository)
     found.ratio = found.bytes_after / max(1, found.bytes_fresh)
     if gc and found.ratio > ROOM:
@@ -162,35 +171,45 @@ def _bytes(url: str) -> int:
         objects.close()
 
 
-def _weigh(world: World, repository: Repository) -> tuple[int, int]:
-    """Return what ``du`` calls stored, and what a fresh store takes for all that is live."""
+def _weigh(world: World, repository: Repository, found: Reckoning) -> None:
+    """Weigh what a fresh store takes for all that is live; also what no ref and no run needs.
+
+    That is what killed writers had declared, and what killed mounts read: both count as live until
+    their time is over.
+    """
     names = sorted(list_refs(repository.objects))
-    live = measure(repository, names).total.stored
+    found.bytes_du = measure(repository, names).total.stored
+    needed: dict[bytes, str] = {}
+    for root in sorted(read_roots(repository.objects), key=lambda root: _held(root.key)):
+        needed.setdefault(root.snapshot, root.key)
     home = world.root / "fresh"
     objects = open_objects(f"file://{home}/store", create=True)
     config, _ = init_store(objects)
-    seen: set[bytes] = set()
     with Repository(objects, config, None) as fresh:
-        for number, name in enumerate(names):
-            snapshot = read_ref(repository.objects, name).snapshot
+        for number, (snapshot, key) in enumerate(needed.items()):
+            found.held_snapshots += _held(key)
             place = home / "tree"
             trees.remove(place)
-            if snapshot in seen:
-                place = home / "again"  # the same tree under one more name
-            else:
-                pull(repository, snapshot, place)
-            seen.add(snapshot)
-            if not place.exists():
-                continue
+            pull(repository, snapshot, place)
             stat_cache = StatCache(home / "stat.sqlite")
             source = DirectorySource(place, kind="model", normalise=True)
+            before = _size(fresh)
             try:
                 push(fresh, source, RefName.parse(f"live/{number}"), stat_cache)
             finally:
                 source.close()
                 stat_cache.close()
-        total = sum(info.size for info in fresh.objects.list(""))
-    return live, total
+            found.held_bytes += _held(key) * (_size(fresh) - before)
+        found.bytes_fresh = _size(fresh)
+
+
+def _held(key: str) -> bool:
+    """Whether this root is of somebody who was killed."""
+    return key.startswith(("sessions/", "leases/")) or key.split("/")[3:4] == ["leases"]
+
+
+def _size(repository: Repository) -> int:
+    return sum(info.size for info in repository.objects.list(""))
 
 
 def _say_objects(world: World, repository: Repository) -> None:

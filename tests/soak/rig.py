@@ -84,18 +84,20 @@ def _run(options: argparse.Namespace, root: Path) -> bool:
         world = World(root, store, token)
         stack.callback(world.close)
         workers = [
-            Worker(world, number, options.seed, gc=not options.no_gc)
+            Worker(world, number, options.seed, options.without)
             for number in range(options.workers)
         ]
         does = [worker.work for worker in workers]
         if options.kill_every:
             does.append(Killer(world, options.kill_every, options.seed).work)
-        if server is not None and proxy is not None and not options.no_network_faults:
+        if server is not None and proxy is not None and "network" not in options.without:
             does.append(Network(world, proxy, server, options.seed).work)
-        reader = next((worker for worker in workers if worker.role == "read"), None)
-        if reader is not None and _memory(stack, root / reader.name / "cache", _SMALL_CACHE):
+        readers = [worker for worker in workers if worker.role == "read"]
+        for reader in readers[:1] if "disk" not in options.without else ():
+            if not _memory(stack, root / reader.name / "cache", _SMALL_CACHE):
+                continue
             does.append(Disk(world, root / reader.name / "cache", reader.name, options.seed).work)
-        if options.store == "file" and small:
+        if options.store == "file" and small and "disk" not in options.without:
             does.append(Disk(world, root / "store", "", options.seed).work)
         _let_run(world, does, options.seconds)
         if proxy is not None:
@@ -161,7 +163,7 @@ def _end(world: World, url: str, workers: list[Worker], options: argparse.Namesp
         if worker.role == "train":
             worker.settle(url)
     quiet(world, 30)
-    return reckon(world, url, workers, gc=not options.no_gc)
+    return reckon(world, url, workers, gc="gc" not in options.without)
 
 
 def _print(options: argparse.Namespace, world: World, found: Reckoning, seconds: float) -> None:

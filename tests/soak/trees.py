@@ -19,7 +19,7 @@ VERSION = ".version"
 """The file in each tree that names it."""
 
 _SHARED = 160
-_SIZES = ((1_000, 12_000),) * 6 + ((20_000, 120_000),) * 3
+_SIZES = ((1_000, 12_000),) * 5 + ((30_000, 300_000),) * 4
 _PIECES = 4
 
 
