@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from envstore.confinement.process import keep_capabilities, keep_to_itself, refuse
+from envstore.confinement.programs import starts_programs
 from envstore.csi.config import ConfigFile, DriverConfig, single_store
 from envstore.csi.controller import ControllerService
 from envstore.csi.events import PodEvents, Silent
@@ -64,9 +66,18 @@ def run(options: DriverOptions) -> int:
     return 1 if refused else 0
 
 
+def _confine(options: DriverOptions) -> None:
+    """Give up every privilege, unless a node server is to be started, which needs some."""
+    keep_to_itself()
+    if options.node is None or not options.node.start:
+        keep_capabilities(())
+        refuse(executing=not starts_programs())
+
+
 def _start(options: DriverOptions, stack: ExitStack) -> None:
     """Serve all that is asked for, until ``stack`` is closed."""
     config = _Config(options)
+    _confine(options)  # before there is another thread
     cluster = ClusterHere.find()
     policy = Policy(config, Namespaces(cluster) if cluster is not None else None)
     services: list[Service] = []

@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from envstore.confinement import landlock, seccomp
 from envstore.errors import EnvstoreError
 from envstore.fuse.session import INSTALL_HINT, check_device
 from envstore.store.checks import Check, failed
 
 _PYTHON = (3, 11)
+_LANDLOCK_SIGNALS = 6
 _KERNEL_OLDEST, _KERNEL_RECOVERY = (5, 4), (6, 9)
 
 
@@ -26,6 +28,7 @@ def check_mounting() -> Iterator[Check]:
     yield _check_device()
     yield _check_helper()
     yield _check_binding()
+    yield _check_confinement()
 
 
 def check_fast_path(directory: Path) -> Check:
@@ -87,6 +90,20 @@ def _check_helper() -> Check:
         mend = f"as root: chown root {path} && chmod u+s {path}"
         return Check("fusermount3", "failed", f"{path} is not setuid root", mend)
     return Check("fusermount3", "ok", path)
+
+
+def _check_confinement() -> Check:
+    """Say what of a server's privileges this kernel lets it give up."""
+    filtering, found = seccomp.unavailable(), landlock.version()
+    lacks = [] if filtering is None else [f"no filter of system calls: {filtering}"]
+    lacks += [] if found else ["no Landlock: servers can write wherever their user can"]
+    if lacks:
+        mend = "Linux 5.13 or newer with CONFIG_SECCOMP_FILTER and CONFIG_SECURITY_LANDLOCK"
+        return Check("confinement", "note", "; ".join(lacks), mend)
+    detail = f"servers have no capability, filtered system calls, Landlock {found}"
+    if found < _LANDLOCK_SIGNALS:
+        detail += "; from Linux 6.12 on they also cannot signal other processes"
+    return Check("confinement", "ok", detail)
 
 
 def _check_binding() -> Check:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from envstore.errors import EnvstoreError, UsageError
+from envstore.fuse.peers import is_ours
 from envstore.fuse.sockets import MAX_LINE, told
 
 _MOST = 64
@@ -110,6 +111,9 @@ class Control:
         try:
             with socket.socket(fileno=os.dup(self._listener)) as listener:
                 client, _ = listener.accept()
+            if not is_ours(client):
+                client.close()
+                return
             client.setblocking(False)
             self._connections.append(Connection(client, self._ask))
         except OSError:

@@ -29,6 +29,7 @@ from envstore.confinement.process import confine
 from envstore.errors import EnvstoreError
 from envstore.fuse.channel import Channel, Message
 from envstore.fuse.limits import allow_many_files
+from envstore.fuse.peers import is_ours
 
 FORMAT = 1
 """Of what is said here, between versions."""
@@ -149,6 +150,9 @@ class FdStore:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             end, _ = self._listener.accept()
+            if not is_ours(end):
+                end.close()
+                return
             end.setblocking(True)
             self._callers.append(Channel.of(end))
             if len(self._callers) > _MOST_CALLERS:

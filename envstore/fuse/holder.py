@@ -27,6 +27,7 @@ from envstore.fuse.control import Connection, Control
 from envstore.fuse.keeping import LEASE, Kept
 from envstore.fuse.limits import allow_many_files
 from envstore.fuse.mountinfo import find_mount
+from envstore.fuse.privileges import describe
 from envstore.fuse.processes import Helpers, ServerProcess, wakened_by_signals
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.servers import Servers
@@ -397,6 +398,7 @@ class Holder:
     def _describe(self) -> dict[str, Any]:
         return {
             **self._servers.describe(),
+            "confined": describe(self._servers.active),
             "holder_pid": os.getpid(),
             "leases": self._lent,
             "deposited": self._deposit is not None and self._deposit.complete,

@@ -28,6 +28,7 @@ from envstore.fuse.keeping import LEASE, Keepsake
 from envstore.fuse.lease import KEPT, Asked, Lease
 from envstore.fuse.metrics import Metrics
 from envstore.fuse.mountinfo import find_mount
+from envstore.fuse.peers import is_ours
 from envstore.fuse.records import RecordFiles
 from envstore.fuse.sockets import MAX_LINE, told
 from envstore.fuse.turns import Turns
@@ -81,7 +82,14 @@ class Node:
         """Answer until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._check_leases)
-            await trio.serve_listeners(self._converse, [listener], handler_nursery=nursery)
+            await trio.serve_listeners(self._let_in, [listener], handler_nursery=nursery)
+
+    async def _let_in(self, stream: trio.SocketStream) -> None:
+        """Answer one question of this user's or of root's."""
+        if is_ours(stream.socket):
+            await self._converse(stream)
+        else:
+            await stream.aclose()
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         """Answer one question. Nothing that goes wrong may end the server."""

@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from envstore.confinement.capabilities import (
     DAC_OVERRIDE,
@@ -20,10 +21,13 @@ from envstore.confinement.capabilities import (
     SYS_ADMIN,
     SYS_PTRACE,
 )
-from envstore.confinement.process import confine, keep_capabilities, keep_to_itself
+from envstore.confinement.process import confine, in_force, keep_capabilities, keep_to_itself
 from envstore.confinement.programs import starts_programs
 from envstore.errors import EnvstoreError
 from envstore.fuse.keeping import MountRequest
+
+if TYPE_CHECKING:
+    from envstore.fuse.processes import ServerProcess
 
 _PRIVILEGED_PORTS = 1024
 _SYSTEM = frozenset(
@@ -85,6 +89,13 @@ class ServerConfinement:
         """Whether the cache is another directory by now, in which this process cannot write."""
         found = _identity(self._cache)
         return found is not None and found != self._there
+
+
+def describe(server: ServerProcess | None) -> dict[str, object]:
+    """Return what the kernel says of this process, a holder, and of its server."""
+    pids = {"holder": os.getpid(), **({"server": server.pid} if server is not None else {})}
+    found = {name: in_force(pid) for name, pid in pids.items()}
+    return {name: one.describe() for name, one in found.items() if one is not None}
 
 
 def _for_the_port(request: MountRequest) -> set[int]:

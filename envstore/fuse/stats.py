@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from envstore.errors import NotFoundError
+from envstore.fuse.peers import is_ours
 from envstore.fuse.sockets import short_address
 
 _WITHIN = 10.0
@@ -26,7 +27,8 @@ async def answer(
 
     async def tell(stream: trio.SocketStream) -> None:
         with contextlib.suppress(trio.BrokenResourceError):  # asked and gone
-            await stream.send_all(json.dumps(report()).encode())
+            if is_ours(stream.socket):
+                await stream.send_all(json.dumps(report()).encode())
         await stream.aclose()
 
     task_status.started()
