@@ -46,8 +46,9 @@ from envstore.store.packages import (
 from envstore.store.packing import PackWriter
 from envstore.store.pull import pull
 from envstore.store.push import PushOptions, PushResult
-from envstore.store.refs import RefName, move_ref, try_read
+from envstore.store.refs import Ref, RefName, move_ref, try_read
 from envstore.store.repository import Repository
+from envstore.store.sessions import writing
 from envstore.store.snapshots import Snapshot, save_snapshot
 from envstore.store.source import DirectorySource, Source
 
@@ -135,12 +136,27 @@ class _LockPush:
     def run(self, *, check_abi: bool, run_scripts: bool) -> LockPush:
         """See ``push_lock``."""
         data = encode_lock(self._lock)
-        objects = self._repository.objects
-        expected = try_read(objects, self._ref)
+        expected = try_read(self._repository.objects, self._ref)
         base = expected[0].snapshot if expected else None
         before = self._known.base(base) if base else None
         if base is not None and before is not None and self._is_current(before, digest(data)):
             return self._done(base, before, unchanged=True)
+        with writing(self._repository, f"push {self._ref}") as (_, inside):
+            self._repository = inside
+            self._known.use(inside)
+            return self._store(expected, data, check_abi=check_abi, run_scripts=run_scripts)
+
+    def _store(
+        self,
+        expected: tuple[Ref, str] | None,
+        data: bytes,
+        *,
+        check_abi: bool,
+        run_scripts: bool,
+    ) -> LockPush:
+        """Store the environment of the lock that ``data`` is, and move the ref."""
+        objects = self._repository.objects
+        base = expected[0].snapshot if expected else None
         keys = [
             ingest.key_of(package, self._compiler.python, bytecode=self._compiler.able)
             for package in self._lock.packages
@@ -206,7 +222,14 @@ class _LockPush:
             elif package is not None:
                 stored[key] = package
                 package.learn(self._known.index)
+        self._drop_lost(stored)
         return stored
+
+    def _drop_lost(self, stored: dict[str, StoredPackage]) -> None:
+        """Take packages for absent whose chunks are gone, doomed or damaged."""
+        for key, package in list(stored.items()):
+            if any(self._lost(name) for name in package.chunks()):
+                del stored[key]
 
     def _complete(
         self, writer: PackWriter, keys: Sequence[str], stored: dict[str, StoredPackage]
@@ -233,9 +256,7 @@ class _LockPush:
             chunks = (name for package in stored.values() for name in package.chunks())
             if self._known.forget_lost(chunks):
                 return
-            for key, package in list(stored.items()):
-                if any(self._lost(name) for name in package.chunks()):
-                    del stored[key]
+            self._drop_lost(stored)
 
     @contextmanager
     def _interpreter(
@@ -327,7 +348,11 @@ class _LockPush:
         changes = load_packages(objects, [key], self._warnings)[0]
         if changes is not None:
             changes.learn(self._known.index)
-        if changes is None or not self._known.forget_lost(changes.chunks()):
+        if (
+            changes is None
+            or not self._known.forget_lost(changes.chunks())
+            or any(self._lost(name) for name in changes.chunks())
+        ):
             changes = self._run_scripts(writer, entries, scripts)
             save_packages(objects, [(key, changes)])
         names = ", ".join(package.name for package, _ in scripts)
