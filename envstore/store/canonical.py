@@ -77,14 +77,20 @@ def decode(data: bytes, what: str) -> dict[str, Any]:
         value = json.loads(
             text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_refuse
         )
-        # Escapes can spell half of a pair, which is no character.
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+            check_text(value)
     except (ValueError, RecursionError):
         raise CorruptError(f"{what} is not valid JSON") from None
     if not isinstance(value, dict):
         raise CorruptError(f"{what} is not a JSON object")
     return _verified(value, data, what)
+
+
+def check_text(value: Any) -> None:
+    """Raise ``ValueError`` if text in ``value``, parsed JSON, is none: escapes can spell half of a
+    surrogate pair, which nobody can write again.
+    """
+    json.dumps(value, ensure_ascii=False).encode()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

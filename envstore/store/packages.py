@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from envstore.errors import CorruptError, NotFoundError, UnsupportedFormatError
+from envstore.store import canonical
 from envstore.store.binary import U32, Cursor, pack_array, seal, unseal
 from envstore.store.describing import place_of
 from envstore.store.digest import DIGEST_SIZE
@@ -118,6 +119,7 @@ def decode_package(data: bytes, what: str) -> StoredPackage:
     cursor = Cursor(body)
     try:
         facts = json.loads(bytes(cursor.take(cursor.u32())))
+        canonical.check_text(facts)
     except (ValueError, RecursionError):
         raise CorruptError(f"{what} holds no valid JSON") from None
     if not isinstance(facts, dict):

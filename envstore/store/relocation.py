@@ -29,6 +29,7 @@ _MAX_PACKAGE = 255
 MAX_SHEBANG = 127
 """Bytes of a script's first line that Linux reads."""
 _MAX_NUMBER = (1 << 64) - 1
+_LAST_SHIFT = 63
 MARK = b"\n"
 """Stands for a placeholder in a first line: the one byte that none holds."""
 
@@ -167,7 +168,9 @@ class _Decoder:
             if byte < 0x80:
                 break
             shift += 7
-        if value > limit or (shift and not byte) or shift > 63:
+            if shift > _LAST_SHIFT:
+                break
+        if value > limit or (shift and not byte) or shift > _LAST_SHIFT:
             raise CorruptError("relocation: a number too large, or not in its shortest form")
         return value
 
@@ -211,25 +214,31 @@ def plan(
         if mode is Mode.BINARY:
             end = data.find(b"\0", at)
             end = len(data) if end < 0 else end
-            while (found := data.find(placeholder, at, end)) >= 0:
+            while (found := data.find(placeholder, at, end)) >= 0 and len(offsets) < MAX_ENCODED:
                 offsets.append(found)
                 at = found + width
             ends.append(end)
             at = end
+        if len(offsets) >= MAX_ENCODED:  # each of them takes a byte at least
+            raise _too_many(package)
     if not offsets and not shebang:
         return None
     made = Relocation(mode, width, len(data), tuple(offsets), tuple(ends), shebang, package)
     if len(made.encode()) > MAX_ENCODED:
-        raise CorruptError(f"{package or 'a package'}: a file holds its prefix in too many places")
+        raise _too_many(package)
     return made
+
+
+def _too_many(package: str) -> CorruptError:
+    return CorruptError(f"{package or 'a package'}: a file holds its prefix in too many places")
 
 
 def _first_line(data: bytes | mmap.mmap) -> bytes:
     """Return the shebang of a text without its newline, empty if it has none."""
     if data[:2] != b"#!":
         return b""
-    end = data.find(b"\n")
-    return data[:end] if end >= 0 else data[:]
+    end = data.find(b"\n", 0, MAX_ENCODED)
+    return data[:end] if end >= 0 else data[: MAX_ENCODED + 1]
 
 
 def _is_utf8(line: bytes) -> bool:

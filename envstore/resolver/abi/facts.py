@@ -218,7 +218,7 @@ def from_json(value: Any) -> dict[str, ElfFacts]:
             raise EnvstoreError(f"ABI facts of version {value['version']} are not understood")
         names = [str(name) for name in value["names"]]
         return {str(path): _from_json(item, names) for path, item in value["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CorruptError(f"ABI facts are malformed: {error}") from error
 
 

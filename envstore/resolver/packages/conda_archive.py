@@ -9,6 +9,7 @@ prefix they were built for keep it, and get a relocation.
 from __future__ import annotations
 
 import bz2
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -256,10 +257,22 @@ def _relocations(
                     relocations[path] = encoded
         elif there.kind is Kind.FILE and one.placeholder:
             mode = Mode.BINARY if one.mode == "binary" else Mode.TEXT
-            found = plan(tree.read(path), one.placeholder.encode(), mode, package)
+            with _mapped(tree.on_disk(path)) as data:
+                found = plan(data, one.placeholder.encode(), mode, package)
             if found is not None:
                 relocations[path] = found.encode()
     return relocations
+
+
+@contextmanager
+def _mapped(path: bytes) -> Iterator[bytes | mmap.mmap]:
+    """Yield the content of a file, which may be larger than memory."""
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
 
 
 def _facts(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from envstore.resolver.packages.extract import Tree
+from envstore.store import canonical
 from envstore.store.source import Kind
 
 INDEX, PATHS, LINK = b"info/index.json", b"info/paths.json", b"info/link.json"
@@ -42,6 +43,7 @@ def read_json(info: dict[bytes, bytes], path: bytes) -> dict[str, Any]:
         raise ValueError(f"it has no {name}")
     try:
         value = json.loads(info[path])
+        canonical.check_text(value)
     except (ValueError, RecursionError):
         raise ValueError(f"{name} is not valid JSON") from None
     if not isinstance(value, dict):
