@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from envstore.store.damage import damaged_packs, forget_damage
@@ -131,14 +132,16 @@ class _Round:
         roots = read_roots(objects, writers.all)
         kept = kept_keys(writers.all, objects.now())
         marks = mark(self.repository, found, roots, kept, progress=self.progress)
+        usage = measure_packs(objects, found, marks, self.progress)
+        needed = usage.needed
         if self.owner is None:
             self.swept.deleted |= self._would_go(before, writers, found, marks)
         else:
             carry_profiles(self.repository, found, marks)
-            self._sweep(self.owner, found, self._due(before, writers, found, marks))
+            due = self._due(before, writers, found, marks)
+            self._sweep(self.owner, found, due, usage.lost)
         for key in self.swept.deleted:
             self._freed(found, key)
-        needed = measure_packs(objects, found, marks, self.progress)
         if self.owner is not None:
             moved = move(self.repository, found, marks, needed, self.max_unused, self.progress)
             self._moved(moved, marks)
@@ -165,13 +168,19 @@ class _Round:
             due.update(_dead(found, marks))
         return due
 
-    def _sweep(self, owner: Ownership, found: Survey, due: Sequence[Condemned]) -> None:
+    def _sweep(
+        self,
+        owner: Ownership,
+        found: Survey,
+        due: Sequence[Condemned],
+        lost: AbstractSet[bytes],
+    ) -> None:
         objects = self.repository.objects
         small = [row for row in due if not row.key.startswith("packs/")]
         sweep(owner, objects, small, self.swept, self.progress)
         rows = [row for row in due if row.key.startswith("packs/")]
         packs = {parse_hex(row.key[-64:]) or b"" for row in rows}
-        retired = retire(objects, found, packs, self.progress)
+        retired = retire(objects, found, packs | lost, self.progress)
         self.result.written_bytes += retired.written
         for key in retired.keys:
             owner.check()

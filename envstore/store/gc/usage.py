@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from envstore.errors import CorruptError
 from envstore.store.digest import parse_hex
@@ -24,21 +25,30 @@ from envstore.store.verify import DAMAGE
 _TAIL = 64 << 10
 
 
-def measure_packs(
-    objects: ObjectStore, found: Survey, marks: Marks, progress: Progress
-) -> array[int]:
-    """Return by pack number how many bytes of each live pack are needed, with its table.
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """By pack number how many bytes of a live pack are needed, with its table.
 
-    Of a pack whose table cannot be read all are.
+    ``lost`` are packs that segments list and that are not in the store.
     """
+
+    needed: array[int]
+    lost: frozenset[bytes]
+
+
+def measure_packs(objects: ObjectStore, found: Survey, marks: Marks, progress: Progress) -> Usage:
+    """Look into all live packs. Of one whose table cannot be read all is needed."""
     packs = found.packs
     needed = array("Q", packs.sizes)
     seen = bytearray(len(needed))
+    unlisted: set[bytes] = set()
     segments = segment_names(found)
     for at, pack in _listed(objects, found, segments):
         progress("looking into packs", at, len(segments))
         number = packs.number(pack.digest)
-        if number and marks.why[number] and not seen[number]:
+        if not number:
+            unlisted.add(pack.digest)
+        elif marks.why[number] and not seen[number]:
             seen[number] = 1
             needed[number] = needed_bytes(marks, number, pack)
     others = [number for number in range(1, len(needed)) if marks.why[number] and not seen[number]]
@@ -53,7 +63,9 @@ def measure_packs(
         progress("looking into packs without a segment", at, len(others))
         if pack_found is not None:
             needed[number] = needed_bytes(marks, number, pack_found)
-    return needed
+    # Some were stored since the listing.
+    sizes = read_ahead(sorted(unlisted), lambda pack: objects.size(pack_key(pack)))
+    return Usage(needed, frozenset(pack for pack, size in sizes if size is None))
 
 
 def segment_names(found: Survey) -> list[bytes]:
