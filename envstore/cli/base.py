@@ -151,4 +151,4 @@ class LazyGroup(Group):
         if module is None:
             return None
         found = importlib.import_module(module)
-        return cast(click.Command, getattr(found, cmd_name))
+        return cast(click.Command, getattr(found, cmd_name.replace("-", "_")))

@@ -92,7 +92,7 @@ def verify(settings: Settings, run: str, step: int | None, read_data: bool) -> N
     """
     from envstore.checkpoint.layout import RunName
     from envstore.checkpoint.protocol import RunStore
-    from envstore.cli.store import print_report
+    from envstore.cli.verify import print_report
     from envstore.store.verify import Problem
     from envstore.store.verify import verify as check
 
@@ -103,7 +103,7 @@ def verify(settings: Settings, run: str, step: int | None, read_data: bool) -> N
             raise no_checkpoint(runs)
         broken: list[Problem] = [Problem(str(runs.run), why, ()) for why in runs.warnings]
         targets = [(f"{runs.run}:step-{commit.step}", commit.snapshot) for commit in commits]
-        with progress(settings, unit_bytes=False) as draw:
+        with progress(settings, unit_bytes=read_data) as draw:
             report = check(
                 repository,
                 targets,

@@ -1,8 +1,8 @@
-"""``init``, ``du`` and ``verify``: the store as a whole."""
+"""``init`` and ``du``: the store as a whole."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,12 +10,10 @@ from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
 from envstore.cli.params import REF
-from envstore.cli.progress import progress
-from envstore.errors import CorruptError, UsageError
+from envstore.errors import UsageError
 
 if TYPE_CHECKING:
     from envstore.store.usage import Usage
-    from envstore.store.verify import Problem, Report
 
 
 @click.command(
@@ -119,85 +117,4 @@ def _usage_fields(usage: Usage) -> dict[str, int]:
         "unique_bytes": usage.unique,
         "stored_bytes": usage.stored,
         "exclusive_bytes": usage.exclusive,
-    }
-
-
-@click.command(
-    cls=Command,
-    examples="""
-        envstore verify                 every ref: is all there, and does it fit together?
-        envstore verify --read-data     read and hash every byte, too
-        envstore verify analysis        one ref
-    """,
-)
-@click.argument("ref", required=False, type=REF)
-@click.option("--read-data", is_flag=True, help="Read every pack and hash every frame and chunk.")
-@click.pass_obj
-def verify(settings: Settings, ref: str | None, read_data: bool) -> None:
-    """Look for damage in what REF, or every ref, leads to.
-
-    Names the damaged objects and the refs that they harm. Without --read-data metadata is read
-    and hashed, and of each pack the table of contents. Without REF also the index is checked,
-    which pushes look chunks up in. The cache is not used. Exits with 1 if anything is damaged.
-    """
-    from envstore.store.catalog import all_targets
-    from envstore.store.verify import verify as check
-
-    broken: list[Problem] = []
-    with settings.open(cached=False) as repository:
-        if ref is not None:
-            targets = [(ref, repository.resolve(ref))]
-        else:
-            targets, broken = all_targets(repository)
-        url = repository.objects.url
-        with progress(settings, unit_bytes=False) as draw:
-            report = check(
-                repository,
-                targets,
-                read_data=read_data,
-                whole=ref is None,
-                progress=lambda done, total: draw("checking packs", done, total),
-            )
-    report.problems[:0] = broken
-    print_report(settings, report)
-    if not report.ok:
-        raise CorruptError(
-            f"{output.counted(len(report.problems), 'problem')} found in {url}",
-            hint="restore the objects from a copy of the store, or push the trees to a new one",
-        )
-
-
-def print_report(settings: Settings, report: Report) -> None:
-    """Print what was found damaged, and how much was looked at."""
-    if settings.json:
-        output.result(_report_fields(report))
-        return
-    for problem in report.problems:
-        harms = f" [{', '.join(problem.harms)}]" if problem.harms else ""
-        output.line(f"damaged: {problem.object}: {output.printable(problem.reason)}{harms}")
-    output.summary(
-        settings,
-        f"checked {output.counted(report.snapshots, 'snapshot')}, "
-        f"{output.counted(report.packs, 'pack')}, {output.counted(report.frames, 'frame')}, "
-        f"{output.counted(report.chunks, 'chunk')}; read {output.size(report.bytes_read)} of packs"
-        + ("; all is well" if report.ok else ""),
-    )
-
-
-def _report_fields(report: Report) -> dict[str, Any]:
-    return {
-        "ok": report.ok,
-        "snapshots": report.snapshots,
-        "packs": report.packs,
-        "frames": report.frames,
-        "chunks": report.chunks,
-        "bytes_read": report.bytes_read,
-        "problems": [
-            {
-                "object": problem.object,
-                "reason": output.printable(problem.reason),
-                "harms": list(problem.harms),
-            }
-            for problem in report.problems
-        ],
     }

@@ -22,7 +22,8 @@ from envstore.store.objects.base import ObjectStore
 from envstore.store.packs import FOOTER, FOOTER_SIZE, HEADER, OLD_HEADER, Pack, pack_key, read_table
 from envstore.store.problems import DAMAGE
 
-TAIL = 256 << 10
+TAIL = 64 << 10
+"""Bytes at the end of a pack that are asked for first: most tables are shorter."""
 PIECE = 4 << 20
 """Bytes of frames that are asked for at once, unless one frame has more."""
 

@@ -44,7 +44,8 @@ class Report:
     list why; ``sound`` are the packs that were read whole and are as they should be;
     ``quarantined`` are damaged, and nothing needs them; ``unneeded`` are on the list, and nothing
     names them at all. ``false_locations`` are manifests whose locations are damaged or lead to what
-    is not there. ``warnings`` are no damage.
+    is not there. ``started`` is when the data began to be read (RFC 3339). ``warnings`` are no
+    damage.
     """
 
     snapshots: int = 0
@@ -55,6 +56,7 @@ class Report:
     data_packs: int = 0
     earlier_packs: int = 0
     earlier_bytes: int = 0
+    started: str = ""
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     damaged: dict[bytes, str] = field(default_factory=dict)

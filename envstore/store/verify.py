@@ -76,6 +76,7 @@ def verify(
     run = Run(sample or Sample(), "", {})
     if notes is not None:
         run = notes.begin(run.sample, resume=resume)
+    check.report.started = run.started
     try:
         check.look_at_packs(run if read_data else None, notes, whole, limiter, progress)
         check.judge()
