@@ -85,8 +85,13 @@ class ServerConfinement:
         confine(places, kept, executing=starts_programs())
 
     @property
-    def outdated(self) -> bool:
-        """Whether the cache is another directory by now, in which this process cannot write."""
+    def cache_gone(self) -> bool:
+        """Whether the cache is no longer the directory in which this process may write."""
+        return _identity(self._cache) != self._there
+
+    @property
+    def cache_replaced(self) -> bool:
+        """Whether there is another in its place, for a server that is started now."""
         found = _identity(self._cache)
         return found is not None and found != self._there
 

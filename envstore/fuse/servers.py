@@ -319,6 +319,9 @@ class Servers:
                 self._events.failed(body["error"])
             case "serving":
                 self._on_serving(server)
+            case "renew":
+                self.end_standby()
+                self.prepare_soon()
             case "look":
                 self._look(server)
 

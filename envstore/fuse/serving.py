@@ -65,6 +65,7 @@ class _Server:
     holder_began: float = -math.inf
     holders_lost: int = 0
     node: Node | None = None
+    renewing: bool = False
 
     def run(self) -> int:
         message = self.channel.receive()
@@ -212,9 +213,7 @@ class _Server:
         while True:
             await self._send("beat")
             self._save()
-            if self.confined.outdated and self.kept.flags & Flag.HAS_RESEND:
-                _log.warning("the cache was replaced: making way for a server that may use it")
-                os._exit(0)
+            await self._see_to_the_cache()
             await trio.sleep(BEAT)
 
     async def _send(self, kind: str) -> None:
@@ -222,6 +221,17 @@ class _Server:
             self.channel.post(kind)
         except OSError as error:
             _log.debug("the holder does not hear: %s", error)
+
+    async def _see_to_the_cache(self) -> None:
+        """Make way for another server if the cache was replaced, which this one cannot use."""
+        if not self.confined.cache_gone or not self.kept.flags & Flag.HAS_RESEND:
+            self.renewing = False
+        elif not self.renewing:
+            self.renewing = True
+            await self._send("renew")  # the next server makes the directory, if need be
+        elif self.confined.cache_replaced:
+            _log.warning("the cache was replaced: making way for a server that may use it")
+            os._exit(0)
 
     def _look(self) -> None:
         """Have the holder look which of the node's mounts are there."""
