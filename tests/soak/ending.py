@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from envstore import checkpoint
 from envstore.checkpoint.errors import NoCheckpointError
 from envstore.errors import EnvstoreError
 from envstore.store.config import init_store
+from envstore.store.locations import NOWHERE
 from envstore.store.objects import open_objects
 from envstore.store.pull import pull
 from envstore.store.push import push
@@ -27,6 +29,7 @@ from tests.soak.ledger import ABSENT, ANYTHING
 from tests.soak.work import Worker, judge_tree
 from tests.soak.world import World
 
+_LAST = ("--grace", "0s", "--max-unused", "1%")
 ROOM = 1.05
 """What the store may take at the end, as a multiple of its live content in a fresh one."""
 
@@ -36,7 +39,8 @@ class Reckoning:
     """What was found at the end. Sizes are bytes of all objects.
 
     ``fresh`` is what a fresh store takes for the same content, ``du`` what ``envstore du`` calls
-    stored, ``held`` what only those need who were killed.
+    stored, ``held`` what only those need who were
+    killed, ``duplicate`` what chunks take that are live in more than one place.
     """
 
     snapshots_checked: int = 0
@@ -48,6 +52,7 @@ class Reckoning:
     bytes_after: int = 0
     bytes_fresh: int = 0
     bytes_du: int = 0
+    bytes_duplicate: int = 0
     held_snapshots: int = 0
     held_bytes: int = 0
     ratio: float = 0.0
@@ -66,7 +71,7 @@ def reckon(world: World, url: str, workers: list[Worker], *, gc: bool) -> Reckon
     found.bytes_before = _bytes(url)
     for _ in range(2 if gc else 0):
         with world.op("gc", "end") as op:
-            done = world.run(op, "envstore", ["--json", "gc", "--grace", "0s"], env)
+            done = world.run(op, "envstore", ["--json", "gc", *_LAST], env)
             world.judge(op, done)
             world.log(f"the last collection: {done.out}")
     with world.op("verify", "end") as op:
@@ -182,6 +187,7 @@ def _weigh(world: World, repository: Repository, found: Reckoning) -> None:
     needed: dict[bytes, str] = {}
     for root in sorted(read_roots(repository.objects), key=lambda root: _held(root.key)):
         needed.setdefault(root.snapshot, root.key)
+    found.bytes_duplicate = _duplicates(repository, needed)
     home = world.root / "fresh"
     objects = open_objects(f"file://{home}/store", create=True)
     config, _ = init_store(objects)
@@ -201,6 +207,23 @@ def _weigh(world: World, repository: Repository, found: Reckoning) -> None:
                 stat_cache.close()
             found.held_bytes += _held(key) * (_size(fresh) - before)
         found.bytes_fresh = _size(fresh)
+
+
+def _duplicates(repository: Repository, snapshots: Iterable[bytes]) -> int:
+    """Return what chunks take that live content has in other places, too."""
+    places: dict[bytes, dict[tuple[bytes, int], float]] = {}
+    for snapshot in snapshots:
+        root, locations = repository.located(repository.snapshot(snapshot).manifest)
+        number = 0
+        for part in repository.parts(root, locations):
+            for i, size in enumerate(part.ref_sizes):
+                if (at := locations.ref_frames[number]) != NOWHERE:
+                    frame = locations.frames[at]
+                    chunk = part.ref_digests[32 * i : 32 * i + 32]
+                    place = (frame.pack, frame.offset)
+                    places.setdefault(chunk, {})[place] = frame.stored * size / max(1, frame.raw)
+                number += 1
+    return round(sum(sum(found.values()) - min(found.values()) for found in places.values()))
 
 
 def _held(key: str) -> bool:
