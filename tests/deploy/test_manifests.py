@@ -23,7 +23,7 @@ from envstore.csi.refusal import NAME
 from envstore.csi.request import CANONICAL_PREFIX, parse_request
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
-OVERLAYS = ("default", "sidecars", "provisioner", "checkpoints", "e2e")
+OVERLAYS = ("default", "sidecars", "provisioner", "checkpoints", "maintenance", "e2e")
 NAMESPACE = "envstore-system"
 UNPRIVILEGED = {
     "privileged": False,
@@ -40,6 +40,7 @@ _MODELS = {
     "v1/Pod": client.V1Pod,
     "v1/PersistentVolume": client.V1PersistentVolume,
     "v1/PersistentVolumeClaim": client.V1PersistentVolumeClaim,
+    "batch/v1/CronJob": client.V1CronJob,
     "batch/v1/Job": client.V1Job,
     "apps/v1/DaemonSet": client.V1DaemonSet,
     "apps/v1/Deployment": client.V1Deployment,
@@ -85,9 +86,14 @@ def workloads(overlay: str) -> list[Object]:
     return [each for each in rendered(overlay) if each["kind"] in ("DaemonSet", "Deployment")]
 
 
+def jobs(overlay: str) -> list[Object]:
+    """What is to run at set times: only what does so may be without metrics and probes."""
+    return [each["spec"]["jobTemplate"] for each in rendered(overlay) if each["kind"] == "CronJob"]
+
+
 def containers(overlay: str) -> list[tuple[Object, Object]]:
     """Each container with the spec of its pod."""
-    specs = [each["spec"]["template"]["spec"] for each in workloads(overlay)]
+    specs = [each["spec"]["template"]["spec"] for each in (*workloads(overlay), *jobs(overlay))]
     assert not any("initContainers" in spec for spec in specs)
     return [(container, spec) for spec in specs for container in spec["containers"]]
 
@@ -172,9 +178,9 @@ def test_everything_that_is_referred_to_is_there(overlay: str) -> None:
     accounts = {
         each["metadata"]["name"] for each in rendered(overlay) if each["kind"] == "ServiceAccount"
     }
-    for workload in workloads(overlay):
+    for workload in (*workloads(overlay), *jobs(overlay)):
         template = workload["spec"]["template"]
-        selector = workload["spec"]["selector"]["matchLabels"]
+        selector = workload["spec"].get("selector", {}).get("matchLabels", {})
         assert template["metadata"]["labels"].items() >= selector.items()
         spec = template["spec"]
         assert spec["serviceAccountName"] in accounts
@@ -193,7 +199,7 @@ def test_everything_that_is_referred_to_is_there(overlay: str) -> None:
             for probe in ("livenessProbe", "readinessProbe"):
                 if probe in container:
                     assert container[probe]["httpGet"]["port"] in ports
-            if container["name"] != "checkpoints":  # it has no metrics
+            if container["name"] not in ("checkpoints", "maintenance"):  # they have no metrics
                 scraped = template["metadata"]["annotations"]["prometheus.io/port"]
                 assert int(scraped) == ports["metrics"]
 
@@ -202,7 +208,8 @@ def test_everything_that_is_referred_to_is_there(overlay: str) -> None:
 def test_every_container_says_what_it_needs(overlay: str) -> None:
     for container, spec in containers(overlay):
         assert set(container["resources"]["requests"]) == {"cpu", "memory"}
-        assert spec["priorityClassName"].startswith("system-")
+        if container["name"] != "maintenance":  # it may wait, and be tried again
+            assert spec["priorityClassName"].startswith("system-")
         # Without a CPU limit nobody who reads is throttled; the node server has no limit at all,
         # because whoever kills it for its memory gains nothing.
         assert set(container["resources"].get("limits", {})) <= {"memory"}
@@ -329,3 +336,19 @@ def test_volumes_in_the_examples_are_ones_that_the_driver_takes() -> None:
     assert len(requests) == 3
     for attributes in requests.values():
         assert parse_request(attributes).ref == "team/train:2026-11"
+
+
+def test_maintenance_runs_alone_and_without_rights() -> None:
+    for name, command in (("envstore-gc", "gc"), ("envstore-verify", "verify")):
+        spec = one("maintenance", "CronJob", name)["spec"]
+        assert spec["concurrencyPolicy"] == "Forbid"
+        pod = spec["jobTemplate"]["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["restartPolicy"] == "Never"
+        (container,) = pod["containers"]
+        assert container["command"][1] == command
+        # The root is read-only: what it writes besides has to have a place.
+        writable = {mount["mountPath"] for mount in container["volumeMounts"]}
+        variables = {each["name"]: each["value"] for each in container["env"]}
+        assert {variables["ENVSTORE_CACHE_DIR"], variables["TMPDIR"]} <= writable
