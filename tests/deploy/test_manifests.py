@@ -245,9 +245,12 @@ def test_every_option_is_one_that_envstore_has(overlay: str) -> None:
             assert found is not None
             command = found
         known = {option for parameter in command.params for option in parameter.opts}
-        arguments = sum(isinstance(parameter, click.Argument) for parameter in command.params)
-        options = words[min(arguments, len(words)) :]
-        assert all(word.startswith("/") for word in words[: len(words) - len(options)])
+        arguments = [each for each in command.params if isinstance(each, click.Argument)]
+        places = [word for word in words if not word.startswith("-")]
+        options = words[len(places) :]
+        assert words[: len(places)] == places
+        assert all(place.startswith("/") for place in places)
+        assert sum(each.required for each in arguments) <= len(places) <= len(arguments)
         assert {word.partition("=")[0] for word in options} <= known
 
 
