@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from envstore.store import session_records
+from envstore.store.doomed import STATE_KEY
 from envstore.store.objects.base import ObjectInfo, ObjectStore, ignore
 from envstore.store.objects.body import Body, length
 
@@ -112,8 +114,12 @@ class LimitedObjects:
         self._inner.put(key, data)
 
     def put_if(self, key: str, data: bytes, version: str | None) -> str:
-        """Store ``data`` only if the object still has ``version``, once it may pass."""
-        self._bucket.take(len(data))
+        """Store ``data`` only if the object still has ``version``, once it may pass.
+
+        What says that this writer is alive passes at once: late, it would be taken for dead.
+        """
+        if not key.startswith((session_records.PREFIX, STATE_KEY)):
+            self._bucket.take(len(data))
         return self._inner.put_if(key, data, version)
 
     def size(self, key: str) -> int | None:

@@ -8,13 +8,15 @@ ref, so that of several who do, nobody moves one back.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 from envstore.checkpoint.layout import RunName
 from envstore.checkpoint.records import Commit
 from envstore.errors import ConflictError, CorruptError, NotFoundError, UsageError
+from envstore.store.guarded import GuardedStore
 from envstore.store.refs import Ref, list_refs, move_ref, try_read
 from envstore.store.repository import Repository
+from envstore.store.sessions import writing
 
 LATEST = "latest"
 _RACES = 8
@@ -70,6 +72,11 @@ class Names:
                     tag = step_tag(commit.step)
                     if tag not in present:
                         found.setdefault(tag, None)
+            if not isinstance(objects, GuardedStore) and _any_off(found, commits):
+                # What is read again in the session cannot be collected before the refs are moved.
+                with writing(self._repository, f"refs of {self._run}") as (_, inside):
+                    names = Names(inside, self._run, self._commits)
+                    return [*warnings, *names._settle(tags, present)]
             tags = [
                 tag for tag, ref in found.items() if not self._move(tag, ref, commits, warnings)
             ]
@@ -122,6 +129,15 @@ class Names:
     def _tags(self) -> set[str]:
         prefix = f"{self._run.namespace}/{self._run.name}/"
         return {name.tag for name in list_refs(self._repository.objects, prefix)}
+
+
+def _any_off(found: Mapping[str, tuple[Ref, str] | None], commits: Sequence[Commit]) -> bool:
+    """Whether any of the refs that were found does not point at what it should point at."""
+    return any(
+        target is not None and (ref is None or ref[0].snapshot != target.snapshot)
+        for tag, ref in found.items()
+        for target in (_target(tag, commits),)
+    )
 
 
 def _target(tag: str, commits: Sequence[Commit]) -> Commit | None:

@@ -20,6 +20,7 @@ from envstore.checkpoint.errors import CheckpointError
 from envstore.checkpoint.hashing import HashPool
 from envstore.checkpoint.layout import CheckpointId, Orders
 from envstore.checkpoint.news import News, described
+from envstore.checkpoint.partsession import PartSession
 from envstore.checkpoint.peeking import Peek, break_slot, peek
 from envstore.checkpoint.protocol import RunStore
 from envstore.checkpoint.records import Commit, Part
@@ -114,6 +115,7 @@ class Worker(threading.Thread):
         # Of the thread alone:
         self._trouble: dict[Key, _Trouble] = {}
         self._waiting: dict[str, _Waiting] = {}
+        self._session = PartSession()
         self._recipe: tuple[Key, int, recipes.Recipe] | None = None
         self._writing: tuple[Key, float] = (-1, -1), 0.0
 
@@ -177,6 +179,7 @@ class Worker(threading.Thread):
             while self._turn():
                 pass
         finally:
+            self._session.leave()
             self._hashes.close()
             self._stores.close()
 
@@ -289,7 +292,8 @@ class Worker(threading.Thread):
         return page.state == WAVE or time.monotonic() - self._writing[1] >= EARLY_SECONDS
 
     def _keep_trouble(self, keys: set[Key]) -> None:
-        """Forget the trouble with parts that are gone."""
+        """Forget the trouble with parts that are gone, and end the session of such a one."""
+        self._session.leave_unless(keys)
         gone = self._trouble.keys() - keys
         for key in gone:
             del self._trouble[key]
@@ -309,7 +313,11 @@ class Worker(threading.Thread):
         with self._awake:
             self._idle = False
         try:
-            self._store_part(slot, key)
+            try:
+                self._store_part(slot, key)
+            except BaseException:
+                self._session.leave()
+                raise
         except AbandonedError:
             _log.info("%s was not staged to its end", id)
             self._stores.drop(slot.orders.store)
@@ -326,12 +334,14 @@ class Worker(threading.Thread):
 
     def _store_part(self, slot: StagedSlot, key: Key) -> None:
         orders = slot.orders
-        store, run, missing = self._stores.prepare(orders)
-        for base in missing:
+        store, run = self._stores.prepare(orders)
+        inside = self._session.enter(key, store, f"save of {orders.checkpoint} of {orders.run}")
+        run = run.within(inside)
+        for base in store.learn(run, orders.bases):
             self._news.warn(
                 f"{orders.checkpoint}: no chunks shared with {base}, which is not there"
             )
-        traffic = store.repository.objects.traffic
+        traffic = inside.objects.traffic
         before = traffic.bytes_out
         recipe = self._recipe_of(slot, key)
         filling = SlotFilling(slot, self._slots)
@@ -350,7 +360,7 @@ class Worker(threading.Thread):
                 return
             root = upload.finish()
         store.knowledge.settle()
-        snapshot = save_part_snapshot(store.repository, root, orders)
+        snapshot = save_part_snapshot(inside, root, orders)
         sent = traffic.bytes_out - before
         run.put_part(
             Part(
@@ -368,6 +378,7 @@ class Worker(threading.Thread):
         commit = run.try_commit(orders.checkpoint)
         # From here on the other ranks, or whoever looks for the latest, can do without the slot.
         slot.mark_durable()
+        self._session.leave()
         self._trouble.pop(key, None)
         if slot.wave:
             self._recipe = None
@@ -378,6 +389,7 @@ class Worker(threading.Thread):
             self._waiting[str(orders.checkpoint)] = _Waiting(orders, sent)
             self._note_waiting()
         else:
+            _, run = self._stores.prepare(orders)
             self._committed(run, commit, orders, sent)
 
     def _recipe_of(self, slot: StagedSlot, key: Key) -> recipes.Recipe:
@@ -397,7 +409,7 @@ class Worker(threading.Thread):
                 continue
             orders = waiting.orders
             try:
-                _, run, _ = self._stores.prepare(orders)
+                _, run = self._stores.prepare(orders)
                 commit = run.try_commit(orders.checkpoint)
                 if commit is None:
                     self._require_hope(run, orders, waiting)

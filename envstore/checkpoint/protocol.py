@@ -13,8 +13,10 @@ of its tree.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import copy
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from envstore.checkpoint.beginning import Beginning, Choose
 from envstore.checkpoint.bodies import check_id
@@ -33,7 +35,9 @@ from envstore.errors import (
     NotFoundError,
     UnavailableError,
 )
+from envstore.store.guarded import GuardedStore
 from envstore.store.repository import PARALLEL, Repository
+from envstore.store.sessions import writing
 
 
 class RunStore:
@@ -55,6 +59,24 @@ class RunStore:
         self._names = Names(repository, run, self.commits)
         self._holds = Holds(self._objects, run)
         self._known: dict[CheckpointId, Commit] = {}
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[RunStore]:
+        """Yield this run in a writer's session, within which its commits and refs are safe.
+
+        What they lead to is what was read in it. Within a session that one goes on.
+        """
+        with writing(self.repository, f"{what} of {self.run}") as (_, inside):
+            yield self if inside is self.repository else self.within(inside)
+
+    def within(self, repository: Repository) -> RunStore:
+        """Return this run, with what is known of it, in the session that ``repository`` is of."""
+        found = copy.copy(self)
+        found.repository, found._objects = repository, repository.objects
+        found._shelf = Shelf(repository.objects, self.run)
+        found._names = Names(repository, self.run, found.commits)
+        found._holds = Holds(repository.objects, self.run)
+        return found
 
     # Epochs.
 
@@ -102,11 +124,15 @@ class RunStore:
     def put_part(self, part: Part) -> Part:
         """Store the part of one rank; returns it as it is stored.
 
-        All that ``part.snapshot`` leads to must be stored already. A rank that stores the same
-        content again gets what it stored first. One request. Raises ``RanksDisagreeError`` if
-        another process stored something else as this rank.
+        All that ``part.snapshot`` leads to must be stored already, in the session of this. A rank
+        that stores the same content again gets what it stored first. One request, three for a
+        session. Raises ``RanksDisagreeError`` if another process stored something else as this
+        rank.
         """
         check_id(part.checkpoint)
+        if not isinstance(self._objects, GuardedStore):
+            with self.writing(f"part of step {part.checkpoint.step}") as inside:
+                return inside.put_part(part)
         found = self._shelf.put_part(part)
         if found.plan != part.plan or not self._same_tree(found.snapshot, part.snapshot):
             raise RanksDisagreeError(
@@ -196,6 +222,10 @@ class RunStore:
         if not complete:
             _check_sizes(checkpoint, names)
             return None
+        if not isinstance(self._objects, GuardedStore):
+            # Parts that are seen in the session cannot be collected before they are committed.
+            with self.writing(f"commit of step {checkpoint.step}") as inside:
+                return inside._commit(checkpoint)
         parts = self._shelf.read_parts(checkpoint, sorted(names))
         if len({part.plan for part in parts}) > 1:
             raise RanksDisagreeError(

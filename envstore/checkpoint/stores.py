@@ -30,18 +30,23 @@ class OpenStore:
     knowledge: Knowledge
     runs: dict[RunName, RunStore] = field(default_factory=dict)
     bases: dict[str, bytes] = field(default_factory=dict)
+    learned: set[RunName] = field(default_factory=set)
 
     def run(self, name: RunName) -> RunStore:
-        """Return the checkpoints of a run. Its newest commits are learned the first time."""
+        """Return the checkpoints of a run."""
         if name not in self.runs:
-            found = RunStore(self.repository, name)
-            newest = found.commits()[-_RECENT:]
-            self.knowledge.learn(commit.snapshot for commit in reversed(newest))
-            self.runs[name] = found
+            self.runs[name] = RunStore(self.repository, name)
         return self.runs[name]
 
-    def learn_bases(self, bases: Sequence[str]) -> list[str]:
-        """Learn the snapshots that refs or digests name; returns those that are not there."""
+    def learn(self, run: RunStore, bases: Sequence[str]) -> list[str]:
+        """Learn the newest commits of a run, the first time, and what refs or digests name.
+
+        Returns those of ``bases`` that are not there.
+        """
+        if run.run not in self.learned:
+            newest = run.commits()[-_RECENT:]
+            self.knowledge.learn(commit.snapshot for commit in reversed(newest))
+            self.learned.add(run.run)
         missing = []
         for text in bases:
             if text not in self.bases:
@@ -92,11 +97,10 @@ class Stores:
             self._open[url] = OpenStore(repository, Knowledge(repository))
         return self._open[url]
 
-    def prepare(self, orders: Orders) -> tuple[OpenStore, RunStore, list[str]]:
-        """Return the store and run of ``orders``, and the bases that are not there."""
+    def prepare(self, orders: Orders) -> tuple[OpenStore, RunStore]:
+        """Return the store and run of ``orders``."""
         store = self.open(orders.store)
-        run = store.run(RunName.parse(orders.run))
-        return store, run, store.learn_bases(orders.bases)
+        return store, store.run(RunName.parse(orders.run))
 
     def drop(self, url: str) -> None:
         """Close a store, so that it is opened again: credentials may be others by then."""

@@ -20,10 +20,12 @@ from envstore.store.chunking import TENSOR_PIECE, Chunk
 from envstore.store.dedup import places_to_reuse
 from envstore.store.describing import store_manifest
 from envstore.store.frames import Codec
+from envstore.store.guarded import GuardedStore
 from envstore.store.index import DedupIndex
 from envstore.store.known import KnownChunks, find_orphans
 from envstore.store.manifest import Root
 from envstore.store.packing import PackWriter
+from envstore.store.packs import pack_key
 from envstore.store.repository import Repository
 from envstore.store.snapshots import Snapshot, save_snapshot
 
@@ -56,6 +58,11 @@ class Knowledge:
         A persister that begins anew knows of none, and stores numbers with their bytes apart."""
         self._learned: set[bytes] = set()
         self._segments = False
+
+    def use(self, repository: Repository) -> None:
+        """Go on in the session that ``repository`` is of: what that must not reuse is forgotten."""
+        self.repository = repository
+        self.known.use(repository)
 
     def learn(self, snapshots: Iterable[bytes]) -> None:
         """Learn the chunks of ``snapshots``, and of recent segments if that was not done yet.
@@ -104,6 +111,7 @@ class PartUpload:
         repository = knowledge.repository
         orphans = find_orphans(repository, pending)
         knowledge.index.add_packs(orphans)
+        _claim_waves(repository, knowledge.index, recipe)
         recipe.teach(knowledge.index)
         self._writer = PackWriter(
             repository.objects,
@@ -215,6 +223,18 @@ class PartUpload:
         root = store_manifest(repository, entries, self._knowledge.known, self._writer)
         self._knowledge.last = dict(zip(self.recipe.paths, self.recipe.refs, strict=True))
         return root
+
+
+def _claim_waves(repository: Repository, index: DedupIndex, recipe: Recipe) -> None:
+    """See that what earlier waves stored is not collected, in another session than this one.
+
+    Nothing leads to it yet. That it is there still is looked at before it is relied on.
+    """
+    frames = [frame for frame, _ in recipe.places.values()]
+    packs = {one.pack for frame in frames for one in (frame, frame.anchor) if one is not None}
+    if packs and isinstance(repository.objects, GuardedStore):
+        repository.objects.session.claim({pack_key(pack) for pack in packs})
+        index.trust_packs(packs)
 
 
 def _place(files: Sequence[StagedFile], span: Span) -> int:

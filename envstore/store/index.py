@@ -118,6 +118,10 @@ class DedupIndex:
             name: place for name, place in self._places.items() if place >> 32 not in gone
         }
 
+    def trust_packs(self, packs: Collection[bytes]) -> None:
+        """Let chunks be found in ``packs`` again that are fed from here on."""
+        self._lost.difference_update(packs)
+
     def add_packs(self, packs: Iterable[Pack]) -> None:
         """Learn every chunk of ``packs`` but of differences: only locations name their anchors."""
         for pack in packs:

@@ -47,7 +47,7 @@ from envstore.store.roots import reachable
 from envstore.store.session_records import TTL, Record, put_record, read_record, session_key
 from envstore.store.snapshots import snapshot_key
 
-__all__ = ["TTL", "Session", "SessionLostError", "writing"]
+__all__ = ["TTL", "Session", "SessionLostError", "within", "writing"]
 
 _ATTEMPTS = 3
 _PARALLEL = 16
@@ -380,9 +380,14 @@ def writing(repository: Repository, what: str) -> Iterator[tuple[Session, Reposi
         yield repository.objects.session, repository
         return
     with Session.begin(repository, what) as session:
-        inside = copy.copy(repository)
-        inside.objects = session.objects
-        yield session, inside
+        yield session, within(repository, session)
+
+
+def within(repository: Repository, session: Session) -> Repository:
+    """Return ``repository`` as it is to be used in a session: with the same cache."""
+    inside = copy.copy(repository)
+    inside.objects = session.objects
+    return inside
 
 
 def _clocks() -> tuple[float, float]:

@@ -189,9 +189,9 @@ def test_bases_are_refs_or_digests_and_those_that_are_gone_are_named(
     name = store.repository.resolve("team/base").hex()
     stores = Stores(TokenBucket())
     try:
-        _, _, missing = stores.prepare(
-            orders(store.url, 1, bases=("team/base", name, "team/gone", "no ref/at/all"))
-        )
+        bases = ("team/base", name, "team/gone", "no ref/at/all")
+        opened, run = stores.prepare(orders(store.url, 1, bases=bases))
+        missing = opened.learn(run, bases)
     finally:
         stores.close()
 

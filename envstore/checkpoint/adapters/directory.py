@@ -144,32 +144,36 @@ class DirectoryRun:
         source: str,
         settled: Callable[[], bool],
     ) -> Commit:
-        commits = self.run.commits()
-        same = [commit for commit in commits if commit.step == step]
-        bases = tuple(commit.snapshot for commit in (*commits[-1:], *same[-1:]))
-        saved = datetime.now(UTC).isoformat(timespec="microseconds")
-        stored = store_directory(
-            self._repository,
-            path,
-            bases=tuple(dict.fromkeys(bases)),
-            attributes={
-                "run": str(self.name),
-                "step": str(step),
-                **({"source": source} if source else {}),
-            },
-        )
-        if not settled():
-            raise ChangedError(os.fsencode(path))
-        if same and self._repository.snapshot(same[-1].snapshot).manifest == stored.manifest:
-            return same[-1]
-        commit = self._recorder.commit(
-            step,
-            stored.snapshot,
-            saved,
-            size=stored.logical_bytes,
-            sent=stored.sent_bytes,
-            metrics=metrics,
-        )
+        with self.run.writing(f"save of step {step}") as run:
+            recorder = self._recorder.within(run)
+            commits = run.commits()
+            same = [commit for commit in commits if commit.step == step]
+            bases = tuple(commit.snapshot for commit in (*commits[-1:], *same[-1:]))
+            saved = datetime.now(UTC).isoformat(timespec="microseconds")
+            stored = store_directory(
+                run.repository,
+                path,
+                bases=tuple(dict.fromkeys(bases)),
+                attributes={
+                    "run": str(self.name),
+                    "step": str(step),
+                    **({"source": source} if source else {}),
+                },
+            )
+            if not settled():
+                raise ChangedError(os.fsencode(path))
+            if same and run.repository.snapshot(same[-1].snapshot).manifest == stored.manifest:
+                return same[-1]
+            commit = recorder.commit(
+                step,
+                stored.snapshot,
+                saved,
+                size=stored.logical_bytes,
+                sent=stored.sent_bytes,
+                metrics=metrics,
+            )
+        # With the epoch that it may have joined.
+        self._recorder = recorder.within(self.run)
         self._retain()
         return commit
 

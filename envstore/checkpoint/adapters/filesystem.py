@@ -15,7 +15,8 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -43,6 +44,7 @@ from envstore.checkpoint.adapters.fspaths import (
 )
 from envstore.checkpoint.adapters.recording import Recorder
 from envstore.checkpoint.adapters.reftrees import RefTrees, View
+from envstore.checkpoint.adapters.sharing import Hold, Sharing
 from envstore.checkpoint.adapters.storing import StoredFile, Upload
 from envstore.checkpoint.layout import RunName
 from envstore.checkpoint.protocol import RunStore
@@ -74,7 +76,8 @@ class EnvstoreFileSystem(AbstractFileSystem):
         """Use the store at the URL ``store``; by default as every command does."""
         super().__init__(store=store, **options)
         self.store = store
-        self._opened: dict[str, tuple[RefTrees, Drafts]] = {}
+        self._opened: dict[str, tuple[RefTrees, Drafts, Sharing]] = {}
+        self._writing = threading.local()
         self._opening = threading.Lock()
         self._process = os.getpid()
 
@@ -172,7 +175,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
         path1, path2 = self._strip_protocol(path1), self._strip_protocol(path2)
         if self.isdir(path1):
             return
-        with as_os_errors(path1):
+        with as_os_errors(path1), self._inside():
             view, entry = self._find(path1)
             ref, inner = place(path2)
             copy = StoredFile(entry, {}).at(inner)
@@ -185,7 +188,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
         path1, path2 = self._strip_protocol(path1), self._strip_protocol(path2)
         if path1 == path2:
             return
-        with as_os_errors(path1):
+        with as_os_errors(path1), self._inside():
             (ref, inner), (target, new) = place(path1), place(path2)
             draft = self._drafts.find(ref, inner)
             if draft is not None:
@@ -240,28 +243,51 @@ class EnvstoreFileSystem(AbstractFileSystem):
         """Release the connections to stores; what is used later opens them again."""
         with self._opening:
             opened, self._opened = self._opened, {}
-        for trees, _ in opened.values():
+        for trees, _, _ in opened.values():
             trees.repository.close()
 
     # What follows speaks of refs and raises the store's own errors.
 
     @property
     def _trees(self) -> RefTrees:
-        return self._store()[0]
+        """The trees: within a session while this thread writes in one."""
+        inside: tuple[RefTrees, Drafts] | None = getattr(self._writing, "inside", None)
+        return self._store()[0] if inside is None else inside[0]
 
     @property
     def _drafts(self) -> Drafts:
-        return self._store()[1]
+        inside: tuple[RefTrees, Drafts] | None = getattr(self._writing, "inside", None)
+        return self._store()[1] if inside is None else inside[1]
 
-    def _store(self) -> tuple[RefTrees, Drafts]:
+    def _hold(self) -> Hold:
+        """Take part in the session of what is written now."""
+        return self._store()[2].hold()
+
+    @contextmanager
+    def _inside(self, hold: Hold | None = None) -> Iterator[None]:
+        """Write in a session on this thread: that of ``hold``, or the one there is."""
+        if getattr(self._writing, "inside", None) is not None:
+            yield
+            return
+        own = self._hold() if hold is None else hold
+        try:
+            self._writing.inside = (self._store()[0].within(own.repository), Drafts(own.repository))
+            yield
+        finally:
+            self._writing.inside = None
+            if hold is None:
+                own.release()
+
+    def _store(self) -> tuple[RefTrees, Drafts, Sharing]:
         url = self._url()
         if os.getpid() != self._process:
             # After a fork, as in the workers of a data loader, connections are the parent's.
             self._opened, self._opening, self._process = {}, threading.Lock(), os.getpid()
+            self._writing = threading.local()
         with self._opening:
             if url not in self._opened:
                 repository = Repository.open(url, default_cache())
-                self._opened[url] = RefTrees(repository), Drafts(repository)
+                self._opened[url] = RefTrees(repository), Drafts(repository), Sharing(repository)
             return self._opened[url]
 
     def _url(self) -> str:
@@ -318,7 +344,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
             raise missing(path)
         return [directory_info(name) for name in sorted(names)]
 
-    def _upload(self, path: str) -> tuple[RefName, Upload]:
+    def _upload(self, path: str, hold: Hold) -> tuple[RefName, Upload]:
         """Begin to store the file at ``path``. Raises ``UsageError`` if none can be there."""
         ref, inner = place(path)
 
@@ -326,7 +352,7 @@ class EnvstoreFileSystem(AbstractFileSystem):
             view = self._trees.view(ref)
             return [] if view is None else [view.name]
 
-        return ref, Upload(self._trees.repository, inner, bases)
+        return ref, Upload(hold.repository, inner, bases)
 
     def _land(self, ref: RefName, files: Sequence[StoredFile]) -> None:
         """Make stored files part of their tree, or drafts of those that wait for others."""
@@ -389,8 +415,9 @@ class EnvstoreFileSystem(AbstractFileSystem):
                 if ref is None:
                     raise UsageError(f"{path} is not one tree", hint="remove its trees one by one")
                 by_ref.setdefault(ref, set()).add(inner)
-            for ref, inners in by_ref.items():
-                self._remove_from(ref, inners)
+            with self._inside():
+                for ref, inners in by_ref.items():
+                    self._remove_from(ref, inners)
 
     def _remove_from(self, ref: RefName, inners: set[bytes]) -> None:
         drafts = {draft.path for draft in self._drafts.below(ref)}

@@ -9,6 +9,7 @@ from fsspec.spec import AbstractBufferedFile
 from fsspec.transaction import Transaction
 
 from envstore.checkpoint.adapters.fspaths import as_os_errors
+from envstore.checkpoint.adapters.sharing import Hold
 from envstore.checkpoint.adapters.storing import StoredFile, Upload
 from envstore.store.refs import RefName
 
@@ -23,6 +24,7 @@ class EnvstoreFile(AbstractBufferedFile):
     _upload: Upload | None = None
     _ref: RefName | None = None
     _stored: StoredFile | None = None
+    _hold: Hold | None = None
 
     def __init__(self, fs: EnvstoreFileSystem, path: str, mode: str, *args: Any, **kw: Any) -> None:
         if mode == "rb":
@@ -38,7 +40,8 @@ class EnvstoreFile(AbstractBufferedFile):
 
     def _initiate_upload(self) -> None:
         with as_os_errors(self.path):
-            self._ref, self._upload = self.fs._upload(self.path)
+            self._hold = self.fs._hold()
+            self._ref, self._upload = self.fs._upload(self.path, self._hold)
 
     def _upload_chunk(self, final: bool = False) -> bool:
         assert self._upload is not None  # noqa: S101 - fsspec initiates first
@@ -53,9 +56,17 @@ class EnvstoreFile(AbstractBufferedFile):
 
     def commit(self) -> None:
         """Make the file part of its tree."""
-        if self._ref is not None and self._stored is not None:
-            with as_os_errors(self.path):
-                self.fs._land(self._ref, [self._stored])
+        try:
+            if self._ref is not None and self._stored is not None:
+                with as_os_errors(self.path), self.fs._inside(self._hold):
+                    self.fs._land(self._ref, [self._stored])
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release()
 
     def discard(self) -> None:
         """Leave the tree as it is."""
@@ -63,6 +74,7 @@ class EnvstoreFile(AbstractBufferedFile):
         if self._upload is not None:
             self._upload.abandon()
             self._upload = None
+        self._release()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         # What was being written when something failed is not what was to be written.
@@ -87,15 +99,21 @@ class TreeTransaction(Transaction):
         files = [*self.files]
         self.files.clear()
         try:
-            by_ref: dict[RefName, list[StoredFile]] = {}
+            by_ref: dict[RefName, list[EnvstoreFile]] = {}
             for file in files:
                 if not commit:
                     file.discard()
                 elif file._ref is not None and file._stored is not None:
-                    by_ref.setdefault(file._ref, []).append(file._stored)
-            for ref, stored in by_ref.items():
+                    by_ref.setdefault(file._ref, []).append(file)
+            for ref, landing in by_ref.items():
                 with as_os_errors(str(ref)):
-                    self.fs._land(ref, stored)
+                    for file in landing:
+                        if file._hold is not None:
+                            file._hold.session.check()
+                    with self.fs._inside(landing[-1]._hold):
+                        self.fs._land(ref, [file._stored for file in landing if file._stored])
         finally:
+            for file in files:
+                file._release()
             self.fs._intrans = False
             self.fs._transaction = None

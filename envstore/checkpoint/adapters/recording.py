@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import secrets
 from collections.abc import Mapping
@@ -22,6 +23,12 @@ class Recorder:
         self._run = run
         self._lineage = surroundings(1, os.environ)
         self._epoch: int | None = None
+
+    def within(self, run: RunStore) -> Recorder:
+        """Return this recorder for the same run, in or out of a writer's session."""
+        found = copy.copy(self)
+        found._run = run
+        return found
 
     def begin(self, resumed_from: CheckpointId | None, incarnation: str | None = None) -> None:
         """Begin an incarnation of the run. Without this, what is there is joined."""

@@ -7,6 +7,7 @@ before a change or after it.
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import threading
@@ -105,6 +106,12 @@ class RefTrees:
         self.repository = repository
         self._views: OrderedDict[bytes, View] = OrderedDict()
         self._lock = threading.Lock()
+
+    def within(self, repository: Repository) -> RefTrees:
+        """Return these trees, with what is known of them, in the session of ``repository``."""
+        found = copy.copy(self)
+        found.repository = repository
+        return found
 
     def view(self, ref: RefName) -> View | None:
         """Return the tree that ``ref`` names now, ``None`` if there is no such ref. One request."""
