@@ -197,6 +197,18 @@ class FaultyStore:
         )
         return gate
 
+    def call_before(
+        self,
+        operation: str,
+        work: Callable[[], None],
+        *,
+        key: str = "",
+        times: int | None = None,
+        skip: int = 0,
+    ) -> Fault:
+        """Call ``work`` before the operation is done."""
+        return self._add(operation, key, times, skip, before=work)
+
     def remove(self, fault: Fault) -> None:
         """Forget ``fault``."""
         with self._lock:
