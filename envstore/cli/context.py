@@ -71,7 +71,14 @@ class Settings:
         from envstore.store.repository import Repository
 
         self.require_store()
-        return Repository.open(self.url, self.cache() if cached else None)
+        return self._watched(Repository.open(self.url, self.cache() if cached else None))
+
+    def _watched(self, repository: Repository) -> Repository:
+        """Have what becomes of the store's refs remembered on this machine."""
+        from envstore.store.witness import Witness
+
+        repository.witness = Witness(self.cache_directory / "refs" / repository.config.id)
+        return repository
 
     def require_store(self) -> None:
         """Tell whoever has not pushed anything yet so. Raises ``NotFoundError``."""
@@ -107,7 +114,7 @@ class Settings:
         objects = open_objects(self.url, create=True)
         try:
             config, created = init_store(objects)
-            return Repository(objects, config, self.cache()), created
+            return self._watched(Repository(objects, config, self.cache())), created
         except BaseException:
             objects.close()
             raise

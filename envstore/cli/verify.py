@@ -114,6 +114,7 @@ def verify(
                 repository,
                 refs,
                 reading,
+                remember=not dry_run,
                 progress=lambda done, total: draw("checking packs", done, total),
             )
         changed = (0, 0) if dry_run else try_to_keep_list(repository, report)

@@ -5,7 +5,7 @@ Everything here is a handful of requests, sent in parallel where there are many.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -103,7 +103,9 @@ def tag(repository: Repository, source: str, target: RefName, *, force: bool = F
         # What the source means from here on cannot be collected before the target is there.
         expected, found = _tagged(inside, source, target, force=force)
         session.claim_snapshot(found.snapshot, verify="@" in source)
-        move_ref(inside.objects, target, found.snapshot, expected)
+        moved = move_ref(inside.objects, target, found.snapshot, expected)
+        if repository.witness is not None:
+            repository.witness.saw(target, moved)
     return found
 
 
@@ -143,26 +145,43 @@ def remove_refs(repository: Repository, names: Iterable[RefName]) -> None:
     """Remove ``names``; the snapshots stay until they are collected as garbage."""
     for name in names:
         repository.objects.delete(name.key)
+        if repository.witness is not None:
+            repository.witness.removed(name)
 
 
-def all_targets(repository: Repository) -> tuple[list[tuple[str, bytes]], list[Problem]]:
-    """Return what ``verify`` takes for the whole store, and the refs that are damaged.
+def read_refs(repository: Repository) -> tuple[dict[RefName, Ref], list[Problem]]:
+    """Return every ref, and those that are damaged. A listing, and a request for each."""
 
-    That is every ref, and under its digest every snapshot that no ref names any more.
-    """
-    targets: list[tuple[str, bytes]] = []
-    broken: list[Problem] = []
-    for name in sorted(list_refs(repository.objects)):
+    def read(name: RefName) -> Ref | EnvstoreError | None:
         try:
-            targets.append((str(name), read_ref(repository.objects, name).snapshot))
+            return read_ref(repository.objects, name)
         except NotFoundError:
-            continue  # removed since it was listed
+            return None  # removed since it was listed
         except DAMAGE as error:
-            broken.append(Problem(name.key, error.message, (str(name),)))
+            return error
+
+    names = sorted(list_refs(repository.objects))
+    refs: dict[RefName, Ref] = {}
+    broken: list[Problem] = []
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for name, found in zip(names, pool.map(read, names), strict=True):
+            if isinstance(found, Ref):
+                refs[name] = found
+            elif found is not None:
+                broken.append(Problem(name.key, found.message, (str(name),)))
+    return refs, broken
+
+
+def all_targets(repository: Repository, refs: Mapping[RefName, Ref]) -> list[tuple[str, bytes]]:
+    """Return what ``verify`` takes for the whole store.
+
+    That is every one of ``refs``, and under its digest every snapshot that none names any more.
+    """
+    targets = [(str(name), ref.snapshot) for name, ref in refs.items()]
     named = {snapshot for _, snapshot in targets}
     listed = (
         parse_hex(info.key.rpartition("/")[2]) for info in repository.objects.list("snapshots/")
     )
     others = sorted(name for name in listed if name is not None and name not in named)
     targets += [(f"@{name.hex()[:12]}", name) for name in others]
-    return targets, broken
+    return targets

@@ -17,7 +17,7 @@ from envstore.errors import (
     UnsupportedFormatError,
 )
 from envstore.store import canonical
-from envstore.store.catalog import all_targets
+from envstore.store.catalog import all_targets, read_refs
 from envstore.store.damage import (
     PREFIX,
     Damage,
@@ -57,22 +57,24 @@ def check_store(
     names: Sequence[str] = (),
     reading: Reading | None = None,
     *,
+    remember: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Check what ``names`` (REFs) stand for, or the whole store, and return what is wrong with it.
 
-    Nothing is written to the store. Raises ``NotFoundError`` and ``UsageError`` for the names, and
-    the errors of the store when it cannot be read.
+    Refs are compared with what the repository's witness saw of them, which is to ``remember`` what
+    they are now. Nothing is written to the store. Raises ``NotFoundError`` and ``UsageError`` for
+    the names, and the errors of the store when it cannot be read.
     """
     reading = reading or Reading()
-    report = _look(repository, names, reading, (), progress)
+    report = _look(repository, names, reading, (), progress, remember=remember)
     for _ in range(_LOOKS):
         if report.ok:
             break
         # What was damaged is read again, whatever else was to be read is not.
-        again = _look(
-            repository, names, Reading(rate=reading.rate), tuple(report.damaged), lambda *_: None
-        )
+        rest = Reading(rate=reading.rate)
+        also = tuple(report.damaged)
+        again = _look(repository, names, rest, also, lambda *_: None, remember=remember)
         steady = _objects(again) == _objects(report)
         report.problems = again.problems
         report.damaged, report.quarantined = again.damaged, again.quarantined
@@ -93,12 +95,21 @@ def _look(
     reading: Reading,
     also: Sequence[bytes],
     progress: Callable[[int, int], None],
+    *,
+    remember: bool,
 ) -> Report:
     broken: list[Problem] = []
+    warnings: list[str] = []
+    witness = repository.witness
     if names:
         targets = [(name, repository.resolve(name)) for name in names]
     else:
-        targets, broken = all_targets(repository)
+        refs, broken = read_refs(repository)
+        targets = all_targets(repository, refs)
+        if witness is not None:
+            judged = witness.judge(refs, [one.object for one in broken], remember=remember)
+            broken += judged.problems
+            warnings += judged.warnings
         targets, further = _check_small(repository.objects, targets)
         broken += further
     report = verify(
@@ -114,6 +125,7 @@ def _look(
         progress=progress,
     )
     report.problems[:0] = broken
+    report.warnings += warnings
     return report
 
 

@@ -194,7 +194,9 @@ def _commit(
         attributes=source.attributes(),
     )
     name = save_snapshot(repository.objects, snapshot)
-    move_ref(repository.objects, ref, name, expected)
+    moved = move_ref(repository.objects, ref, name, expected)
+    if repository.witness is not None:
+        repository.witness.saw(ref, moved)
     return name
 
 

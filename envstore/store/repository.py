@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from envstore.errors import CorruptError, EnvstoreError, NoSpaceError, NotFoundError
 from envstore.store import refs
@@ -33,6 +34,9 @@ from envstore.store.packs import Pack
 from envstore.store.snapshots import Snapshot, parse_snapshot, snapshot_key
 from envstore.store.whereabouts import ATTEMPTS, Whereabouts, look_up_of
 
+if TYPE_CHECKING:
+    from envstore.store.witness import Witness
+
 PARALLEL = 8
 """Requests in flight at once when many objects or frames are wanted."""
 
@@ -45,6 +49,8 @@ class Repository:
         self.config = config
         self.cache = cache
         self.fetcher = FrameFetcher(objects, cache)
+        self.witness: Witness | None = None
+        """Remembers what this machine saw of refs, if that is wanted."""
 
     @classmethod
     def open(
