@@ -36,6 +36,7 @@ from envstore.store.cache import BlobCache
 from envstore.store.cachespace import CacheFullError
 from envstore.store.digest import digest
 from envstore.store.fetch import FrameFetcher
+from envstore.store.leases import leased
 from envstore.store.locations import NOWHERE, FrameRef, Located
 from envstore.store.manifest import Part
 from envstore.store.repository import Repository
@@ -78,7 +79,8 @@ def hydrate(
     """Make ``snapshot`` whole in the cache of ``repository``, and keep it there.
 
     ``rate`` bounds what is fetched in bytes a second. Whatever ends this early, what was made is
-    sound, and the next run goes on from there.
+    sound, and the next run goes on from there. A lease of the snapshot is held meanwhile, where
+    that may be.
 
     Raises ``UsageError`` (no cache), ``NoSpaceError`` (the cap or the disk is too small),
     ``ConflictError`` (another process is at it), ``CorruptError``, ``UnavailableError``.
@@ -88,7 +90,8 @@ def hydrate(
         raise UsageError("hydrating needs a cache")
     traffic = repository.objects.traffic
     requests, received = traffic.requests, traffic.bytes_in
-    with claim(cache, snapshot) as directory, cache.errors():
+    held = leased(repository, snapshot, "hydrate")
+    with claim(cache, snapshot) as directory, cache.errors(), held:
         description = repository.snapshot(snapshot)
         manifest = description.manifest
         root, locations = repository.located(manifest)

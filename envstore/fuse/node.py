@@ -241,6 +241,7 @@ class Node:
             "manifest": manifest.hex(),
             "bytes_fetched": metrics.brought_bytes,
             "fetch_requests": metrics.brought_requests,
+            "store_lease": self._volumes.lease(slot),
             **metrics.report(volume.reader.used() if volume else (0, 0)),
         }
 

@@ -72,7 +72,7 @@ class _Server:
         if message is None or message.kind != "kept":
             return 0
         self.kept = Kept.received(message.body, message.files)
-        self.volumes = Volumes(self.kept.request, self._keep)
+        self.volumes = Volumes(self.kept.request, self._keep, self._drop)
         # Before anything that somebody else has written is looked at.
         self.confined = ServerConfinement(self.kept.request, self.volumes.cache.root)
         while (message := self.channel.receive()) is not None:
@@ -89,7 +89,7 @@ class _Server:
                 case "prepare":
                     self.volumes.prepare()
                     _hold_little_memory()
-                    self.channel.send("ready")
+                    self._say("ready")
                 case "go":
                     return self._serve()
                 case "end":
@@ -136,15 +136,20 @@ class _Server:
         try:
             loaded = self.volumes.load()
         except EnvstoreError as error:
-            self.channel.send("failed", error=told(error))
+            self._say("failed", error=told(error))
             return False
         except Exception as error:  # noqa: BLE001 - the log is the only place for a traceback
             _log.exception("the server failed")
             failure = EnvstoreError(f"the mount server failed: {error!r}", hint="see the log")
-            self.channel.send("failed", error=told(failure))
+            self._say("failed", error=told(failure))
             return False
-        self.channel.send("loaded", **loaded)
+        self._say("loaded", **loaded)
         return True
+
+    def _say(self, kind: str, **body: object) -> None:
+        """Tell the holder; that it is gone is seen when it is listened to next."""
+        with contextlib.suppress(ConnectionError):
+            self.channel.send(kind, (), **body)
 
     def _serve(self) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -188,6 +193,7 @@ class _Server:
             finally:
                 pyfuse3.close(unmount=False)
                 self._save()
+            await volumes.holds.end()
             nursery.cancel_scope.cancel()
         report = self._report()
         del report["latency"]  # long, and there for whoever asks while it lives

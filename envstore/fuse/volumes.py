@@ -11,7 +11,7 @@ import logging
 import mmap
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from envstore.fuse.complaints import Complaints
 from envstore.fuse.content import Content, content_from_image, load_content
 from envstore.fuse.fast import wanted_fast_path
 from envstore.fuse.forest import SECRET_SIZE, Forest, Plot, told_size
+from envstore.fuse.holds import HOLD, Holds
 from envstore.fuse.keeping import Keepsake, MountRequest
 from envstore.fuse.ledger import read_counts, write_counts
 from envstore.fuse.metrics import Metrics
@@ -35,6 +36,7 @@ from envstore.fuse.supplies import KEYS, Source, Supplies, Supply, prefix_of
 from envstore.fuse.tree import Tree
 from envstore.fuse.turns import Turns
 from envstore.store.cache import BlobCache, default_cache
+from envstore.store.leases import here
 from envstore.store.locations import Located
 from envstore.store.repository import Repository
 
@@ -65,14 +67,25 @@ class Volume:
 class Volumes:
     """All snapshots of one server. The blocking methods are for before ``start``."""
 
-    def __init__(self, request: MountRequest, keep: Callable[[str, Keepsake], None]) -> None:
-        """Serve what ``request`` asks for; ``keep`` is told what must outlive this server."""
+    def __init__(
+        self,
+        request: MountRequest,
+        keep: Callable[[str, Keepsake], None],
+        drop: Callable[[str], None],
+    ) -> None:
+        """Serve what ``request`` asks for.
+
+        ``keep`` is told what must outlive this server, and ``drop`` what of that need not any more.
+        """
         self.metrics = Metrics()
         self.cache: BlobCache = default_cache()
         self._request = request
         self._keep = keep
         self._complaints = Complaints(_log)
         self.supplies = Supplies(self.cache, self.metrics, self._complaints, request.patience, keep)
+        what = "node server" if request.node else f"mount {request.mountpoint}"
+        self.holds = Holds(here(what), keep, drop, self._complaints)
+        """The leases of what is served, in the stores."""
         self._volumes: dict[int, Volume] = {}
         self._nursery: trio.Nursery | None = None
         self._search: ProfileSearch | None = None
@@ -157,6 +170,8 @@ class Volumes:
             self._laid = True
         elif key.startswith(KEYS):
             self.supplies.restore(keepsake)
+        elif key.startswith(HOLD):
+            self.holds.restore(key, keepsake)
         elif key.startswith(SLOT):
             slot = int(key.removeprefix(SLOT))
             body = keepsake.body
@@ -210,6 +225,8 @@ class Volumes:
         self._nursery = nursery
         self._rebuild()
         await self.run_supplies()
+        self.holds.start(nursery)
+        self._hold()
         if self._laid or self._request.node:
             self._promoter = Promoter(self.cache, self.metrics.requests.total)
             nursery.start_soon(self._promoter.run)
@@ -253,7 +270,24 @@ class Volumes:
             told = await trio.to_thread.run_sync(self._recalled, repository, content)
         volume = self.add(slot, source, repository, content, told)
         await self.run_supplies()
+        self._hold()
         return volume
+
+    def _hold(self) -> None:
+        """Have leases of all that is served, and of nothing else."""
+        self.holds.settle(
+            {
+                (Source.kept(volume.keepsake.body), volume.content.snapshot): volume.supply.objects
+                for volume in self._volumes.values()
+            }
+        )
+
+    def lease(self, slot: int) -> Mapping[str, Any]:
+        """Return how the lease of what a slot serves is; see ``Holds.describe``."""
+        volume = self._volumes.get(slot)
+        if volume is None:
+            return Holds.NONE
+        return self.holds.describe(Source.kept(volume.keepsake.body), volume.content.snapshot)
 
     def _recalled(self, repository: Repository, content: Content) -> int:
         fd = _told_memory(content.tree)
@@ -339,6 +373,7 @@ class Volumes:
             _log.info("dropping %s: its last mount is gone", volume.content.name)
             self._dormant[slot] = Keepsake(volume.keepsake.body)
             self._keep(f"{SLOT}{slot}", self._dormant[slot])
+            self._hold()
 
     def _close(self, slot: int) -> Volume | None:
         volume = self._volumes.pop(slot, None)
@@ -394,6 +429,8 @@ class Volumes:
         total = (sum(raw for raw, _ in used), sum(stored for _, stored in used))
         apart = [volume.metrics for slot, volume in self._volumes.items() if slot]
         found = self.metrics.including(apart).report(total)
+        if not self._request.node:
+            found["store_lease"] = self.lease(next(iter(self._volumes)))
         return {**found, "recording": self._recorder.report()} if self._recorder else found
 
     # --- parts ----------------------------------------------------------------------------------

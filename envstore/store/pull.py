@@ -27,6 +27,7 @@ from envstore.errors import (
     UsageError,
 )
 from envstore.store.filling import Filling, Write, reach
+from envstore.store.leases import leased
 from envstore.store.locations import Located, Locations
 from envstore.store.manifest import HOLE, NORMAL_MTIME_NS, Entry, Root, read_entries
 from envstore.store.relocated import Relocated
@@ -71,12 +72,24 @@ def pull(
 ) -> PullResult:
     """Write the tree of ``snapshot`` to ``destination``, which must be absent or empty.
 
-    It is made to work at ``prefix``, by default the absolute path of ``destination``. Raises
-    ``UsageError`` (destination in use, prefix too long), ``CorruptError``, ``NoSpaceError``,
-    ``AccessDeniedError``; the destination is then as it was.
+    It is made to work at ``prefix``, by default the absolute path of ``destination``. A lease of
+    the snapshot is held meanwhile, where that may be. Raises ``UsageError`` (destination in use,
+    prefix too long), ``CorruptError``, ``NoSpaceError``, ``AccessDeniedError``; the destination
+    is then as it was.
     """
     destination = Path(os.path.abspath(destination))
     _check_destination(destination)
+    with leased(repository, snapshot, "pull"):
+        return _pull(repository, snapshot, destination, progress, prefix)
+
+
+def _pull(
+    repository: Repository,
+    snapshot: bytes,
+    destination: Path,
+    progress: Progress | None,
+    prefix: bytes,
+) -> PullResult:
     traffic = repository.objects.traffic
     requests, received = traffic.requests, traffic.bytes_in
     root, locations = repository.located(repository.snapshot(snapshot).manifest)

@@ -356,7 +356,7 @@ def test_nonsense_at_the_socket_ends_nothing(site: Site) -> None:
 
 
 def test_whoever_connects_and_says_nothing_is_told_so() -> None:
-    volumes = Volumes(MountRequest("", "", ""), _nothing)
+    volumes = Volumes(MountRequest("", "", ""), _nothing, _nothing)
     node = Node(volumes, "/", _nothing, _nothing, 60.0, int, _nothing)
 
     async def converse() -> bytes:

@@ -186,7 +186,7 @@ def test_a_restore_fetches_ahead_where_packs_have_moved(tree: Tree) -> None:
 
 
 def test_what_moves_again_and_again_is_given_up(tree: Tree) -> None:
-    opened = SnapshotTree(tree.reader(cache=False), tree.pushed.snapshot)
+    opened = SnapshotTree(tree.reader(cache=False), tree.pushed.snapshot, threads=1)
     places = tree.others.located(tree.pushed.manifest)[1]
     drop(tree.others, places)
     lies = iter(range(100))
