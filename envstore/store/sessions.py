@@ -330,7 +330,7 @@ class Session:
         while not self._over.wait(pause):
             try:
                 with self._lock:
-                    if self._over.is_set():
+                    if self._over.is_set() or self._lost is not None:
                         return
                     self._update(self._record)
                 pause = TTL / 4
