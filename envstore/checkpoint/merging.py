@@ -21,6 +21,7 @@ from envstore.store.chunking import TENSOR_PIECE
 from envstore.store.describing import place_of, store_manifest
 from envstore.store.digest import digest
 from envstore.store.entries import HOLE, composed_entry
+from envstore.store.guarded import GuardedStore
 from envstore.store.index import DedupIndex
 from envstore.store.known import KnownChunks
 from envstore.store.manifest import Entry, sort_key
@@ -41,6 +42,10 @@ def merge(
     """
     if len(parts) == 1:
         return parts[0].snapshot
+    if isinstance(repository.objects, GuardedStore):
+        session = repository.objects.session
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(session.claim_snapshot, [part.snapshot for part in parts]))
     index = DedupIndex()
     known = KnownChunks(repository, index)
     known.learn_snapshots(part.snapshot for part in parts)

@@ -107,6 +107,7 @@ def _record(
     from envstore.fuse.recorder import read_recording
     from envstore.fuse.run import run
     from envstore.store.profiles import new_profile, profile_key, save_profile
+    from envstore.store.sessions import writing
 
     profile_key(bytes(32), name)  # a typing error shows before CMD has run
     settings.export_cache()
@@ -127,8 +128,8 @@ def _record(
     stored = None
     if recorded.ranges and (ran.status == 0 or keep_failed):
         manifest = bytes.fromhex(ran.record.manifest)
-        with settings.open() as repository:
-            stored = save_profile(repository.objects, manifest, name, recorded, replace=not merge)
+        with settings.open() as repository, writing(repository, "profile") as (_, inside):
+            stored = save_profile(inside.objects, manifest, name, recorded, replace=not merge)
     facts = {
         "ref": ran.record.name,
         "digest": ran.record.snapshot,
