@@ -7,7 +7,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 	--no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak lint format frameworks bench bench-setup image e2e-k8s lock clean
+.PHONY: help setup demo test soak lint format fuzz frameworks bench bench-setup image e2e-k8s lock clean
 
 help: ## List these commands
 	@echo "envstore: push an environment once, mount it anywhere"
@@ -34,6 +34,10 @@ format: setup ## Format the code and mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+fuzz: setup ## Try hostile input on every decoder (ARGS="--target NAME --time 1h --jobs 2"; --list names them)
+	@scripts/setup-fuzz.sh
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
 bench: bench-setup ## Measure envstore beside its peers (ARGS=... goes to the benchmark)
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -54,6 +58,7 @@ lock: setup ## Pin every dependency again by version and hash (ARGS=--upgrade fo
 	$(COMPILE) --group build --output-file requirements-build.lock
 	$(COMPILE) --extra fuse --extra csi --constraint requirements.lock pyproject.toml --output-file requirements-image.lock
 	$(COMPILE) --group bench --constraint requirements.lock --output-file requirements-bench.lock
+	$(COMPILE) --group fuzz --constraint requirements.lock --output-file requirements-fuzz.lock
 	echo "torch ; python_version < '3'" >.venv/without-torch # see scripts/setup-frameworks.sh
 	$(COMPILE) --group frameworks --constraint requirements.lock --override .venv/without-torch --output-file requirements-frameworks.lock
 	$(COMPILE) --group peers --override .venv/without-torch --output-file requirements-peers.lock

@@ -42,6 +42,7 @@ MAX_DEPTH = 100
 MAX_JSON = 256 << 20
 
 _INT64 = 1 << 63
+_MAX_NAME = 1000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMPY_DTYPE = re.compile(r"[<>|=](?:[biufcSU][0-9]{1,9}|[mM]8(?:\[[0-9]{0,9}[a-zA-Zμ]{1,3}\])?)")
 _SCALAR = re.compile(r"[<>|=](?:[biufc][0-9]{1,2}|[mM]8(?:\[[0-9]{0,9}[a-zA-Zμ]{1,3}\])?)")
@@ -195,12 +196,12 @@ class Decoder:
         if kind is list:
             if _PLAIN.issuperset(map(type, value)):
                 return list(value)
-            return [self.decode(item, join(name, at), depth + 1) for at, item in enumerate(value)]
+            return [self.decode(item, _below(name, at), depth + 1) for at, item in enumerate(value)]
         if kind is not dict:
             self.corrupt(name)
         if "$" not in value:
             return {
-                key: self.decode(item, join(name, key), depth + 1) for key, item in value.items()
+                key: self.decode(item, _below(name, key), depth + 1) for key, item in value.items()
             }
         tag = value["$"]
         known = self._tags.get(tag) if isinstance(tag, str) else None
@@ -221,7 +222,7 @@ class Decoder:
         found: list[Any] = _member(body, "v", list)
         if _PLAIN.issuperset(map(type, found)):
             return found
-        return [self.decode(item, join(name, at), depth + 1) for at, item in enumerate(found)]
+        return [self.decode(item, _below(name, at), depth + 1) for at, item in enumerate(found)]
 
     def _three(self, body: dict[str, Any], name: str, depth: int) -> list[Any]:
         found = self._list(body, name, depth)
@@ -234,13 +235,13 @@ class Decoder:
         deeper = depth + 1
         if isinstance(found, dict):
             return [
-                (key, self.decode(item, join(name, key), deeper)) for key, item in found.items()
+                (key, self.decode(item, _below(name, key), deeper)) for key, item in found.items()
             ]
         pairs = []
         for pair in _member(body, "v", list):
             key, item = pair
             key = self.decode(key, name, deeper)
-            pairs.append((key, self.decode(item, join(name, key), deeper)))
+            pairs.append((key, self.decode(item, _below(name, key), deeper)))
         return pairs
 
     def _ordered(self, body: dict[str, Any], name: str, depth: int) -> OrderedDict[Any, Any]:
@@ -278,6 +279,11 @@ def label(key: Any) -> str:
 def join(name: str, key: Any) -> str:
     """Return the dotted name of what stands under ``key`` in what stands at ``name``."""
     return f"{name}.{label(key)}" if name else label(key)
+
+
+def _below(name: str, key: Any) -> str:
+    """``join`` for what anybody may have written: long keys in each other must not cost a lot."""
+    return name if len(name) > _MAX_NAME else join(name, key)
 
 
 def type_name(kind: type) -> str:

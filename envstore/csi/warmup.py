@@ -333,7 +333,7 @@ def _report(message: str) -> dict[str, Any]:
             "unreadable": int(found["unreadable"]),
             "reason": str(found["reason"]),
         }
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return {}
 
 

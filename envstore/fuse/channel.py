@@ -78,7 +78,10 @@ class Channel:
             self.socket.send(data, flags)
 
     def receive(self) -> Message | None:
-        """Return the next message, waiting for it as the socket does; ``None`` at the end."""
+        """Return the next message, waiting for it as the socket does; ``None`` at the end.
+
+        Whoever sends what is none has lost its senses: that is the end, too.
+        """
         try:
             data, files, flags, _ = socket.recv_fds(self.socket, MAX_MESSAGE, _MAX_FILES)
         except ConnectionResetError:
@@ -90,14 +93,27 @@ class Channel:
         try:
             for fd in files:
                 os.set_inheritable(fd, False)
-            body = json.loads(data)
-            return Message(body.pop("kind"), body, tuple(files))
+            message = _message(data, tuple(files))
         except BaseException:
             for fd in files:
                 os.close(fd)
             raise
+        if message is None:
+            for fd in files:
+                os.close(fd)
+        return message
 
     def close(self) -> None:
         """Hang up."""
         with contextlib.suppress(OSError):
             self.socket.close()
+
+
+def _message(data: bytes, files: tuple[int, ...]) -> Message | None:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(body, dict) or not isinstance(body.get("kind"), str):
+        return None
+    return Message(body.pop("kind"), body, files)

@@ -26,6 +26,7 @@ from envstore.store.cache import BlobCache
 from envstore.store.digest import parse_hex
 from envstore.store.locations import open_locations
 from envstore.store.manifest import decode_part, open_root
+from envstore.store.private import make_private, private
 
 FORMAT = 1
 _RECORD = "record.json"
@@ -134,7 +135,7 @@ def list_hydrated(cache: BlobCache) -> list[Hydrated]:
     """Return all snapshots that are whole here, the latest last."""
     found = []
     for directory in _top(cache).glob("*/"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             fields = json.loads((directory / _RECORD).read_text())
             if fields.pop("format") == FORMAT:
                 record = Record(**fields)
@@ -187,7 +188,7 @@ def claim(cache: BlobCache, snapshot: bytes) -> Iterator[Path]:
     """
     directory = _top(cache) / snapshot.hex()
     with cache.errors():
-        directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+        make_private(directory)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
@@ -210,7 +211,7 @@ def save(path: Path, data: bytes) -> None:
     """Replace a file by one that is safely on disk. Raises ``OSError``."""
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as out:
+        with open(partial, "xb", opener=private) as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())

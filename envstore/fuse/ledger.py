@@ -36,8 +36,11 @@ def read_counts(fd: int) -> dict[str, Any] | None:
     if not times:
         return None
     _, length, _ = _HEAD.unpack(os.pread(fd, _HEAD.size, slot * SLOT))
-    value: dict[str, Any] = json.loads(os.pread(fd, length, slot * SLOT + _HEAD.size))
-    return value
+    try:
+        value = json.loads(os.pread(fd, length, slot * SLOT + _HEAD.size))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _times(fd: int, slot: int) -> int:

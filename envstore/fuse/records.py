@@ -21,6 +21,7 @@ from typing import Any
 
 from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError
 from envstore.store.digest import digest
+from envstore.store.private import make_private, private
 
 _FLOCK = struct.Struct("hhqqi4x")
 _POLL = 0.01
@@ -92,7 +93,7 @@ class RecordFiles:
     def prepare(self) -> None:
         """Make the directory. Raises ``AccessDeniedError``, ``NoSpaceError``."""
         try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self.directory)
         except OSError as error:
             raise _state_error(self.directory, error) from error
 
@@ -176,17 +177,18 @@ class RecordFiles:
     def load(self) -> MountRecord | None:
         """Return the record, ``None`` if there is none or it is not whole."""
         try:
-            return MountRecord(**json.loads(self.record.read_bytes()))
+            return _checked(MountRecord(**json.loads(self.record.read_bytes())))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             return None  # of another version, or half gone with a full disk: as good as none
 
     def save(self, record: MountRecord) -> None:
         """Write the record in one piece."""
         partial = self.record.with_suffix(".tmp")
         try:
-            partial.write_text(json.dumps(asdict(record), indent=1))
+            with open(partial, "w", opener=private) as file:
+                json.dump(asdict(record), file, indent=1)
             partial.replace(self.record)
         except OSError as error:
             raise _state_error(self.record, error) from error
@@ -210,11 +212,22 @@ class RecordFiles:
 def list_records() -> Iterator[tuple[MountRecord, bool]]:
     """Yield this user's mount records, each with whether its server lives."""
     for path in sorted(state_directory().glob("*.json")):
-        with contextlib.suppress(ValueError, TypeError, KeyError, FileNotFoundError):
+        with contextlib.suppress(
+            ValueError, TypeError, KeyError, RecursionError, FileNotFoundError
+        ):
             files = RecordFiles(json.loads(path.read_bytes())["mountpoint"])
             record = files.load()
             if record is not None:
                 yield record, files.alive()
+
+
+def _checked(record: MountRecord) -> MountRecord:
+    """Return ``record`` if its fields are of their types. Raises ``TypeError``."""
+    for name, value in asdict(record).items():
+        expected = {"holder_pid": int, "fast_path": bool}.get(name, str)
+        if type(value) is not expected:
+            raise TypeError(name)
+    return record
 
 
 def _lock(kind: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from envstore.fuse.keeping import LEASE, Keepsake, Kept
 from envstore.fuse.keepsakes import Keepsakes
 from envstore.fuse.processes import ServerProcess, bound_log, load_server_code, start_server
 from envstore.fuse.protocol import Flag
+from envstore.fuse.sense import makes_sense
 
 BEAT = 1.0
 """Seconds between two signs of life of a server."""
@@ -301,6 +303,12 @@ class Servers:
             server.kill()  # it hung up: its end will be seen next
 
     def _heard(self, server: ServerProcess, message: Message) -> None:
+        if not makes_sense(message):
+            _log.error("server %d says what cannot be, and is ended", server.pid)
+            for fd in message.files:
+                os.close(fd)
+            server.kill()
+            return
         body = message.body
         server.beat = time.monotonic()
         match message.kind:

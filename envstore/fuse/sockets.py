@@ -15,6 +15,7 @@ from typing import Any
 from envstore.errors import AccessDeniedError, EnvstoreError, NotFoundError, UsageError
 
 MAX_LINE = 1 << 20
+_MAX_ANSWER = 64 << 20
 _TIMES = 5
 
 
@@ -110,16 +111,19 @@ def ask(path: str | os.PathLike[str], timeout: float | None = None, **question: 
             client.sendall(json.dumps(question).encode() + b"\n")
             while piece := client.recv(1 << 16):
                 data += piece
+                if len(data) > _MAX_ANSWER:
+                    raise ValueError("an answer without end")
         answer = json.loads(data)
     except PermissionError as error:
         raise AccessDeniedError(f"no permission to use {path}: {error.strerror}") from error
-    except (ConnectionResetError, BrokenPipeError, ValueError) as error:
+    except (ConnectionResetError, BrokenPipeError, ValueError, RecursionError) as error:
         raise CutOffError(f"nobody answers at {path}: it was cut off") from error
     except OSError as error:
         reason = error.strerror or "it takes too long"
         raise SilentError(f"nobody answers at {path}: {reason}") from error
-    if "error" in answer:
-        raise raised(answer["error"])
+    said = answer.get("error") if isinstance(answer, dict) else None
+    if isinstance(said, dict):
+        raise raised(said)
     return answer
 
 
@@ -160,8 +164,9 @@ def raised(said: dict[str, Any]) -> EnvstoreError:
     """Return the error that another process has met."""
     from envstore import errors
 
-    kind = getattr(errors, said["kind"], EnvstoreError)
+    kind = getattr(errors, str(said.get("kind")), EnvstoreError)
     if not (isinstance(kind, type) and issubclass(kind, EnvstoreError)):
         kind = EnvstoreError
-    found: EnvstoreError = kind(said["message"], hint=said["hint"])
+    hint = said.get("hint")
+    found: EnvstoreError = kind(str(said.get("message")), hint=hint and str(hint))
     return found

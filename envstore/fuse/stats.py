@@ -16,6 +16,7 @@ from envstore.fuse.peers import is_ours
 from envstore.fuse.sockets import short_address
 
 _WITHIN = 10.0
+_MAX_ANSWER = 16 << 20
 
 
 async def answer(
@@ -48,13 +49,15 @@ def read_stats(path: Path) -> dict[str, Any]:
         ):
             client.settimeout(_WITHIN)
             client.connect(address)
-            while piece := client.recv(1 << 16):
+            while (piece := client.recv(1 << 16)) and len(data) < _MAX_ANSWER:
                 data += piece
     except OSError as error:
         raise NotFoundError(f"no mount server answers at {path}: {error.strerror}") from error
     try:
         found: dict[str, Any] = json.loads(data)
-    except ValueError:
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError):
         raise NotFoundError(
             f"the mount server at {path} ended in the middle of its answer", hint="ask again"
         ) from None

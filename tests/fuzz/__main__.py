@@ -166,9 +166,8 @@ def _report(job: Job, work: Path) -> dict[str, Any]:
     for signature, path in found["found"].items():
         print(f"    {signature}")
         if path:
-            print(
-                f"    {os.path.relpath(sys.executable)} -m tests.fuzz --target {name} --repeat {path}"
-            )
+            python = os.path.relpath(sys.executable)
+            print(f"    {python} -m tests.fuzz --target {name} --repeat {path}")
     return {"executions": found["executions"], "findings": count}
 
 

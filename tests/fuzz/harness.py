@@ -15,7 +15,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -37,7 +37,7 @@ Run = Callable[[bytes], None]
 Mutate = Callable[[bytes, Random], bytes]
 
 
-class Broken(AssertionError):
+class BrokenError(AssertionError):
     """A property that a target promises does not hold."""
 
 
@@ -95,9 +95,9 @@ def load_targets() -> dict[str, Target]:
 
 
 def expect(condition: object, message: str) -> None:
-    """Raise ``Broken`` unless ``condition`` holds."""
+    """Raise ``BrokenError`` unless ``condition`` holds."""
     if not condition:
-        raise Broken(message)
+        raise BrokenError(message)
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class Watch:
     target: Target
     executions: int = 0
     refused: int = 0
-    peak: int = field(default_factory=lambda: _peak())
+    peak: int = 0
 
     def run(self, data: bytes) -> Finding | None:
         """Try one input."""

@@ -27,7 +27,7 @@ from envstore.resolver.packages.unpacked import Unpacked
 from envstore.resolver.packages.wheel import unpack_wheel
 from envstore.resolver.packages.zipreader import ZipReader
 from envstore.store.source import Kind
-from tests.fuzz.harness import Broken, expect, target
+from tests.fuzz.harness import BrokenError, expect, target
 from tests.fuzz.mutating import Plan
 
 _PYTHON = PythonFacts("3.11.7", "lib/python3.11/site-packages")
@@ -156,7 +156,7 @@ def _check(found: Unpacked, top: Path) -> None:
     try:
         json.dumps(found.facts).encode()
     except ValueError as error:
-        raise Broken(f"facts that cannot be written: {error}") from error
+        raise BrokenError(f"facts that cannot be written: {error}") from error
 
 
 def _archive(top: Path) -> set[str]:
@@ -179,9 +179,9 @@ def _conda_seeds() -> list[bytes]:
     ]
 
 
-@target("conda-package", _conda_seeds, words=_NAMES + (_PLACEHOLDER, b'{"_path":'))
+@target("conda-package", _conda_seeds, words=(*_NAMES, _PLACEHOLDER, b'{"_path":'))
 def conda_package(data: bytes) -> None:
-    """A package of members that the bytes describe; ``paths.json`` says the same of most of them."""
+    """Members that the bytes describe; ``paths.json`` says the same of most of them."""
     plan = Plan(data)
     flags = plan.number()
     index: dict[str, object] = {"name": "x", "version": "1", "build": "0", "build_number": 0}

@@ -61,7 +61,7 @@ def _config_seed() -> list[bytes]:
 
 @target("store-description", _config_seed, mutate_json, _WORDS)
 def store_description(data: bytes) -> None:
-    config.load_config((Memory({config.KEY: data})))
+    config.load_config(Memory({config.KEY: data}))
 
 
 def _snapshot_seed() -> list[bytes]:
@@ -86,7 +86,7 @@ def ref(data: bytes) -> None:
     name = RefName("default", "x", "latest")
     memory = Memory({name.key: data})
     found = read_ref(memory, name)
-    again = read_ref((Memory({name.key: found.encode()})), name)
+    again = read_ref(Memory({name.key: found.encode(name)}), name)
     expect(again == found, "a ref is not read as written")
 
 
@@ -215,8 +215,10 @@ def listed_keys(data: bytes) -> None:
     from envstore.store.profiles import list_profiles
 
     keys = data.decode("utf-8", "replace").split("\n")
-    more = [f"{prefix}{key}" for key in keys for prefix in (
-        f"profiles/{_NAME.hex()}/", "runs/team/run/pins/", "runs/team/run/epochs/", "damaged/")]  # fmt: skip
+    prefixes = (
+        f"profiles/{_NAME.hex()}/", "runs/team/run/pins/", "runs/team/run/epochs/", "damaged/",
+    )  # fmt: skip
+    more = [f"{prefix}{key}" for key in keys for prefix in prefixes]
     memory = Memory(dict.fromkeys([*keys, *more], b"{}"))
     for name in list_refs(memory):
         expect(str(name).isprintable() and RefName.parse(str(name)) == name, f"a ref {name}")

@@ -44,7 +44,7 @@ def _pylock_seeds() -> list[bytes]:
         + b"0"
         * 64
         + b'"}\nsize = 5\n'
-        b'[[packages]]\nname = "g"\nvcs = {type = "git", url = "https://h/g", commit-id = "abc"}\n'
+        b'[[packages]]\nname = "g"\nvcs = {type = "git", url = "https://h", commit-id = "abc"}\n'
         b'marker = "python_version >= \'3\'"\n[[packages]]\nname = "d"\ndirectory = {path = "sub"}\n'
     ]
 
@@ -59,18 +59,20 @@ def pylock(data: bytes) -> None:
 
 
 _FILES = (
-    "environment.yml", "requirements.txt", "pyproject.toml", "pixi.toml", "pylock.toml", "explicit.txt",
-    "Pipfile", "setup.cfg",
+    "environment.yml", "requirements.txt", "pyproject.toml", "pixi.toml", "pylock.toml",
+    "explicit.txt", "Pipfile", "setup.cfg",
 )  # fmt: skip
 
 
 def _spec_seeds() -> list[bytes]:
     return [
-        b"\0name: x\nchannels: [conda-forge]\ndependencies:\n  - python=3.11  # [linux]\n  - pip: [six]\n",
+        b"\0name: x\nchannels: [conda-forge]\ndependencies:\n  - python=3.11  # [linux]\n"
+        b"  - pip: [six]\n",
         b"\1six==1.0 --hash=sha256:"
         + b"0" * 64
         + b"\nnumpy>=1 ; python_version > '3'\n-c nothing.txt\n",
-        b'\2[project]\nname = "x"\nversion = "1"\ndependencies = ["six"]\nrequires-python = ">=3.11"\n',
+        b'\2[project]\nname = "x"\nversion = "1"\ndependencies = ["six"]\n'
+        b'requires-python = ">=3.11"\n',
         b'\3[project]\nname = "x"\nchannels = ["conda-forge"]\nplatforms = ["linux-64"]\n'
         b'[dependencies]\npython = "3.11.*"\n[pypi-dependencies]\nsix = "*"\n',
         b"\4" + _pylock_seeds()[0],
@@ -111,7 +113,8 @@ def _elf(order: str = "<") -> bytes:
         blobs += blob
     blobs += bytes(-len(blobs) % 8)
     tags = [
-        (1, at[b"libc.so.6"]), (1, at[b"libm.so"]), (14, at[b"libx.so.1"]), (29, at[b"$ORIGIN/../lib"]),
+        (1, at[b"libc.so.6"]), (1, at[b"libm.so"]), (14, at[b"libx.so.1"]),
+        (29, at[b"$ORIGIN/../lib"]),
         (6, places[0]), (5, places[1]), (10, len(names)), (0x6FFFFFF0, places[2]),
         (0x6FFFFFFE, places[3]), (0x6FFFFFFF, 1), (0, 0),
     ]  # fmt: skip

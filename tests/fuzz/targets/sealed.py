@@ -185,8 +185,8 @@ def part_seeds() -> list[bytes]:
                    entry.target, link=entry.link) for entry in _sorted_entries()]  # fmt: skip
     found += [raw for _, raw in manifest.build_parts(plain)]
     placed = [
-        Entry(b"%02d" % number, Kind.FILE, False, plan.size, digest(b"x"), ((digest(b"x"), plan.size),),
-              relocation=plan.encode())
+        Entry(b"%02d" % number, Kind.FILE, False, plan.size, digest(b"x"),
+              ((digest(b"x"), plan.size),), relocation=plan.encode())
         for number, plan in enumerate(some_plans())
     ]  # fmt: skip
     placed.append(Entry(b"ln", Kind.SYMLINK, target=b"/old/lib", relocation=b"/old"))

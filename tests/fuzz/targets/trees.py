@@ -163,7 +163,8 @@ _NAMES = (
     b"..", b".", b"", b"a/b", b"-rf", b"\xff",
 )  # fmt: skip
 _TARGETS = (
-    b"a", b"..", b"../../../../tmp/fuzz-escaped", b"/tmp/fuzz-escaped", b".", b"a/../..", b"x" * 5000,
+    b"a", b"..", b"../../../../tmp/fuzz-escaped", b"/tmp/fuzz-escaped", b".", b"a/../..",
+    b"x" * 5000,
 )  # fmt: skip
 
 
