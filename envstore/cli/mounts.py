@@ -204,6 +204,10 @@ def mounts(settings: Settings) -> None:
             for one in found
         ],
     )
+    for one in found:
+        if one.lease_problem:
+            where, why = output.printable(one.mountpoint), output.printable(one.lease_problem)
+            output.note(settings, f"{where} is not leased in its store: {why}")
 
 
 @click.command(

@@ -23,7 +23,8 @@ class MountOverview:
     dying), ``local`` (no server needed) or ``dead``. ``bytes_fetched`` and ``requests`` count what
     the store was asked for, ``hit_rate`` is the share of reads that the cache could serve. Through
     a node server, which asks the store for all, ``bytes_fetched`` is what the reads of this
-    snapshot waited for.
+    snapshot waited for. ``leased`` is whether the store was told that somebody reads this snapshot,
+    ``lease_problem`` why not, if there is a reason.
     """
 
     mountpoint: str
@@ -47,6 +48,8 @@ class MountOverview:
     stats: str
     control: str
     prefix: str
+    leased: bool
+    lease_problem: str
 
 
 def overview() -> list[MountOverview]:
@@ -90,7 +93,7 @@ def _describe(record: MountRecord, alive: bool) -> MountOverview:
                 stats = read_stats(Path(record.stats))
     except EnvstoreError as error:
         status = {**status, "last_failure": str(error)}
-    runs = stats.get("runs", {})
+    runs, lease = stats.get("runs", {}), stats.get("store_lease", {})
     reads = sum(runs.values())
     return MountOverview(
         mountpoint=record.mountpoint,
@@ -114,4 +117,6 @@ def _describe(record: MountRecord, alive: bool) -> MountOverview:
         stats=record.stats,
         control=record.control,
         prefix=record.prefix,
+        leased=bool(lease.get("until")),
+        lease_problem=lease.get("reason", ""),
     )
