@@ -31,6 +31,7 @@ from envstore.fuse.processes import load_server_code
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.session import check_device
 from envstore.fuse.sockets import claim, listen, raised, told
+from envstore.store.private import private
 
 __all__ = ["MountRequest", "hold", "start_background", "start_mount"]
 
@@ -52,7 +53,8 @@ def start_background(request: MountRequest) -> MountRecord:
     check_device()
     files = RecordFiles(mountpoint)
     files.prepare()
-    with open(files.log, "ab") as log:  # to append, so that it can be cut when it grows too long
+    # To append, so that it can be cut when it grows too long.
+    with open(files.log, "ab", opener=private) as log:
         log.truncate(0)
         holder = subprocess.Popen(
             [sys.executable, "-P", __file__],

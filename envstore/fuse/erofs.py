@@ -25,6 +25,7 @@ from blake3 import blake3
 from envstore.errors import EnvstoreError
 from envstore.fuse.tree import ROOT, Attributes, Tree
 from envstore.store.entries import NORMAL_MTIME_NS
+from envstore.store.private import make_private, private
 
 FORMAT = 1
 """Raised when the same tree would give another image; part of every image's name."""
@@ -86,9 +87,9 @@ def ensure_image(tree: Tree, manifest: bytes, directory: Path) -> Path:
     path = _path(manifest, directory)
     partial = directory / f".{secrets.token_hex(8)}.partial"
     try:
-        directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+        make_private(directory)
         try:
-            with partial.open("x+b") as out:
+            with open(partial, "x+b", opener=private) as out:
                 write_image(tree, manifest, out)
             partial.rename(path)
         except BaseException:

@@ -20,6 +20,7 @@ from envstore.errors import CorruptError
 from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache, Filling
 from envstore.store.digest import digest
+from envstore.store.private import make_private
 
 _FEW = 8
 """So many files are written to disk one by one, more by writing out the file system."""
@@ -191,6 +192,6 @@ def _link(existing: bytes, new: bytes) -> bool:
         except FileNotFoundError:
             if not os.path.exists(existing):
                 return False
-            os.makedirs(os.path.dirname(new), mode=0o700, exist_ok=True)
+            make_private(os.path.dirname(new))
     os.link(existing, new)
     return True

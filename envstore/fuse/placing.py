@@ -19,6 +19,7 @@ from envstore.fuse.keys import placed_key
 from envstore.fuse.local import LocalFiles, NewFile
 from envstore.fuse.tree import Tree
 from envstore.store.cache import BlobCache
+from envstore.store.private import make_private
 
 _ATTEMPTS = 3
 _BATCH = 64
@@ -51,7 +52,7 @@ def placed_image(found: Hydrated, cache: BlobCache, prefix: bytes) -> Path:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Make ``directory`` and hold off others who would fill it."""
-    directory.mkdir(parents=True, mode=0o700, exist_ok=True)
+    make_private(directory)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

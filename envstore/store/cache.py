@@ -20,6 +20,7 @@ from pathlib import Path
 from envstore.errors import AccessDeniedError, EnvstoreError, NoSpaceError, UsageError
 from envstore.store.cachespace import CacheSpace, CacheUsage
 from envstore.store.objects.vectors import read_into
+from envstore.store.private import make_private
 from envstore.store.seals import is_sealed, seal
 
 DEFAULT_CAPACITY = 20 << 30
@@ -308,7 +309,7 @@ def _link(partial: bytes, path: bytes) -> bool:
     except FileExistsError:
         return False
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        make_private(os.path.dirname(path))
         try:
             os.link(partial, path)
         except FileExistsError:

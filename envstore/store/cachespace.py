@@ -18,6 +18,7 @@ from pathlib import Path
 
 from envstore.errors import NoSpaceError
 from envstore.store.binary import U64
+from envstore.store.private import make_private
 
 _LOW_WATER = 0.9
 _BLOCK = 4096
@@ -169,9 +170,8 @@ class CacheSpace:
 
     def make_directories(self) -> None:
         """Make what is not there of the directories."""
-        os.makedirs(self._partial, mode=0o700, exist_ok=True)
-        os.makedirs(self.blobs, mode=0o700, exist_ok=True)
-        os.makedirs(self.files, mode=0o700, exist_ok=True)
+        for directory in (self._partial, self.blobs, self.files):
+            make_private(directory)
 
     def _evict(self, lock: int, goal: int) -> bool:
         """Remove what is not pinned, oldest use first, until at most ``goal`` bytes are left.

@@ -26,6 +26,7 @@ from envstore.store.locations import FrameRef
 from envstore.store.objects.base import ObjectStore
 from envstore.store.objects.body import Buffer
 from envstore.store.packs import Pack, PackBuilder, pack_key
+from envstore.store.private import make_private
 
 UPLOADS = 4
 SEGMENT_PACKS = 8
@@ -225,7 +226,7 @@ class PackWriter:
         # Another push may be storing the very same pack.
         partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(directory)
             partial.write_bytes(encode_segment([pack])[1])
             partial.replace(path)
         except OSError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 from envstore.errors import EnvstoreError
 from envstore.store.digest import parse_hex
+from envstore.store.private import make_private, private
 from envstore.store.problems import Problem
 from envstore.store.refs import Ref, RefName
 
@@ -121,7 +122,7 @@ class Witness:
     def _changing(self, *, write: bool = True) -> Iterator[dict[str, Any]]:
         """Yield what is remembered, by key, and store what was made of it."""
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self._path.parent)
             lock = os.open(
                 self._path.with_name(f"{self._path.name}.lock"),
                 os.O_RDWR | os.O_CREAT | os.O_CLOEXEC,
@@ -134,7 +135,8 @@ class Witness:
                 yield known
                 if write and known != before:
                     partial = self._path.with_name(f"{self._path.name}.partial")
-                    partial.write_text(json.dumps({"format": _FORMAT, "refs": known}))
+                    with open(partial, "w", opener=private) as file:
+                        json.dump({"format": _FORMAT, "refs": known}, file)
                     partial.replace(self._path)
             finally:
                 os.close(lock)
