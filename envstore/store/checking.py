@@ -10,32 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envstore.errors import (
-    AccessDeniedError,
-    CorruptError,
-    NotFoundError,
-    UnsupportedFormatError,
-)
-from envstore.store import canonical
+from envstore.errors import AccessDeniedError
 from envstore.store.catalog import all_targets, read_refs
-from envstore.store.damage import (
-    PREFIX,
-    Damage,
-    damaged_packs,
-    forget_damage,
-    note_damage,
-    read_damage,
-)
-from envstore.store.digest import parse_hex
-from envstore.store.doomed import LISTS, STATE_KEY, open_list, parse_state
-from envstore.store.objects.base import ObjectStore
+from envstore.store.damage import Damage, damaged_packs, forget_damage, note_damage
 from envstore.store.packs import pack_key
-from envstore.store.problems import DAMAGE, Problem, Report
+from envstore.store.problems import Problem, Report
 from envstore.store.repository import Repository
-from envstore.store.roots import is_root, parse_root
 from envstore.store.sampling import Sample
-from envstore.store.session_records import PREFIX as SESSIONS
-from envstore.store.session_records import parse_record
+from envstore.store.smallobjects import SmallObjects
 from envstore.store.verify import verify
 
 _LOOKS = 4
@@ -110,8 +92,9 @@ def _look(
             judged = witness.judge(refs, [one.object for one in broken], remember=remember)
             broken += judged.problems
             warnings += judged.warnings
-        targets, further = _check_small(repository.objects, targets)
-        broken += further
+        small = SmallObjects(repository.objects, targets)
+        broken += small.check()
+        targets += small.further
     report = verify(
         repository,
         targets,
@@ -127,63 +110,6 @@ def _look(
     report.problems[:0] = broken
     report.warnings += warnings
     return report
-
-
-def _check_small(
-    objects: ObjectStore, targets: list[tuple[str, bytes]]
-) -> tuple[list[tuple[str, bytes]], list[Problem]]:
-    """Check the objects that steer writers and collectors, and the roots besides refs.
-
-    Returns ``targets`` with the snapshots that only such roots name, and the damage.
-    """
-    problems: list[Problem] = []
-    known = {snapshot: name for name, snapshot in targets}
-
-    def root(data: bytes, key: str) -> None:
-        found = parse_root(key, data).snapshot
-        if found not in known:
-            known[found] = key
-            targets.append((key, found))
-
-    def run(data: bytes, key: str) -> None:
-        value = canonical.decode(data, key)
-        if canonical.field(value, "format", int, key) > 1:
-            raise UnsupportedFormatError(f"{key} is of a newer format", hint="upgrade envstore")
-        # Parts and commits say which checkpoint they are of.
-        if str(value.get("checkpoint", "")) not in key:
-            raise CorruptError(f"{key} is about another checkpoint")
-        if is_root(key):
-            root(data, key)
-
-    def listed(data: bytes, key: str) -> None:
-        name = parse_hex(key.removeprefix(LISTS))
-        if name is None:
-            raise CorruptError(f"{key} is not a digest")
-        open_list(data, name)
-
-    def note(data: bytes, key: str) -> None:
-        pack = parse_hex(key.removeprefix(PREFIX))
-        if pack is not None:
-            read_damage(objects, pack)
-
-    checks: list[tuple[str, Callable[[bytes, str], object]]] = [
-        ("runs/", run),
-        ("drafts/", root),
-        ("leases/", root),
-        (SESSIONS, parse_record),
-        (STATE_KEY, lambda data, _: parse_state(data)),
-        (LISTS, listed),
-        (PREFIX, note),
-    ]
-    for prefix, check in checks:
-        for info in objects.list(prefix):
-            try:
-                check(objects.get(info.key), info.key)
-            except NotFoundError:
-                continue  # removed since it was listed
-            except DAMAGE as error:
-                problems.append(Problem(info.key, error.message))
-    return targets, problems
 
 
 def keep_list(repository: Repository, report: Report) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class Expected:
     """What one pack is to hold. ``users`` has bit n set if the n-th target needs the pack.
 
     ``claims`` are segments that list it with a table whose digest is not its name: it is a pack
-    of version 1, or they do not tell the truth.
+    of version 1, or they do not tell the truth. ``listed`` is whether any segment lists it.
     """
 
     frames: Marks = field(default_factory=Marks)
@@ -76,6 +76,7 @@ class Expected:
     anchors: Marks = field(default_factory=Marks)
     users: int = 0
     claims: list[tuple[str, bytes]] = field(default_factory=list)
+    listed: bool = False
 
     def need(self, frame: FrameRef) -> None:
         """Expect a frame, and the anchor that it is said to have."""
@@ -132,6 +133,7 @@ class Plans(dict[bytes, Expected]):
         """Expect the packs that the segment ``key`` lists."""
         for pack in packs:
             plan = self[pack.digest]
+            plan.listed = True
             table = digest(encode_table(pack.frames))
             if table != pack.digest:
                 plan.claims.append((key, table))

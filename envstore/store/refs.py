@@ -79,11 +79,12 @@ class Ref:
     nonce: str
     updated: str
 
-    def encode(self) -> bytes:
-        """Return the stored JSON."""
+    def encode(self, name: RefName) -> bytes:
+        """Return the JSON that is stored as ``name``."""
         return canonical.encode_checked(
             {
                 "format": FORMAT,
+                "ref": name.key.removeprefix("refs/"),
                 "snapshot": self.snapshot.hex(),
                 "sequence": self.sequence,
                 "nonce": self.nonce,
@@ -97,6 +98,9 @@ def _parse(data: bytes, name: RefName) -> Ref:
     value = canonical.decode(data, what)
     if canonical.field(value, "format", int, what) > FORMAT:
         raise UnsupportedFormatError(f"{what} is of a newer format", hint="upgrade envstore")
+    # Those that were written before there was this field say nothing of where they belong.
+    if f"refs/{value.get('ref')}" != name.key and "ref" in value:
+        raise CorruptError(f"{what} holds another ref")
     snapshot = parse_hex(canonical.field(value, "snapshot", str, what))
     sequence = canonical.field(value, "sequence", int, what)
     if snapshot is None or not 0 <= sequence < _MAX_SEQUENCE:
@@ -149,7 +153,7 @@ def move_ref(
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
     try:
-        objects.put_if(name.key, ref.encode(), expected[1] if expected else None)
+        objects.put_if(name.key, ref.encode(name), expected[1] if expected else None)
     except (ConflictError, UnavailableError) as error:
         found = try_read(objects, name)
         if found is not None and found[0].nonce == ref.nonce:

@@ -17,11 +17,13 @@ from envstore.store.cache import BlobCache
 from envstore.store.checking import Reading, check_store, keep_list
 from envstore.store.damage import PREFIX, damaged_packs
 from envstore.store.digest import digest, parse_hex
+from envstore.store.doomed import LISTS
 from envstore.store.objects import open_objects
 from envstore.store.objects.overlay import OverlayObjects
 from envstore.store.problems import Problem, Report
 from envstore.store.rebuild import rebuild_index
 from envstore.store.repository import Repository
+from envstore.store.resetting import reset_state
 from envstore.store.salvage import salvage
 from envstore.store.sessions import writing
 from envstore.store.snapshots import parse_snapshot, snapshot_key
@@ -35,7 +37,7 @@ _HINTS = (
     ("drafts/", "remove it, and write that file again"),
     ("leases/", "remove it once nothing reads what it is about"),
     ("sessions/", "remove it once no writer is at work"),
-    ("gc/", "remove it once no writer and no collector is at work"),
+    ("gc/", "envstore repair makes it anew"),
 )
 _PUSH = "push what holds them again, to any ref of this store"
 
@@ -56,6 +58,8 @@ class Repaired:
 
 def advice(problem: Problem) -> str:
     """Return what would heal what repair could not."""
+    if problem.object == "index/":
+        return "envstore rebuild-index"
     for prefix, hint in _HINTS:
         if problem.object.startswith(prefix):
             return hint
@@ -80,8 +84,13 @@ def repair(
     this machine instead. Raises the errors of the store.
     """
     if not dry_run:
+        # Without this no session could begin.
+        reset = reset_state(repository.objects)
         with writing(repository, "repair") as (session, inside):
-            return _repair(inside, session.doomed_packs, reading, progress)
+            result = _repair(inside, session.doomed_packs, reading, progress)
+        if reset:
+            result.done.insert(0, "reset gc/state, which could not be read: nothing is condemned")
+        return result
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="envstore-repair-"))
         above = open_objects(f"file://{directory}/objects", create=True)
@@ -108,7 +117,7 @@ def _repair(
     found = check_store(plain) if result.done else before
     keep_list(plain, found)
     for problem in found.problems:
-        if problem.object.startswith(_DISPENSABLE):
+        if problem.object.startswith((*_DISPENSABLE, LISTS)):
             objects.delete(problem.object)
             result.done.append(f"removed {problem.object}, which can be made anew")
     keep_list(plain, found)

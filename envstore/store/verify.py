@@ -35,6 +35,7 @@ from envstore.store.sampling import Journal, Run, Sample
 __all__ = ["DAMAGE", "LostFile", "Problem", "Report", "Sample", "verify"]
 
 _READERS = 4
+_SHOWN = 3
 _Progress = Callable[[int, int], None]
 
 
@@ -181,6 +182,12 @@ class _Check:
         each("index/", segment)
         each("samples/", lambda name: open_sample(objects.get(sample_key(name)), name))
         each("locks/", lambda name: load_lock_bytes(objects, name))
+        unlisted = [name for name, plan in self.plans.items() if plan.users and not plan.listed]
+        if unlisted:
+            some = ", ".join(name.hex() for name in sorted(unlisted)[:_SHOWN])
+            self._problem(
+                "index/", f"{len(unlisted)} packs that are in use are in no segment, such as {some}"
+            )
         for prefix, check in (("profiles/", open_profile), ("packages/", package)):
             for info in objects.list(prefix):
                 try:

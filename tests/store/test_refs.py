@@ -98,7 +98,7 @@ def test_equal_moves_have_different_bodies(objects: FaultyStore) -> None:
     # Equal bodies would have equal versions on stores that hash them.
     moves = [move_ref(objects, _NAME, _A, try_read(objects, _NAME)) for _ in range(3)]
     assert len({move.nonce for move in moves}) == 3
-    assert len({move.encode() for move in moves}) == 3
+    assert len({move.encode(_NAME) for move in moves}) == 3
 
 
 def test_a_ref_that_went_there_and_back_is_not_the_same(objects: FaultyStore) -> None:
