@@ -26,6 +26,7 @@ from envstore.store.gc.moving import Moved, move, resume
 from envstore.store.gc.owner import Change, Ownership
 from envstore.store.gc.report import Busy, Collected, Writer
 from envstore.store.gc.retiring import retire
+from envstore.store.gc.sharing import share
 from envstore.store.gc.survey import Survey, survey
 from envstore.store.gc.sweeping import Swept, finish, sweep
 from envstore.store.gc.usage import measure_packs
@@ -92,7 +93,8 @@ def _run(
     for at in range(_ROUNDS):
         this = _Round(repository, owner, grace, max_unused, result, progress, swept)
         this.run()
-        if grace > 0 or not this.condemned or (at and not this.repacked):
+        again = this.repacked or this.shared
+        if grace > 0 or not (this.condemned or again) or (at and not again):
             break
         swept = Swept(undeletable=swept.undeletable)
     state = owner.change(lambda found: _without(found, swept.deleted)).state
@@ -118,6 +120,7 @@ class _Round:
     swept: Swept = field(default_factory=Swept)
     condemned: int = 0
     repacked: int = 0
+    shared: int = 0
     written: int = 0
 
     def run(self) -> None:
@@ -145,6 +148,7 @@ class _Round:
         if self.owner is not None:
             moved = move(self.repository, found, marks, needed, self.max_unused, self.progress)
             self._moved(moved, marks)
+            self.shared = share(self.repository, found, marks, self.progress, avoid=moved.packs)
         after = self._condemn(before, found, marks)
         self._tell(found, marks, needed, after, writers)
 

@@ -7,7 +7,7 @@ it the pack.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from envstore.errors import ConflictError, NotFoundError, UnavailableError
 from envstore.store.binary import pack_array, unpack_array
@@ -43,10 +43,27 @@ def relink(
     ``CorruptError``, and the errors of the store.
     """
     packs = {pack for pack, _ in moves}
+    return change_all(
+        objects, manifests, packs, lambda columns: move_columns(columns, moves), progress
+    )
+
+
+def change_all(
+    objects: ObjectStore,
+    manifests: Collection[tuple[bytes, int]],
+    packs: set[bytes],
+    edit: Callable[[Columns], bool],
+    progress: Progress,
+) -> set[bytes]:
+    """``edit`` those locations that name one of ``packs``; returns which are named afterwards.
+
+    ``edit`` says whether it has changed its argument; it is called from several threads, and once
+    more where somebody else was faster. Raises as ``relink``.
+    """
     stuck: set[bytes] = set()
 
     def change(item: tuple[bytes, int]) -> set[bytes]:
-        return _relink(objects, item[0], packs, moves)
+        return _change(objects, item[0], packs, edit)
 
     # Unpacked they take several times their size.
     for at, (_, left) in enumerate(read_ahead(manifests, change, weigh=lambda item: 8 * item[1])):
@@ -55,7 +72,9 @@ def relink(
     return stuck
 
 
-def _relink(objects: ObjectStore, manifest: bytes, packs: set[bytes], moves: Moves) -> set[bytes]:
+def _change(
+    objects: ObjectStore, manifest: bytes, packs: set[bytes], edit: Callable[[Columns], bool]
+) -> set[bytes]:
     key = locations_key(manifest)
     for _ in range(_ATTEMPTS):
         try:
@@ -65,7 +84,7 @@ def _relink(objects: ObjectStore, manifest: bytes, packs: set[bytes], moves: Mov
         if packs.isdisjoint(packs_named(data, key)):
             return set()
         columns = open_columns(data, manifest)
-        changed = move_columns(columns, moves)
+        changed = edit(columns)
         left = packs.intersection(columns.packs)
         if not changed:
             return left

@@ -43,7 +43,7 @@ def measure_packs(objects: ObjectStore, found: Survey, marks: Marks, progress: P
     seen = bytearray(len(needed))
     unlisted: set[bytes] = set()
     segments = segment_names(found)
-    for at, pack in _listed(objects, found, segments):
+    for at, pack in listed_packs(objects, found, segments):
         progress("looking into packs", at, len(segments))
         number = packs.number(pack.digest)
         if not number:
@@ -76,7 +76,7 @@ def segment_names(found: Survey) -> list[bytes]:
     return sorted(name for name in names if name is not None)
 
 
-def _listed(
+def listed_packs(
     objects: ObjectStore, found: Survey, segments: list[bytes]
 ) -> Iterator[tuple[int, Pack]]:
     """Yield the packs of all segments, each with how many segments came before."""
