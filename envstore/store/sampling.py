@@ -105,7 +105,7 @@ class Journal:
             run = Run(sample, str(value["started"]), {})
             if value["format"] != _FORMAT:
                 return None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
         done = {}
         for line in lines:

@@ -150,7 +150,7 @@ class Witness:
         """Return what is remembered; what cannot be read counts as nothing."""
         try:
             value = json.loads(self._path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         known = value.get("refs") if isinstance(value, dict) else None
         return known if isinstance(known, dict) and value.get("format") == _FORMAT else {}

@@ -12,10 +12,11 @@ _TEXTS = (
     "", ".", "..", "/", "../../x", "/etc/passwd", "a/../../b", "\0", "\n", "\x1b[2J", "\ud800",
     "A" * 300, "a/" * 300, "0" * 64, "f" * 64, "nan", "-1", "\u202e", "é", "é", "%s", "-",
 )  # fmt: skip
+_DEEP = "@deep@"
 _VALUES: tuple[Any, ...] = (
     None, True, False, -1, 0, 1,
     1 << 31, 1 << 32, 1 << 63, 1 << 64, -(1 << 63), 10**400, 0.5, 1e308,
-    float("nan"), float("inf"), [], {}, [[]], [None], {"": None}, "",
+    float("nan"), float("inf"), _DEEP, _DEEP, [], {}, [[]], [None], {"": None}, "",
 )  # fmt: skip
 
 
@@ -71,6 +72,10 @@ def mutate_json(data: bytes, random: Random) -> bytes:
     if random.randrange(20) == 0:
         depth = random.choice((10, 200, 990, 5000))
         text = text.replace("null", "[" * depth + "]" * depth).replace('""', '{"a":' * depth, 1)
+    if _DEEP in text:
+        depth = random.choice((20, 150, 900, 980, 1500, 5000))
+        opening, closing = random.choice((("[", "]"), ('{"a":', "}"), ('{"v":[', "]}")))
+        text = text.replace(f'"{_DEEP}"', opening * depth + "1" + closing * depth)
     if random.randrange(20) == 0 and text.startswith('{"'):
         text = text[:-1] + "," + text[1:]
     return text.encode("utf-8", "surrogatepass")

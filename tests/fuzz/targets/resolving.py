@@ -45,7 +45,8 @@ def _pylock_seeds() -> list[bytes]:
         * 64
         + b'"}\nsize = 5\n'
         b'[[packages]]\nname = "g"\nvcs = {type = "git", url = "https://h", commit-id = "abc"}\n'
-        b'marker = "python_version >= \'3\'"\n[[packages]]\nname = "d"\ndirectory = {path = "sub"}\n'
+        b'marker = "python_version >= \'3\'"\n[[packages]]\nname = "d"\n'
+        b'directory = {path = "sub"}\n'
     ]
 
 
