@@ -64,8 +64,8 @@ if [ -e "$stamp" ] && [ -z "${PYTHON:-}" ] && .venv/bin/python -I -c '' 2>/dev/n
     exit 0
 fi
 # fuse3 mounts; the tests have erofs-utils check our images, and runc start containers of busybox
-# that use volumes as a kubelet's containers do; the rest compiles pyfuse3 (gcc by itself only recommends the C library's headers).
-scripts/system-packages.sh fuse3 erofs-utils runc busybox-static ca-certificates gcc libc6-dev libfuse3-dev pkg-config
+# that use volumes as a kubelet's containers do; spin checks the model of the store's protocol; the rest compiles pyfuse3 (gcc by itself only recommends the C library's headers).
+scripts/system-packages.sh fuse3 erofs-utils runc busybox-static spin ca-certificates gcc libc6-dev libfuse3-dev pkg-config
 make_venv
 rm -f .venv/.setup-* .venv/.bench-* .venv/.frameworks-*
 install_locked
