@@ -21,12 +21,12 @@ from envstore.store.chunking import TENSOR_PIECE
 from envstore.store.describing import place_of, store_manifest
 from envstore.store.digest import digest
 from envstore.store.entries import HOLE, composed_entry
-from envstore.store.guarded import GuardedStore
 from envstore.store.index import DedupIndex
 from envstore.store.known import KnownChunks
 from envstore.store.manifest import Entry, sort_key
 from envstore.store.packing import PackWriter
 from envstore.store.repository import PARALLEL, Repository
+from envstore.store.sessions import claim_bases
 from envstore.store.snapshots import Snapshot, save_snapshot
 from envstore.store.source import Kind
 
@@ -42,10 +42,7 @@ def merge(
     """
     if len(parts) == 1:
         return parts[0].snapshot
-    if isinstance(repository.objects, GuardedStore):
-        session = repository.objects.session
-        with ThreadPoolExecutor(PARALLEL) as pool:
-            list(pool.map(session.claim_snapshot, [part.snapshot for part in parts]))
+    claim_bases(repository, (part.snapshot for part in parts))
     index = DedupIndex()
     known = KnownChunks(repository, index)
     known.learn_snapshots(part.snapshot for part in parts)

@@ -67,6 +67,10 @@ _END = 1 << 63
 _PAUSE = 0.5
 _RACES = 100
 
+# Of the lists that were read last, so many with so many entries are kept, for processes that have
+# one session after the other. Their names are digests, whatever store they are of.
+_KEPT, _MAX_KEPT = 4, 200_000
+
 
 @dataclass(frozen=True, slots=True)
 class Owner:
@@ -253,6 +257,15 @@ def parse_list(body: bytes) -> tuple[int, list[Condemned]]:
     return written, [Condemned(*row) for row in rows]
 
 
+class _Recent:
+    """Lists by name, the newest first. Replaced as a whole, so that no thread needs a lock."""
+
+    lists: tuple[tuple[bytes, tuple[Condemned, ...]], ...] = ()
+
+
+_recent = _Recent()
+
+
 def read_list(objects: ObjectStore, name: bytes | None) -> list[Condemned]:
     """Return the entries of a list, by key; those of ``None`` are none. At most one request.
 
@@ -260,7 +273,13 @@ def read_list(objects: ObjectStore, name: bytes | None) -> list[Condemned]:
     """
     if name is None:
         return []
-    return open_list(objects.get(list_key(name)), name)[1]
+    for known, rows in _recent.lists:
+        if known == name:
+            return list(rows)
+    found = open_list(objects.get(list_key(name)), name)[1]
+    if len(found) <= _MAX_KEPT:
+        _recent.lists = ((name, tuple(found)), *_recent.lists[: _KEPT - 1])
+    return found
 
 
 def write_list(objects: ObjectStore, entries: Collection[Condemned]) -> bytes | None:

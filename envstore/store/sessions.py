@@ -47,7 +47,7 @@ from envstore.store.roots import reachable
 from envstore.store.session_records import TTL, Record, put_record, read_record, session_key
 from envstore.store.snapshots import snapshot_key
 
-__all__ = ["TTL", "Session", "SessionLostError", "within", "writing"]
+__all__ = ["TTL", "Session", "SessionLostError", "claim_bases", "within", "writing"]
 
 _ATTEMPTS = 3
 _PARALLEL = 16
@@ -81,7 +81,6 @@ class Session:
         self._version: str | None = None
         self._proved = (0.0, 0.0)
         self._doomed: frozenset[str] = frozenset()
-        self._claimed: set[str] = set()
         self._stored: set[str] = set()
         self._unclear: dict[str, tuple[bytes, str | None, bool]] = {}
         self._damaged: frozenset[bytes] | None = None
@@ -162,7 +161,6 @@ class Session:
             wanted = self._doomed.intersection(keys)
             if wanted:
                 claim(self._inner, wanted)
-                self._claimed |= wanted
                 self._doomed -= wanted
 
     def claim_snapshot(self, name: bytes, *, verify: bool = False) -> None:
@@ -381,6 +379,18 @@ def writing(repository: Repository, what: str) -> Iterator[tuple[Session, Reposi
         return
     with Session.begin(repository, what) as session:
         yield session, within(repository, session)
+
+
+def claim_bases(repository: Repository, snapshots: Iterable[bytes]) -> None:
+    """Claim what these lead to if ``repository`` is in a session: nobody has the bytes besides.
+
+    No request if nothing is doomed, else three for each, 16 at a time.
+    """
+    if isinstance(repository.objects, GuardedStore):
+        session = repository.objects.session
+        with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="claim") as pool:
+            for _ in pool.map(session.claim_snapshot, dict.fromkeys(snapshots)):
+                pass
 
 
 def within(repository: Repository, session: Session) -> Repository:

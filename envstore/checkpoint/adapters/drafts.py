@@ -23,6 +23,7 @@ from envstore.store.locations import NOWHERE
 from envstore.store.manifest import HOLE
 from envstore.store.refs import RefName
 from envstore.store.repository import PARALLEL, Repository
+from envstore.store.sessions import claim_bases
 from envstore.store.source import Kind
 
 FORMAT = 1
@@ -75,6 +76,7 @@ class Drafts:
 
     def load(self, draft: Draft) -> StoredFile:
         """Return where the chunks of a draft lie. Raises ``CorruptError``, ``NotFoundError``."""
+        claim_bases(self._repository, [draft.snapshot])
         manifest = self._repository.snapshot(draft.snapshot).manifest
         root, locations = self._repository.located(manifest)
         places = {}

@@ -25,6 +25,7 @@ from envstore.store.locations import FrameRef
 from envstore.store.manifest import HOLE, Entry, Root, sort_key
 from envstore.store.packing import PackWriter
 from envstore.store.repository import Repository
+from envstore.store.sessions import claim_bases
 from envstore.store.snapshots import Snapshot, save_snapshot
 from envstore.store.source import WINDOW, DirectorySource, Kind, SourceEntry
 
@@ -321,6 +322,8 @@ def store_entries(
 
     Directories may be left out. Raises the errors of the store.
     """
+    bases = tuple(bases)
+    claim_bases(repository, bases)
     index = DedupIndex()
     known = KnownChunks(repository, index)
     known.learn_snapshots(bases)
