@@ -183,7 +183,8 @@ class _Check:
         each("samples/", lambda name: open_sample(objects.get(sample_key(name)), name))
         each("locks/", lambda name: load_lock_bytes(objects, name))
         unlisted = [name for name, plan in self.plans.items() if plan.users and not plan.listed]
-        if unlisted:
+        # Those of a damaged segment are in none, either.
+        if unlisted and not any(one.object.startswith("index/") for one in self.report.problems):
             some = ", ".join(name.hex() for name in sorted(unlisted)[:_SHOWN])
             self._problem(
                 "index/", f"{len(unlisted)} packs that are in use are in no segment, such as {some}"

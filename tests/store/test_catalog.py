@@ -66,7 +66,8 @@ def test_a_ref_removed_meanwhile_is_not_listed(tmp_path: Path) -> None:
             _push(store, tmp_path / "t", name)
         faulty.drop("get_versioned", key="refs/default/a/latest")
         assert [item.name.name for item in catalog.describe_refs(store.repository)] == ["b"]
-        targets, _ = catalog.all_targets(store.repository)
+        refs, _ = catalog.read_refs(store.repository)
+        targets = catalog.all_targets(store.repository, refs)
         # What no ref names is looked at all the same, under its digest.
         assert targets[0][0] == "b:latest"
         assert [name[0] for name, _ in targets[1:]] == ["@"]
@@ -86,7 +87,8 @@ def test_damage_is_told_of_in_its_own_row(tmp_path: Path) -> None:
         assert rows["lost"].ref is not None
         assert rows["lost"].snapshot is None
         assert lost.hex() in str(rows["lost"].error)
-        targets, broken = catalog.all_targets(store.repository)
+        refs, broken = catalog.read_refs(store.repository)
+        targets = catalog.all_targets(store.repository, refs)
         assert [name for name, _ in targets][:2] == ["good:latest", "lost:latest"]
         assert [problem.object for problem in broken] == ["refs/default/bad/latest"]
 
