@@ -13,8 +13,10 @@ from envstore.checkpoint.layout import Want
 from envstore.checkpoint.trees import SnapshotTree
 from envstore.errors import CorruptError, EnvstoreError, NotFoundError
 from envstore.fuse.hydrate import hydrate
+from envstore.resolver.abi.reading import _Frames
 from envstore.store.cache import BlobCache
 from envstore.store.config import init_store
+from envstore.store.entries import HOLE
 from envstore.store.locations import Locations
 from envstore.store.objects import open_objects
 from envstore.store.pull import pull
@@ -183,6 +185,27 @@ def test_a_restore_fetches_ahead_where_packs_have_moved(tree: Tree) -> None:
     assert opened.prefetch() > 9 * MIB
     drop(tree.others, tree.others.located(tree.pushed.manifest)[1])
     assert opened.read("large") == (tree.source / "large").read_bytes()
+
+
+@REFRAME
+def test_a_check_of_libraries_reads_where_packs_have_moved(tree: Tree, reframe: bool) -> None:
+    repository = tree.reader(cache=False)
+    root, locations = repository.located(tree.pushed.manifest)
+    frames = _Frames(repository, repository.whereabouts(root, locations))
+    move(tree.others, tree.pushed.manifest, reframe=reframe)
+    number = 0
+    for entry in tree.others.entries(tree.pushed.manifest):
+        data = (tree.source / entry.path.decode()).read_bytes()
+        at = 0
+        for name, size in entry.refs:
+            if name != HOLE:
+                assert frames.chunk(number, name, size, entry.path) == data[at : at + size]
+            at += size
+            number += 1
+    assert tree.looks() == 2
+    drop(tree.others, tree.others.located(tree.pushed.manifest)[1])
+    with pytest.raises(NotFoundError, match="packs/"):
+        _Frames(repository, repository.whereabouts(root, locations)).chunk(0, *entry.refs[0], b"x")
 
 
 def test_what_moves_again_and_again_is_given_up(tree: Tree) -> None:

@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from envstore.errors import CorruptError, EnvstoreError
+from envstore.errors import CorruptError, EnvstoreError, NotFoundError
 from envstore.resolver.abi.elf import MAGIC
 from envstore.resolver.abi.facts import VERSION, ElfFacts, elf_facts, from_json, to_json
 from envstore.resolver.abi.search import Tree
 from envstore.store.digest import digest
-from envstore.store.locations import FrameRef, Locations
+from envstore.store.locations import FrameRef, Located
 from envstore.store.manifest import HOLE, Entry, read_entries
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.source import DirectorySource, Kind, access_error
+from envstore.store.whereabouts import ATTEMPTS, Whereabouts
 
 _FRAMES_HELD = 32
 _MOST_KEPT = 200_000
@@ -69,7 +70,7 @@ def pushed_tree(repository: Repository, manifest: bytes, kept: Path) -> Tree:
     with _Kept(kept) as memory:
         known = memory.get({entry.digest for entry, _ in wanted})
         unknown = {entry.digest: (entry, at) for entry, at in wanted if entry.digest not in known}
-        frames = _Frames(repository, locations)
+        frames = _Frames(repository, repository.whereabouts(root, locations))
 
         def read(item: tuple[Entry, int]) -> ElfFacts | None:
             stored = _StoredFile(frames, *item)
@@ -149,18 +150,30 @@ class _StoredFile:
 class _Frames:
     """Frames that were fetched, the last few of them."""
 
-    def __init__(self, repository: Repository, locations: Locations) -> None:
-        self._repository, self._locations = repository, locations
+    def __init__(self, repository: Repository, whereabouts: Whereabouts) -> None:
+        self._repository, self._whereabouts = repository, whereabouts
         self._held: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def chunk(self, number: int, name: bytes, size: int, path: bytes) -> memoryview:
         """Return a chunk, proven. Raises ``CorruptError`` and what the store raises."""
-        place = self._locations.ref_frames[number]
-        if place >= len(self._locations.frames):
+        for _ in range(ATTEMPTS):
+            locations = self._whereabouts.locations
+            try:
+                return self._chunk(locations, number, name, size, path)
+            except (CorruptError, NotFoundError):
+                if self._whereabouts.again(locations) is None:
+                    raise
+        return self._chunk(self._whereabouts.locations, number, name, size, path)
+
+    def _chunk(
+        self, locations: Located, number: int, name: bytes, size: int, path: bytes
+    ) -> memoryview:
+        place = locations.ref_frames[number]
+        if place >= len(locations.frames):
             raise CorruptError(f"locations: a chunk of {os.fsdecode(path)} is nowhere")
-        start = self._locations.ref_offsets[number]
-        data = memoryview(self._load(self._locations.frames[place]))[start : start + size]
+        start = locations.ref_offsets[number]
+        data = memoryview(self._load(locations.frames[place]))[start : start + size]
         if digest(data) != name:
             raise CorruptError(f"chunk {name.hex()} is not where its locations say")
         return data
