@@ -17,6 +17,7 @@ from envstore.confinement.capabilities import CHOWN, DAC_OVERRIDE, FOWNER
 from envstore.confinement.process import keep_capabilities, keep_to_itself, refuse
 from envstore.confinement.programs import starts_programs
 from envstore.errors import EnvstoreError
+from envstore.redaction import protect_logs
 
 MAX_LOG = 1 << 20
 """Bytes of a log; a longer one loses its older half."""
@@ -76,6 +77,7 @@ def serve(options: argparse.Namespace) -> int:
         logging.basicConfig(
             format=f"%(asctime)s %(levelname)s {shown}: %(message)s", level=logging.INFO
         )
+    protect_logs()
     logging.getLogger("botocore").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     linger = LINGER_SECONDS if options.linger is None else options.linger

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from envstore.checkpoint.backstage import BUSY, ENDING, heed
+from envstore.redaction import protect_logs
 
 POLL_SECONDS = 0.5
 AGAIN_SECONDS = 5.0
@@ -50,6 +51,7 @@ def watch(root: str, arguments: list[str]) -> int:
     them could not finish. Call from the main thread.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    protect_logs()
     ended = threading.Event()
     served: dict[tuple[int, int], _Served] = {}
 

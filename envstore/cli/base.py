@@ -81,11 +81,11 @@ class _WithGlobalOptions(click.Command):
         if verbose:
             import logging
 
+            from envstore.redaction import protect_logs
+
             level = logging.INFO if verbose == 1 else logging.DEBUG
             logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=level)
-            # Its debugging output is by the line of HTTP, and may hold what is secret.
-            for name in ("botocore", "urllib3"):
-                logging.getLogger(name).setLevel(logging.INFO)
+            protect_logs()
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

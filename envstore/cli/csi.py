@@ -130,10 +130,13 @@ def serve(
     import logging
     import os
 
+    from envstore.redaction import protect_logs
+
     if not settings.verbose:
         logging.basicConfig(
             format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO
         )
+        protect_logs()
     settings.export_cache()
     from envstore.csi.options import DriverOptions, check_seen, endpoint_path
 

@@ -15,6 +15,8 @@ import click
 from envstore.cli.context import PROGRAM, Settings
 from envstore.cli.output import printable
 from envstore.errors import EnvstoreError
+from envstore.redaction import redacted
+from envstore.store.private import make_private, private
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -60,8 +62,8 @@ def _kind(error: EnvstoreError) -> str:
 
 
 def _say(settings: Settings, kind: str, message: str, hint: str | None, status: int) -> int:
-    message = printable(message)
-    hint = printable(hint) if hint else None
+    message = printable(redacted(message))
+    hint = printable(redacted(hint)) if hint else None
     if settings.json:
         body = {"kind": kind, "message": message, "hint": hint, "exit_code": status}
         text = json.dumps({"error": body})
@@ -91,7 +93,7 @@ def wants_traceback(settings: Settings) -> bool:
 
 def show_traceback(error: BaseException) -> None:
     """Print where ``error`` comes from."""
-    click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    click.echo(redacted("".join(traceback.format_exception(error))), err=True, nl=False)
 
 
 def _write_log(error: BaseException) -> Path:
@@ -99,11 +101,11 @@ def _write_log(error: BaseException) -> Path:
 
     base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     path = Path(base) / "envstore" / "errors.log"
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(path.parent)
     if path.exists() and path.stat().st_size > _LOG_LIMIT:
         path.replace(path.with_suffix(".log.old"))
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=private) as log:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         log.write(f"--- {now} {PROGRAM} {__version__}, Python {sys.version.split()[0]}\n")
-        log.writelines(traceback.format_exception(error))
+        log.write(redacted("".join(traceback.format_exception(error))))
     return path

@@ -57,7 +57,10 @@ def hold_here(
     if not settings.verbose:
         import logging
 
+        from envstore.redaction import protect_logs
+
         logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+        protect_logs()
     failed: list[EnvstoreError] = []
 
     def say(answer: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from envstore.fuse.processes import load_server_code
 from envstore.fuse.records import MountRecord, RecordFiles
 from envstore.fuse.session import check_device
 from envstore.fuse.sockets import claim, listen, raised, told
+from envstore.redaction import protect_logs
 from envstore.store.private import private
 
 __all__ = ["MountRequest", "hold", "start_background", "start_mount"]
@@ -205,6 +206,7 @@ def _lasting(address: str) -> str:
 def main(arguments: list[str]) -> int:
     """Run as the holder: of a new mount, or with ``--resume FD`` of one that is there."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    protect_logs()
     if arguments[:1] == ["--check"]:
         load_server_code()
         return 0 if arguments[1:] == [str(STATE_FORMAT)] else 1

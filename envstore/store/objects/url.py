@@ -115,7 +115,8 @@ def _is_encodable(text: str) -> bool:
 
 def _parse_file(split: SplitResult) -> FileLocation:
     if split.netloc not in ("", "localhost"):
-        raise _malformed(f"file URL with a host ({split.netloc}): three slashes make a local path")
+        host = split.netloc.rpartition("@")[2]
+        raise _malformed(f"file URL with a host ({host}): three slashes make a local path")
     if split.query or split.fragment:
         raise _malformed("file URL with a query: write %3F and %23 for ? and # in a path")
     path = os.fsdecode(unquote_to_bytes(os.fsencode(split.path)))
