@@ -10,6 +10,7 @@ from envstore.store.digest import digest
 
 MAX_BODY = 1 << 20
 _MAX_DIGITS = 20
+_MAX_DEPTH = 32
 _CHECK = "check"
 _CHECK_DIGITS = 16
 
@@ -67,8 +68,8 @@ def decode(data: bytes, what: str) -> dict[str, Any]:
     """Return the JSON object in ``data``. Raises ``CorruptError`` naming ``what``.
 
     Refused is what two readers could understand in two ways, or could not write again: a key given
-    twice, text that is not Unicode, numbers beyond all 64 bits. So is what has a ``check`` that
-    does not match; the field is not returned.
+    twice, text that is not Unicode, numbers beyond all 64 bits, more than 32 levels. So is what has
+    a ``check`` that does not match; the field is not returned.
     """
     if len(data) > MAX_BODY:
         raise CorruptError(f"{what} is {len(data)} bytes long, more than {MAX_BODY}")
@@ -77,6 +78,8 @@ def decode(data: bytes, what: str) -> dict[str, Any]:
         value = json.loads(
             text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_refuse
         )
+        if text.count("[") + text.count("{") > _MAX_DEPTH:
+            _check_depth(value)
         if "\\u" in text:
             check_text(value)
     except (ValueError, RecursionError):
@@ -91,6 +94,21 @@ def check_text(value: Any) -> None:
     surrogate pair, which nobody can write again.
     """
     json.dumps(value, ensure_ascii=False).encode()
+
+
+def _check_depth(value: Any) -> None:
+    """See that whoever walks ``value`` needs no deep stack. Raises ``ValueError``."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        nested = [item for item in level if isinstance(item, (dict, list))]
+        if not nested:
+            return
+        level = [
+            inner
+            for item in nested
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    raise ValueError("too many levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

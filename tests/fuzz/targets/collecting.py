@@ -23,7 +23,7 @@ from envstore.store.smallobjects import SmallObjects
 from envstore.store.witness import Witness
 from tests.fuzz.harness import expect, target
 from tests.fuzz.memory import Memory
-from tests.fuzz.mutating import mutate_json
+from tests.fuzz.mutating import mutate_json, unchecked
 from tests.fuzz.targets.sealed import body_of
 
 _NAME = digest(b"name")
@@ -50,7 +50,7 @@ def _session_seeds() -> list[bytes]:
         Record(5, "push", "boot:1:2:3", 1_800_000_000, "ab" * 16, at, bool(at), (_NAME,), keys)
         for at in (0, 1_800_000_500)
     )
-    return [open_.encode(), fenced.encode()]
+    return [open_.encode(), unchecked(open_.encode()), unchecked(fenced.encode())]
 
 
 @target("session", _session_seeds, mutate_json)

@@ -17,7 +17,7 @@ from envstore.store.refs import RefName, list_refs, read_ref
 from envstore.store.snapshots import Snapshot, parse_snapshot
 from tests.fuzz.harness import expect, target
 from tests.fuzz.memory import Memory
-from tests.fuzz.mutating import mutate_json
+from tests.fuzz.mutating import mutate_json, unchecked
 
 _NAME = digest(b"name")
 _CHECKPOINT = CheckpointId(500, 2, 1)
@@ -94,7 +94,7 @@ def _part() -> Part:
     return Part(_CHECKPOINT, 1, 2, _NAME, _TIME, "plan", 5, 3, {"loss": 0.5}, {"git": "abc"})
 
 
-@target("run-part", lambda: [_part().encode()], mutate_json, _WORDS)
+@target("run-part", lambda: [unchecked(_part().encode())], mutate_json, _WORDS)
 def run_part(data: bytes) -> None:
     found = parse_part(data, _CHECKPOINT, 1, 2)
     again = parse_part(found.encode(), _CHECKPOINT, 1, 2)
@@ -106,7 +106,7 @@ def _commit() -> Commit:
     return Commit(_CHECKPOINT, _NAME, (_NAME, _NAME), _TIME, 10, {"loss": 0.5}, {"git": "abc"})
 
 
-@target("run-commit", lambda: [_commit().encode()], mutate_json, _WORDS)
+@target("run-commit", lambda: [unchecked(_commit().encode())], mutate_json, _WORDS)
 def run_commit(data: bytes) -> None:
     found = parse_commit(data, _CHECKPOINT)
     again = parse_commit(found.encode(), _CHECKPOINT)
@@ -186,7 +186,7 @@ def _is_text(data: bytes) -> bool:
 def _gc_seeds() -> list[bytes]:
     owner = doomed.Owner("ab" * 8, "boot:1:2:3", 1_800_000_000)
     state = doomed.State(5, "ab" * 16, 1_800_000_000, _NAME, None, owner)
-    return [state.encode(), doomed.State().encode()]
+    return [state.encode(), unchecked(state.encode()), unchecked(doomed.State().encode())]
 
 
 @target("gc-state", _gc_seeds, mutate_json, _WORDS)
@@ -197,7 +197,7 @@ def gc_state(data: bytes) -> None:
 
 @target(
     "damage-note",
-    lambda: [damage.Damage(_NAME, "a bit flipped", 1_800_000_000).encode()],
+    lambda: [unchecked(damage.Damage(_NAME, "a bit flipped", 1_800_000_000).encode())],
     mutate_json,
     _WORDS,
 )
