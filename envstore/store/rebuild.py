@@ -51,6 +51,8 @@ def rebuild_index(
     """
     done = Rebuilt()
     objects = repository.objects
+    # What is cached says nothing about what is in the store.
+    repository = Repository(objects, repository.config, None)
     # The listing of packs comes first: one that is stored meanwhile is listed by who stores it.
     sizes = {
         name: info.size
