@@ -87,7 +87,7 @@ def main(arguments: Sequence[str], console: Console, say: Callable[[str], None])
             scratch / "store", options.packs, options.pack_chunks, options.families, say
         )
         rows: list[tuple[str, Timing, dict[str, int]]] = []
-        for name, grace in (("mark and condemn", "24h"), ("mark, sweep, mark", "0s")):
+        for name, grace in (("mark and condemn", "24h"), ("mark and sweep", "0s")):
             say(name)
             answer = scratch / "answer"
             command = [*envstore_command(), "--store", made.url, "gc", "--grace", grace, "--json"]

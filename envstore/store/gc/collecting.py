@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from envstore.store.damage import damaged_packs, forget_damage
 from envstore.store.digest import parse_hex
-from envstore.store.doomed import Condemned, Doomed, read_doomed, tidy_lists
+from envstore.store.doomed import LISTS, Condemned, Doomed, list_key, read_doomed
 from envstore.store.gc.carrying import carry_profiles, remove_old_leases
 from envstore.store.gc.fencing import Writers, meet_writers
 from envstore.store.gc.marking import DRAFTS, LEASES, WRITERS, Marks, Progress, mark
@@ -30,6 +30,7 @@ from envstore.store.gc.sharing import share
 from envstore.store.gc.survey import Survey, survey
 from envstore.store.gc.sweeping import Swept, finish, sweep
 from envstore.store.gc.usage import measure_packs
+from envstore.store.objects.base import ObjectStore
 from envstore.store.packs import pack_key
 from envstore.store.repository import Repository
 from envstore.store.roots import read_roots
@@ -38,6 +39,8 @@ from envstore.store.session_records import kept_keys
 MAX_CONDEMNED = 1_000_000
 """Keys on the condemned list; what is dead besides waits for a later run."""
 _ROUNDS = 50
+_SHARING = 3
+"""Rounds of a run that go on because trees have come to share something."""
 _WHY = {DRAFTS: "drafts", LEASES: "leases", WRITERS: "sessions"}
 
 
@@ -93,16 +96,29 @@ def _run(
     for at in range(_ROUNDS):
         this = _Round(repository, owner, grace, max_unused, result, progress, swept)
         this.run()
-        again = this.repacked or this.shared
+        again = this.repacked or (this.shared and at < _SHARING)
         if grace > 0 or not (this.condemned or again) or (at and not again):
             break
         swept = Swept(undeletable=swept.undeletable)
-    state = owner.change(lambda found: _without(found, swept.deleted)).state
-    tidy_lists(repository.objects, state)
+    _tidy(repository.objects, owner, swept.deleted)
     remove_old_leases(repository.objects)
 
 
-def _without(found: Doomed, keys: set[str]) -> Change:
+def _tidy(objects: ObjectStore, owner: Ownership, deleted: AbstractSet[str]) -> None:
+    """Take what is deleted off the list of the condemned, and remove the lists of before.
+
+    What was listed and is not named by a state that was put since never will be: whoever wrote it
+    has lost, and no two lists have one name.
+    """
+    lists = [info.key for info in objects.list(LISTS)]
+    state = owner.change(lambda found: _without(found, deleted)).state
+    named = [list_key(name) for name in (state.condemned, state.deleting) if name is not None]
+    for key in lists:
+        if key not in named:
+            objects.delete(key)
+
+
+def _without(found: Doomed, keys: AbstractSet[str]) -> Change:
     left = [row for row in found.condemned if row.key not in keys]
     return Change(found.state.epoch, left, found.deleting)
 

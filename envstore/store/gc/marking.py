@@ -196,6 +196,10 @@ def _mark_manifests(
     ordered = sorted(marks.manifests, key=lambda name: marks.manifests[name])
 
     def read(manifest: bytes) -> bytes | EnvstoreError:
+        key = manifest_key(manifest)
+        # It may have been stored since the listing.
+        if key not in found.small and repository.objects.size(key) is None:
+            return NotFoundError(f"manifest {manifest.hex()} is missing")
         try:
             return repository.objects.get(locations_key(manifest))
         except DAMAGE as error:

@@ -20,7 +20,9 @@ from envstore.store.damage import Damage, damaged_packs, note_damage
 from envstore.store.doomed import (
     LEASE_SECONDS,
     SLACK_SECONDS,
+    Condemned,
     Owner,
+    list_key,
     put_state,
     read_doomed,
     read_state,
@@ -34,6 +36,7 @@ from envstore.store.index import DedupIndex, segment_key
 from envstore.store.known import KnownChunks
 from envstore.store.locations import locations_key
 from envstore.store.locks import save_lock
+from envstore.store.manifest import manifest_key
 from envstore.store.packages import describe_package, package_key, save_packages
 from envstore.store.packs import pack_key
 from envstore.store.profiles import Range, find_profile, new_profile, save_profile
@@ -424,23 +427,24 @@ def test_interrupted_at_any_request_it_can_be_run_again(
     two.assert_sound()
 
 
-@pytest.mark.parametrize("what", ["snapshot", "locations", "ref"])
+@pytest.mark.parametrize("what", ["snapshot", "manifest", "locations", "ref"])
 @pytest.mark.parametrize("missing", [False, True])
 def test_nothing_is_condemned_while_something_live_is_damaged(
     two: Store, what: str, missing: bool
 ) -> None:
     objects = two.repository.objects
     snapshot = two.repository.resolve("b")
+    if (what, missing) in (("ref", True), ("manifest", False)):
+        return  # then it is not live; and what a manifest says takes part in nothing
     key = {
         "snapshot": snapshot_key(snapshot),
+        "manifest": manifest_key(two.snapshot("b").manifest),
         "locations": locations_key(two.snapshot("b").manifest),
         "ref": RefName.parse("b").key,
     }[what]
     remove(two, "a")
     if missing:
         objects.delete(key)
-        if what == "ref":
-            return
     else:
         two.path(key).write_bytes(objects.get(key)[:-3])
     before = keys(two)
@@ -449,7 +453,7 @@ def test_nothing_is_condemned_while_something_live_is_damaged(
     assert "repair" in (caught.value.hint or "")
     if what != "ref":
         assert isinstance(caught.value, BrokenRootError)
-        assert "refs/default/b/latest" in caught.value.message or what == "locations"
+        assert "refs/default/b/latest" in caught.value.message or what != "snapshot"
     assert keys(two) == before
     assert read_doomed(objects).condemned == []
     assert read_state(objects)[0].owner is None
@@ -568,6 +572,18 @@ def test_a_snapshot_that_a_lease_names_in_vain_hinders_nobody(two: Store) -> Non
     objects.put(f"leases/{name}/0123456789abcdef", body)
     remove(two, "a")
     assert gc(two).freed_bytes > 0
+
+
+def test_lists_that_nothing_names_go(two: Store) -> None:
+    objects = two.repository.objects
+    write_list(objects, read_doomed(objects).condemned or [Condemned("probe/x", 1, 1.0)])
+    remove(two, "a", "b")
+    gc(two, DAY)
+    state, _ = read_state(objects)
+    assert state.condemned is not None
+    assert two.object_keys("gc/lists/") == [list_key(state.condemned)]
+    gc(two)
+    assert two.object_keys("gc/lists/") == []
 
 
 def test_a_manifest_of_many_snapshots_is_read_once(two: Store) -> None:
