@@ -30,6 +30,7 @@ from envstore.store.sessions import Session, SessionLostError, writing
 from envstore.store.snapshots import Snapshot, save_snapshot, snapshot_key
 from tests import trees
 from tests.faulty import FaultyStore
+from tests.garbage import condemn, delete_condemned
 from tests.s3server import S3Server
 from tests.sources import ListedSource
 from tests.stores import Store
@@ -70,25 +71,6 @@ def faults(repository: Repository) -> FaultyStore:
 
 def some_snapshot(repository: Repository) -> bytes:
     return save_snapshot(repository.objects, Snapshot("dir", bytes(32), 0, 0, "now"))
-
-
-def condemn(repository: Repository, *keys: str) -> None:
-    """Let a collector have condemned this, at the next epoch, besides what was before."""
-    objects = repository.objects
-    found = doomed.read_doomed(objects)
-    epoch = found.state.epoch + 1
-    rows = [*found.condemned, *(Condemned(key, epoch, objects.now()) for key in keys)]
-    state = State(epoch, condemned=doomed.write_list(objects, rows), deleting=found.state.deleting)
-    doomed.put_state(objects, state, found.version)
-
-
-def delete_condemned(repository: Repository) -> None:
-    """Let a collector sweep all that is condemned."""
-    objects = repository.objects
-    found = doomed.read_doomed(objects)
-    for row in found.condemned:
-        objects.delete(row.key)
-    doomed.put_state(objects, State(found.state.epoch), found.version)
 
 
 def the_session(repository: Repository) -> session_records.Stored:
