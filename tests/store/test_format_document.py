@@ -320,6 +320,8 @@ def _documented() -> Iterator[tuple[str, str | int, str]]:
 @pytest.mark.parametrize(("value", "code"), [row[1:] for row in _documented()])
 def test_constants(value: str | int, code: str) -> None:
     module, *path = code.split(".")
+    if module == "gc":
+        module = f"gc.{path.pop(0)}"
     found = importlib.import_module(f"envstore.store.{module}")
     for name in path:
         found = getattr(found, name)

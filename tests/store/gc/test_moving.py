@@ -37,22 +37,23 @@ from tests.stores import Store
 pytestmark = pytest.mark.usefixtures("_no_fsync")
 
 MIB = 1 << 20
+UNIT = 300_000
 
 
 @pytest.fixture
 def thinned(store: Store, tmp_path: Path) -> Path:
     """A tree of which an earlier version, pushed as ``old``, had three times as much."""
     root = tmp_path / "tree"
-    trees.plain(root, "tree", files=60)
-    (root / "noise").write_bytes(trees.noise("noise", 3 * MIB))
-    (root / "prose").write_bytes(trees.prose("prose", 3 * MIB))
+    trees.plain(root, "tree", files=30)
+    (root / "noise").write_bytes(trees.noise("noise", 3 * UNIT))
+    (root / "prose").write_bytes(trees.prose("prose", 3 * UNIT))
     trees.settle(root)
     store.push(root, "old")
     for number, path in enumerate(sorted(root.rglob("file *"))):
         if number % 3:
             path.unlink()
-    (root / "noise").write_bytes(trees.noise("noise", 3 * MIB)[: MIB + 7])
-    (root / "prose").write_bytes(trees.prose("prose", 3 * MIB)[2 * MIB :])
+    (root / "noise").write_bytes(trees.noise("noise", 3 * UNIT)[: UNIT + 7])
+    (root / "prose").write_bytes(trees.prose("prose", 3 * UNIT)[2 * UNIT :])
     trees.settle(root)
     store.push(root, "new")
     return root
@@ -114,7 +115,7 @@ def test_little_that_is_dead_is_left_where_it_is(
     remove(store, "old")
     done = gc(store, max_unused=10.0)
     assert done.repacked_packs == 0
-    assert done.kept["parts"] > MIB
+    assert done.kept["parts"] > UNIT
     assert done.live_bytes + done.kept_bytes == done.store_bytes
     _same(store, thinned, tmp_path / "out")
 
@@ -159,7 +160,7 @@ def test_a_push_in_between_keeps_what_it_needs(store: Store, thinned: Path, tmp_
     """Locations that are stored after the mark name chunks that were dead then."""
     back = tmp_path / "back"
     back.mkdir()
-    (back / "noise").write_bytes(trees.noise("noise", 3 * MIB))
+    (back / "noise").write_bytes(trees.noise("noise", 3 * UNIT))
     trees.settle(back)
     remove(store, "old")
     gate = store.faults.gate("put", key="packs/", times=1)
@@ -197,7 +198,7 @@ def test_a_damaged_pack_is_left_alone_and_told(store: Store, thinned: Path, tmp_
     assert done.damaged
     assert old in done.damaged[0]
     assert done.repacked_packs == 0
-    assert done.kept["parts"] > MIB
+    assert done.kept["parts"] > UNIT
     fault.remove()
     _same(store, thinned, tmp_path / "out")
     assert gc(store).repacked_packs == 1
