@@ -15,7 +15,8 @@ from envstore.fuse.fastparts import FastParts
 from envstore.fuse.lease import Asked
 from envstore.fuse.supplies import Source
 from envstore.fuse.turns import Turns
-from envstore.fuse.volumes import Volume, Volumes
+from envstore.fuse.volume import Volume
+from envstore.fuse.volumes import Volumes
 from envstore.store.objects import Credentials
 from envstore.store.repository import Repository
 

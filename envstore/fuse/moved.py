@@ -38,11 +38,12 @@ class Moved:
         manifest: bytes,
         complaints: Complaints,
         patience: float,
-        image: Callable[[], int],
+        image: Callable[[], int | None],
         found: Callable[[int, Located], None],
     ) -> None:
-        """Begin with ``locations`` of ``manifest``; ``image`` opens the image they are from.
+        """Begin with ``locations`` of ``manifest``.
 
+        ``image`` opens the image they are from, or returns ``None`` once that is served no longer.
         ``found`` is given a new image, which it owns, and the locations in it. A store that
         cannot be reached is tried again for ``patience`` seconds.
         """
@@ -102,8 +103,10 @@ class Moved:
         deadline = trio.current_time() + self._patience
         pause = _FIRST_PAUSE
         while True:
-            # Of the event loop's own: the volume may be given up, and its image closed, meanwhile.
+            # One of this look's own: what is served may be given up meanwhile.
             image = self._image()
+            if image is None:
+                return None
             try:
                 fd = await trio.to_thread.run_sync(self._moved_image, image)
             except UnavailableError as error:

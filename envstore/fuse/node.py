@@ -32,7 +32,8 @@ from envstore.fuse.peers import is_ours
 from envstore.fuse.records import RecordFiles
 from envstore.fuse.sockets import MAX_LINE, told
 from envstore.fuse.turns import Turns
-from envstore.fuse.volumes import Volume, Volumes, subtree
+from envstore.fuse.volume import Volume, subtree
+from envstore.fuse.volumes import Volumes
 
 _CHECK_SECONDS = 10.0
 _ASK_WITHIN = 10.0

@@ -12,7 +12,6 @@ import mmap
 import os
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import trio
@@ -21,23 +20,19 @@ from envstore.errors import CorruptError, EnvstoreError, UnsupportedFormatError
 from envstore.fuse.complaints import Complaints
 from envstore.fuse.content import Content, content_from_image, load_content
 from envstore.fuse.fast import wanted_fast_path
-from envstore.fuse.forest import SECRET_SIZE, Forest, Plot, told_size
+from envstore.fuse.forest import SECRET_SIZE, Forest, Plot
 from envstore.fuse.holds import HOLD, Holds
 from envstore.fuse.keeping import Keepsake, MountRequest
 from envstore.fuse.ledger import read_counts, write_counts
 from envstore.fuse.metrics import Metrics
-from envstore.fuse.moved import Moved
 from envstore.fuse.prefetch import ProfileSearch, follow
 from envstore.fuse.promote import Promoter
-from envstore.fuse.reader import Reader
 from envstore.fuse.recorder import Recorder
-from envstore.fuse.relocating import RelocatingReader
-from envstore.fuse.supplies import KEYS, Source, Supplies, Supply, prefix_of
-from envstore.fuse.tree import Tree
+from envstore.fuse.supplies import KEYS, Source, Supplies, prefix_of
 from envstore.fuse.turns import Turns
+from envstore.fuse.volume import Volume, make_volume, subtree, told_memory
 from envstore.store.cache import BlobCache, default_cache
 from envstore.store.leases import here
-from envstore.store.locations import Located
 from envstore.store.repository import Repository
 
 FAST = "fast"
@@ -49,19 +44,6 @@ SLOT = "slot/"
 _KEY = "key"
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class Volume:
-    """One snapshot being served, and what it needs again after a restart."""
-
-    slot: int
-    content: Content
-    keepsake: Keepsake
-    supply: Supply
-    reader: Reader | RelocatingReader
-    metrics: Metrics
-    moved: Moved
 
 
 class Volumes:
@@ -154,7 +136,7 @@ class Volumes:
         }
         files = [content.fd]
         if slot:
-            files.append(_told_memory(content.tree) if told is None else told)
+            files.append(told_memory(content.tree) if told is None else told)
         keepsake = Keepsake(body, tuple(files))
         self.supplies.supply(source, repository)
         volume = self._volume(slot, content, keepsake)
@@ -290,7 +272,7 @@ class Volumes:
         return self.holds.describe(Source.kept(volume.keepsake.body), volume.content.snapshot)
 
     def _recalled(self, repository: Repository, content: Content) -> int:
-        fd = _told_memory(content.tree)
+        fd = told_memory(content.tree)
         with mmap.mmap(fd, 0) as memory, memoryview(memory).cast("I") as told:
             domain = repository.config.id.encode()
             self.forest.recall(Plot(b"", content.tree, domain, told))
@@ -381,8 +363,7 @@ class Volumes:
             self.forest.fell(slot)
             if self._promoter is not None:
                 self._promoter.forget(volume.content.tree)
-            for fd in volume.keepsake.files:
-                os.close(fd)
+            volume.close()
         return volume
 
     async def run_supplies(self) -> None:
@@ -437,32 +418,19 @@ class Volumes:
 
     def _volume(self, slot: int, content: Content, keepsake: Keepsake) -> Volume:
         body = keepsake.body
-        supply = self.supplies.supply(Source.kept(body))
         if self._request.record:
             self._recorder = Recorder(content.tree, content.locations)
-        metrics = Metrics() if slot else self.metrics
-
-        def moved_to(fd: int, locations: Located) -> None:
-            self._move(volume, fd, locations)
-
-        moved = Moved(
-            content.locations,
-            supply.objects,
-            content.manifest,
+        volume = make_volume(
+            slot,
+            content,
+            keepsake,
+            self.supplies.supply(Source.kept(body)),
+            Metrics() if slot else self.metrics,
+            self.cache,
             self._complaints,
             self._request.patience,
-            lambda: os.dup(volume.keepsake.files[0]),
-            moved_to,
-        )
-        reader = Reader(
-            content.tree,
-            content.locations,
-            supply.loader,
-            self.cache,
-            metrics,
-            self._complaints,
             self._recorder.watch if self._recorder else None,
-            moved,
+            self._moved,
         )
         if slot:
             memory = mmap.mmap(keepsake.files[1], 0)
@@ -471,29 +439,9 @@ class Volumes:
             self.forest.plant(slot, Plot(subtree(slot, content), content.tree, domain, told))
         else:
             self.forest = Forest(self._secret, content.tree)
-        shown = RelocatingReader(reader, content.tree) if content.tree.relocates else reader
-        volume = Volume(slot, content, keepsake, supply, shown, metrics, moved)
         self._volumes[slot] = volume
         return volume
 
-    def _move(self, volume: Volume, fd: int, locations: Located) -> None:
-        """Have an image with other locations serve from now on, and the next server, too."""
-        if self._volumes.get(volume.slot) is not volume:
-            os.close(fd)
-            return
-        former = volume.keepsake.files
-        volume.content = replace(volume.content, fd=fd, locations=locations)
-        volume.keepsake = Keepsake(volume.keepsake.body, (fd, *former[1:]))
+    def _moved(self, volume: Volume) -> None:
+        """Let the next server know, too, where the chunks of a snapshot lie now."""
         self._keep(f"{SLOT}{volume.slot}", volume.keepsake)
-        os.close(former[0])
-
-
-def _told_memory(tree: Tree) -> int:
-    told = os.memfd_create("envstore-told", os.MFD_CLOEXEC)
-    os.ftruncate(told, told_size(tree))
-    return told
-
-
-def subtree(slot: int, content: Content) -> bytes:
-    """Return the name of a snapshot's directory among others."""
-    return b"%d-%s" % (slot, content.manifest.hex()[:16].encode())

@@ -130,7 +130,12 @@ class Lease:
         if not doomed:
             return
         keys, _ = reachable(self._objects, self.snapshot)
-        wanted = doomed & keys
+        profiles = tuple(
+            key.replace("manifests/", "profiles/") + "/"
+            for key in keys
+            if key.startswith("manifests/")
+        )
+        wanted = {key for key in doomed if key in keys or (profiles and key.startswith(profiles))}
         if wanted:
             # Who may write leases and nothing else relies on the next mark, which sees this one.
             with contextlib.suppress(AccessDeniedError):

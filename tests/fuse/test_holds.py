@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,7 @@ def collect_all(live: Live, *refs: str) -> None:
     """Remove refs and then everything that nothing keeps."""
     repository = live.store.repository
     remove_refs(repository, [RefName.parse(ref) for ref in refs])
-    collect(repository, grace=0)
+    collect(repository, grace=0, max_unused=0)
 
 
 def test_a_mount_outlives_its_ref_and_its_servers(live: Live) -> None:
@@ -223,6 +224,27 @@ def test_a_mount_outlives_its_ref_and_its_servers(live: Live) -> None:
     assert leases(live) == []
     collect_all(live)
     assert live.store.repository.objects.size(snapshot_key(snapshot)) is None
+
+
+def test_a_mount_goes_on_when_a_collector_repacks_it(live: Live) -> None:
+    """Of a pack of which most is dead the rest is moved, and the pack deleted."""
+    part = live.base / "part"
+    part.mkdir()
+    for name in ("file 0", "file 1"):
+        shutil.copy2(live.tree / name, part / name)
+    live.store.push(part, "part")
+    live.request = replace(live.request, ref="part")
+    live.mount()
+    until(lambda: leases(live), "a lease")
+    before = live.store.object_keys("packs/")
+    collect_all(live, "tree")
+    assert not set(before) <= set(live.store.object_keys("packs/"))
+    shutil.rmtree(live.tree)
+    part.rename(live.tree)
+    drop_the_cache(live)
+    live.check()
+    assert live.stats()["errors"] == 0
+    unmount(live.place)
 
 
 def test_a_mount_of_what_nobody_may_write_to(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
