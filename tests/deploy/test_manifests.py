@@ -44,6 +44,7 @@ _MODELS = {
     "batch/v1/Job": client.V1Job,
     "apps/v1/DaemonSet": client.V1DaemonSet,
     "apps/v1/Deployment": client.V1Deployment,
+    "networking.k8s.io/v1/NetworkPolicy": client.V1NetworkPolicy,
     "storage.k8s.io/v1/CSIDriver": client.V1CSIDriver,
     "storage.k8s.io/v1/StorageClass": client.V1StorageClass,
     "rbac.authorization.k8s.io/v1/ClusterRole": client.V1ClusterRole,
@@ -355,3 +356,18 @@ def test_maintenance_runs_alone_and_without_rights() -> None:
         writable = {mount["mountPath"] for mount in container["volumeMounts"]}
         variables = {each["name"]: each["value"] for each in container["env"]}
         assert {variables["ENVSTORE_CACHE_DIR"], variables["TMPDIR"]} <= writable
+
+
+def test_the_policy_for_the_network_leaves_the_metrics_ports_and_no_others() -> None:
+    (policy,) = (found for found in examples() if found["kind"] == "NetworkPolicy")
+    assert policy["metadata"]["namespace"] == NAMESPACE
+    assert policy["spec"]["podSelector"] == {}
+    (rule,) = policy["spec"]["ingress"]
+    left = {port["port"] for port in rule["ports"]}
+    metrics = {
+        port["containerPort"]
+        for container, _ in containers("provisioner")
+        for port in container.get("ports", ())
+        if port["name"] == "metrics"
+    }
+    assert left == metrics
