@@ -11,7 +11,7 @@
  * the pack that holds what the tree consists of, which several packs may do (so a writer chooses
  * whether to reuse one, to write its own, or to write pack 0 again under the same name).
  *
- * -DMUTATION=... leaves a rule out; each must then be found to lose something.
+ * MUTATION=... leaves a rule out; each must then be found to lose something.
  */
 
 #define NONE 0
@@ -37,10 +37,11 @@
 #define UNCLAIMED_PACKS 19  /* the packs of new locations stay condemned */
 #define NO_RECHECK 20       /* what was declared is not looked at again */
 
-/* The one to try is an environment variable, so that one compilation serves all of them. */
+/* The one to try, and the scene, are environment variables: one compilation serves all of them. */
 c_decl { \#include <stdlib.h>
 };
 hidden byte mutation;
+hidden byte scene;
 #define WITHOUT(rule) (mutation == rule)
 
 #define PACKS 3
@@ -518,40 +519,36 @@ proctype Auditor() {
 /* Nothing is of interest behind the auditor. */
 never { do :: !stopped od }
 
-/* Each scene in 60 s at most, on one core; with -DROUNDS=3 -DREMOVER some take minutes. */
-#ifndef ROUNDS
-#define ROUNDS 2
-#endif
-#ifdef REMOVER /* the ref goes away at any moment */
-#define REMOVED run Remover(0)
-#else /* it has just gone */
-#define REMOVED ref[0] = 0
-#endif
-
 init {
     atomic {
-        c_code { mutation = getenv("MUTATION") ? atoi(getenv("MUTATION")) : 0; };
+        c_code {
+            mutation = getenv("MUTATION") ? atoi(getenv("MUTATION")) : 0;
+            scene = getenv("SCENE") ? atoi(getenv("SCENE")) : 1;
+        };
         /* Tree 0 is named by ref 0 and lies in pack 0. */
         there = BIT(0) | BIT(TREE(0)); loc[0] = 0; ref[0] = 1;
         run Auditor();
-#if SCENE == 1 /* dedup against what is just unreferenced, and the same names again */
-        run Remover(0); run Pusher(0, 0, 1, 1); run Collector(1, 3);
-#elif SCENE == 2 /* two writers of one tree */
-        REMOVED; run Pusher(0, 0, 1, 1); run Pusher(1, 0, 1, 2); run Collector(1, ROUNDS);
-#elif SCENE == 3 /* two writers of different trees, that share what they consist of */
-        REMOVED; run Pusher(0, 0, 0, 1); run Pusher(1, 1, 1, 2); run Collector(1, ROUNDS);
-#elif SCENE == 4 /* a tag of what a ref names that is renamed away, and a push beside it */
-        run Tagger(0, 0, 1, 0); run Pusher(1, 1, 0, 1); run Collector(1, ROUNDS);
-#elif SCENE == 5 /* the tag moves on and back */
-        run Tagger(0, 0, 1, 0); run Tagger(1, 0, 0, 1); run Collector(1, 3);
-#elif SCENE == 6 /* two collectors, one of which dies or wakes late */
-        REMOVED; run Pusher(0, 0, 1, 1); run Collector(1, ROUNDS); run Collector(2, 1);
-#elif SCENE == 7 /* a repack beside a tag of the same tree */
-        run Repacker(0, 0, 1); run Tagger(1, 0, 1, 0); run Collector(1, ROUNDS);
-#elif SCENE == 8 /* a repack beside a push of the same tree */
-        REMOVED; run Repacker(0, 0, 1); run Pusher(1, 0, 1, 2); run Collector(1, ROUNDS);
-#elif SCENE == 9 /* a tag of what nothing names any more */
-        REMOVED; run Tagger(0, 0, 1, 0); run Collector(1, 3);
-#endif
+        if
+        :: scene == 1 -> /* dedup against what is just unreferenced, and the same names again */
+            run Remover(0); run Pusher(0, 0, 1, 1); run Collector(1, 3)
+        :: scene == 2 -> /* two writers of one tree, which nothing names any more */
+            ref[0] = 0; run Pusher(0, 0, 1, 1); run Pusher(1, 0, 1, 2); run Collector(1, 2)
+        :: scene == 3 -> /* two writers of different trees, that share what they consist of */
+            ref[0] = 0; run Pusher(0, 0, 0, 1); run Pusher(1, 1, 1, 2); run Collector(1, 2)
+        :: scene == 4 -> /* a tag of what a ref names that is renamed away, and a push beside it */
+            run Tagger(0, 0, 1, 0); run Pusher(1, 1, 0, 1); run Collector(1, 2)
+        :: scene == 5 -> /* the tag moves on and back */
+            run Tagger(0, 0, 1, 0); run Tagger(1, 0, 0, 1); run Collector(1, 3)
+        :: scene == 6 -> /* two collectors, one of which dies or wakes late */
+            ref[0] = 0; run Pusher(0, 0, 1, 1); run Collector(1, 2); run Collector(2, 1)
+        :: scene == 7 -> /* a repack beside a tag of the same tree */
+            run Repacker(0, 0, 1); run Tagger(1, 0, 1, 0); run Collector(1, 2)
+        :: scene == 8 -> /* a repack beside a push of the same tree */
+            ref[0] = 0; run Repacker(0, 0, 1); run Pusher(1, 0, 1, 2); run Collector(1, 2)
+        :: scene == 9 -> /* a tag of what nothing names any more */
+            ref[0] = 0; run Tagger(0, 0, 1, 0); run Collector(1, 3)
+        :: scene == 10 -> /* a collector that died, and one that goes on */
+            ref[0] = 0; run Tagger(0, 0, 1, 0); run Collector(1, 2); run Collector(2, 2)
+        fi
     }
 }
