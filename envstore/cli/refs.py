@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
+import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -235,11 +236,15 @@ def _show_lock(
             hint="push a specification or a lock to have one",
         )
     data = load_lock_bytes(repository.objects, snapshot.lock)
+    lock = parse_lock(data, f"the lock of {ref}")
     if whole:
-        output.line(data.decode().rstrip("\n"))
+        lines = data.decode().rstrip("\n").split("\n")
+        # Into a file it goes as it is; a terminal would obey what no field but an unknown one has.
+        shown = map(output.printable, lines) if output.is_terminal(sys.stdout) else lines
+        output.line("\n".join(shown))
         return
     rows = []
-    for package in parse_lock(data, f"the lock of {ref}").packages:
+    for package in lock.packages:
         kind = "conda" if isinstance(package, CondaPackage) else "pypi"
         if isinstance(package, LocalPython):
             rows.append({"name": "python", "version": package.version, "kind": "local"})

@@ -27,6 +27,7 @@ MAX_PATHS = 64 << 20
 """Bytes of all paths of a part that a reader takes; writers stop soon after ``_MAX_TEXT``."""
 MODE_BITS = 0o7777
 _MAX_FILE = (1 << 63) - 1
+_MAX_SHOWN = 300
 
 _EXECUTABLE, _CONTINUED, COMPOSED = 4, 8, 16
 _KNOWN = frozenset(flags for flags in range(32) if flags & 3 == Kind.FILE or flags < COMPOSED)
@@ -347,18 +348,22 @@ def read_entries(parts: Iterable[Part]) -> Iterator[Entry]:
                 refs = []
             key = sort_key(entry.path)
             if key <= previous:
-                raise CorruptError(f"manifest: {entry.path!r} is out of order")
+                raise CorruptError(f"manifest: {_shown(entry.path)} is out of order")
             previous = key
             parent = entry.path.rpartition(b"/")[0]
             while directories and directories[-1] != parent:
                 directories.pop()
             if not directories:
-                raise CorruptError(f"manifest: {entry.path!r} is not in a directory")
+                raise CorruptError(f"manifest: {_shown(entry.path)} is not in a directory")
             if entry.kind is Kind.DIRECTORY:
                 directories.append(entry.path)
             held = entry
     if held is not None:
         yield _whole(held, refs)
+
+
+def _shown(path: bytes) -> str:
+    return repr(path if len(path) <= _MAX_SHOWN else path[:_MAX_SHOWN] + b"...")
 
 
 def _whole(first: Entry, refs: list[tuple[bytes, int]]) -> Entry:
@@ -372,7 +377,7 @@ def checked(entry: Entry) -> Entry:
     Raises ``CorruptError`` unless its chunks add up to its size.
     """
     if entry.kind is Kind.FILE and sum(size for _, size in entry.refs) != entry.size:
-        raise CorruptError(f"manifest: {entry.path!r} does not add up to its size")
+        raise CorruptError(f"manifest: {_shown(entry.path)} does not add up to its size")
     return replace(entry, digest=composed_digest(entry.refs)) if entry.composed else entry
 
 

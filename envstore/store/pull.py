@@ -162,6 +162,13 @@ def _write_error(error: OSError, destination: Path) -> EnvstoreError:
         return NoSpaceError(where, hint="free space there")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return AccessDeniedError(where, hint="choose a directory you may write to")
+    if error.errno == errno.EEXIST and isinstance(error.filename, bytes):
+        # No tree has a name twice, and nobody else writes there: two names are one to this place.
+        name = os.fsdecode(error.filename)
+        return EnvstoreError(
+            f"cannot write {destination}: {name!r} is there under another name",
+            hint="pull to a file system that tells upper from lower case, and all of Unicode apart",
+        )
     return EnvstoreError(where)
 
 

@@ -132,7 +132,9 @@ def _with_atheris(options: argparse.Namespace) -> None:
 
     if target.words:
         words = options.work / "words"
-        words.write_text("".join(f'"{_quoted(word)}"\n' for word in target.words))
+        words.write_text(
+            "".join(f'"{_quoted(word)}"\n' for word in target.words if 0 < len(word) <= 60)
+        )
         arguments.append(f"-dict={words}")
 
     def custom(data: bytes, size: int, seed: int) -> bytes:
