@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from envstore.errors import (
     UnavailableError,
     UsageError,
 )
-from envstore.store.objects import ObjectStore, open_objects
+from envstore.store.objects import ObjectStore, open_objects, s3
 from tests.s3server import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.tcpproxy import tcp_proxy
 
@@ -674,3 +675,31 @@ def test_a_large_object(s3_server: S3Server) -> None:
         assert objects.size("packs/x") == len(data)
         assert objects.get("packs/x") == data
         assert objects.get_range("packs/x", 70 << 20, 1000) == data[70 << 20 :][:1000]
+
+
+def test_the_time_is_that_of_the_last_answer_or_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    elapsed = [1000.0]
+    monkeypatch.setattr(s3, "_elapsed", lambda: elapsed[0])
+    with scripted(Answer(200, b"x")) as server, closing(server.store()) as store:
+        store.get("key")
+        before = store.now()
+        assert abs(before - time.time()) < 60
+        elapsed[0] += 9.0
+        assert store.now() == before + 9.0
+        assert [command for command, _, _ in server.requests] == ["GET"]
+        elapsed[0] += 2.0
+        assert store.now() < before + 9.0
+        assert [command for command, _, _ in server.requests] == ["GET", "HEAD"]
+
+
+@pytest.mark.parametrize("date", ["", "yesterday"])
+def test_a_server_that_does_not_tell_the_time_is_told_of(
+    date: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseHTTPRequestHandler, "date_time_string", lambda self: date)
+    with (
+        scripted(Answer(200, b"x")) as server,
+        closing(server.store()) as store,
+        pytest.raises(CorruptError, match="without a Date"),
+    ):
+        store.now()
