@@ -196,7 +196,8 @@ def _snapshot(root: Path, packs: Sequence[Pack], version: int, name: str | bool)
     _write(root, snapshot_key(made.digest), made.encode())
     if name:
         ref = Ref(made.digest, 1, secrets.token_hex(16), "2026-01-01T00:00:00Z")
-        _write(root, RefName("default", str(name), f"v{version}").key, ref.encode())
+        where = RefName("default", str(name), f"v{version}")
+        _write(root, where.key, ref.encode(where))
     return len(refs)
 
 

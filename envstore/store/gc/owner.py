@@ -92,13 +92,23 @@ class Ownership:
             self._move(lambda state: replace(state, owner=None))
 
     def check(self) -> None:
-        """Raise ``LostOwnershipError`` unless this certainly is the owner still. No request."""
-        elapsed = [now - then for now, then in zip(_clocks(), self._renewed, strict=True)]
-        if not all(-1.0 < seconds < LEASE_SECONDS / 2 for seconds in elapsed):
+        """Raise ``LostOwnershipError`` unless this certainly is the owner still.
+
+        No request, unless the lease could not be renewed for half of its time: then that is tried
+        once more.
+        """
+        if not self._is_fresh():
+            with contextlib.suppress(EnvstoreError):
+                self._move(lambda state: replace(state, owner=self._owner()))
+        if not self._is_fresh():
             raise LostOwnershipError(
                 "garbage collection was stopped: its lease could not be renewed in time",
                 hint="nothing is lost; run it again",
             )
+
+    def _is_fresh(self) -> bool:
+        elapsed = [now - then for now, then in zip(_clocks(), self._renewed, strict=True)]
+        return all(-1.0 < seconds < LEASE_SECONDS / 2 for seconds in elapsed)
 
     def change(self, what: Callable[[Doomed], Change]) -> Doomed:
         """Put what ``what`` makes of the lists as they are now, however often they move meanwhile.

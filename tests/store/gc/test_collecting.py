@@ -377,10 +377,20 @@ def test_an_owner_that_cannot_renew_stops_in_time(
     assert isinstance(owner, Ownership)
     owner.check()
     boot, wall = owning._clocks()
-    for clocks in ((boot + LEASE_SECONDS, wall), (boot, wall + LEASE_SECONDS), (boot, wall - 60)):
+    late = [(boot + LEASE_SECONDS, wall), (boot, wall + LEASE_SECONDS), (boot, wall - 60)]
+    for clocks in late:
         monkeypatch.setattr(owning, "_clocks", lambda clocks=clocks: clocks)
+        fault = two.faults.fail("*", UnavailableError("away"), key="gc/state")
         with pytest.raises(LostOwnershipError):
             owner.check()
+        fault.remove()
+        # Once it can it goes on, if nobody else has taken over.
+        owner.check()
+    monkeypatch.setattr(owning, "_clocks", lambda: (boot + 999, wall))
+    state, version = read_state(two.repository.objects)
+    put_state(two.repository.objects, replace(state, owner=None), version)
+    with pytest.raises(LostOwnershipError):
+        owner.check()
 
 
 def test_what_cannot_be_deleted_is_told_and_tried_again(two: Store) -> None:
