@@ -20,6 +20,7 @@ from envstore.store.guarded import GuardedStore
 from envstore.store.index import DedupIndex
 from envstore.store.locations import FrameRef, Locations, packs_named
 from envstore.store.manifest import Root
+from envstore.store.packs import pack_key
 from envstore.store.problems import DAMAGE
 from envstore.store.redirecting import Find, redirect
 from envstore.store.repository import PARALLEL, Repository
@@ -42,9 +43,9 @@ def heal(repository: Repository, damaged: Collection[bytes], index: DedupIndex) 
     """Heal what can be healed with the chunks that ``index`` knows, at the end of a push.
 
     ``damaged`` is what its session knew of. No request if that is empty; else a listing, a request
-    for each manifest of the store, and a few for each that is harmed. ``index`` must be settled
-    and know nothing in damaged packs but what was stored there anew. Call within a session.
-    Raises the errors of the store; what cannot be read or healed is left as it is.
+    for each manifest of the store, and a few for each that is harmed and each pack led to.
+    ``index`` must be settled and know nothing in damaged packs but what was stored there anew.
+    Call within a session. Raises the errors of the store; what cannot be healed is left as it is.
     """
     healed = Healed()
     if not damaged:
@@ -54,12 +55,22 @@ def heal(repository: Repository, damaged: Collection[bytes], index: DedupIndex) 
         forget_damage(repository.objects, pack)
         healed.packs.add(pack)
     leaving = frozenset(damaged) - stored
+    sizes: dict[bytes, int] = {}
+
+    def is_there(frame: FrameRef) -> bool:
+        # Segments may list what is lost: nobody is to be led from good frames to none.
+        if frame.pack not in sizes:
+            sizes[frame.pack] = repository.objects.size(pack_key(frame.pack)) or 0
+        return frame.offset + frame.stored <= sizes[frame.pack]
 
     def find(name: bytes) -> tuple[FrameRef, int] | None:
         place = index.find(name)
-        if place is None or not index.frames[place[0]].pack:
+        frame = None if place is None else index.frames[place[0]]
+        if place is None or frame is None or not frame.pack or not is_there(frame):
             return None
-        return index.frames[place[0]], place[1]
+        if frame.anchor is not None and not is_there(frame.anchor):
+            return None
+        return frame, place[1]
 
     for manifest in harmed_manifests(repository, leaving):
         try:

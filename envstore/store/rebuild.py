@@ -1,8 +1,8 @@
 """Rebuilds the index from packs alone: each says itself, at its end, what it holds.
 
-Segments that are damaged, or list packs otherwise than they are, go; every pack that no segment
-lists is listed in a new one; damaged samples go, and segments that none covers get one. Readers
-need none of this: it spares writers from storing again what is there.
+Segments that are damaged, or list packs that are missing or are otherwise, go; every pack that no
+segment lists is listed in a new one; damaged samples go, and segments that none covers get one.
+Readers need none of this: it spares writers from storing again what is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from envstore.store.frames import encode_table
 from envstore.store.index import MAX_CHUNKS, encode_segment, segment_key
 from envstore.store.known import RECENT
 from envstore.store.packing import SEGMENT_PACKS
-from envstore.store.packs import Pack
+from envstore.store.packs import Pack, pack_key
 from envstore.store.problems import DAMAGE
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.samples import build_sample, open_sample, sample_key
@@ -99,7 +99,11 @@ def _listed(repository: Repository, sizes: dict[bytes, int]) -> tuple[set[bytes]
 def _check_claim(repository: Repository, pack: Pack, sizes: dict[bytes, int]) -> None:
     """See that a pack is as a segment lists it. Raises ``CorruptError``."""
     table = encode_table(pack.frames)
-    if digest(table) == pack.digest or pack.digest not in sizes:
+    if pack.digest not in sizes:
+        if repository.objects.size(pack_key(pack.digest)) is None:
+            raise CorruptError(f"it lists pack {pack.digest.hex()}, which is missing")
+        return  # stored since the listing
+    if digest(table) == pack.digest:
         return
     try:
         found = read_trailer(repository.objects, pack.digest, sizes[pack.digest])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,19 @@ import pytest
 from envstore.errors import AccessDeniedError, UnavailableError
 from envstore.store import packs
 from envstore.store.checking import Reading, check_store, keep_list, try_to_keep_list
-from envstore.store.damage import damaged_packs
+from envstore.store.config import init_store
+from envstore.store.damage import Damage, damaged_packs, note_damage
 from envstore.store.digest import digest
+from envstore.store.objects import open_objects
+from envstore.store.push import PushResult, push
+from envstore.store.rebuild import rebuild_index
+from envstore.store.refs import RefName
+from envstore.store.repair import repair
+from envstore.store.repository import Repository
+from envstore.store.source import DirectorySource
+from envstore.store.statcache import StatCache
 from tests.faulty import FaultyStore
+from tests.s3server import S3Server
 from tests.stores import Store
 from tests.trees import describe, noise, plain
 
@@ -74,8 +85,7 @@ def test_a_push_of_one_tree_heals_the_other(store: Store, tmp_path: Path) -> Non
     assert report.quarantined == {pack}
     assert damaged_packs(store.repository.objects) == {pack}
     store.path(packs.pack_key(pack)).unlink()
-    for key in store.object_keys("index/"):
-        store.path(key).unlink()
+    rebuild_index(store.repository)
     report = check_store(store.repository)
     assert report.ok
     assert keep_list(store.repository, report) == (0, 1)
@@ -137,8 +147,6 @@ def test_who_may_only_read_is_told_so(store: Store) -> None:
 
 
 def test_a_note_that_nothing_is_about_goes(store: Store) -> None:
-    from envstore.store.damage import Damage, note_damage
-
     note_damage(store.repository.objects, Damage(digest(b"no pack"), "why", 1))
     whole = bytes.fromhex(store.object_keys("packs/")[0].rpartition("/")[2])
     note_damage(store.repository.objects, Damage(whole, "why", 1))
@@ -147,3 +155,35 @@ def test_a_note_that_nothing_is_about_goes(store: Store) -> None:
     assert report.ok
     assert keep_list(store.repository, report) == (0, 2)
     assert damaged_packs(store.repository.objects) == frozenset()
+
+
+def test_on_a_real_server(
+    tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    plain(tmp_path / "tree", 1, files=4)
+    objects = open_objects(s3_server.url(s3_server.new_bucket(), "prefix"), create=True)
+    config, _ = init_store(objects)
+    with Repository(objects, config, None) as repository:
+
+        def push_it(ref: str) -> PushResult:
+            with (
+                closing(StatCache(tmp_path / f"stat {ref}")) as cache,
+                closing(DirectorySource(tmp_path / "tree", kind="dir", normalise=False)) as source,
+            ):
+                return push(repository, source, RefName.parse(ref), cache)
+
+        push_it("one")
+        (info,) = objects.list("packs/")
+        data = bytearray(objects.get(info.key))
+        data[100] ^= 1
+        objects.put(info.key, bytes(data))
+        report = check_store(repository, reading=_DATA)
+        assert keep_list(repository, report) == (1, 0)
+        assert not repair(repository).ok
+        (tmp_path / "tree" / "more").write_bytes(noise("more", 1000))
+        done = push_it("two")
+        assert any("healed" in warning for warning in done.warnings)
+        report = check_store(repository, reading=Reading(True, rate=1 << 30))
+        assert (report.problems, len(report.quarantined)) == ([], 1)
