@@ -1,21 +1,23 @@
 """Checks a whole store, beside writers and collectors, and keeps its list of damaged packs.
 
 What ``verify`` reads may be rewritten or collected while it reads. So what it finds is looked at
-once more from the refs on, and only what is still wrong then is damage.
+once more from the refs on, and only what is still wrong then is damage. Of snapshots that nothing
+keeps alive a part may have been collected already: that is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envstore.errors import AccessDeniedError
+from envstore.errors import AccessDeniedError, CorruptError, NotFoundError
 from envstore.store.catalog import all_targets, read_refs
 from envstore.store.damage import Damage, damaged_packs, forget_damage, note_damage
 from envstore.store.packs import pack_key
 from envstore.store.problems import Problem, Report
 from envstore.store.repository import Repository
+from envstore.store.roots import reachable, read_roots
 from envstore.store.sampling import Sample
 from envstore.store.smallobjects import SmallObjects
 from envstore.store.verify import verify
@@ -50,13 +52,16 @@ def check_store(
     """
     reading = reading or Reading()
     report = _look(repository, names, reading, (), progress, remember=remember)
+    garbage: set[bytes] = set()
     for _ in range(_LOOKS):
         if report.ok:
             break
+        if not names:
+            garbage |= _half_collected(repository, report)
         # What was damaged is read again, whatever else was to be read is not.
         rest = Reading(rate=reading.rate)
         also = tuple(report.damaged)
-        again = _look(repository, names, rest, also, lambda *_: None, remember=remember)
+        again = _look(repository, names, rest, also, lambda *_: None, garbage, remember=remember)
         steady = _objects(again) == _objects(report)
         report.problems = again.problems
         report.damaged, report.quarantined = again.damaged, again.quarantined
@@ -65,6 +70,34 @@ def check_store(
         if steady:
             break
     return report
+
+
+def _half_collected(repository: Repository, report: Report) -> set[bytes]:
+    """Return the harmed snapshots that no root keeps, and of which something is gone already.
+
+    A writer that died between its snapshot and its ref leaves one: it is collected only after the
+    packs, if these were listed by an earlier collection.
+    """
+    objects = repository.objects
+    harmed = {harm for problem in report.problems for harm in problem.harms if harm[:1] == "@"}
+    if not harmed:
+        return set()
+    found: set[bytes] = set()
+    try:
+        rooted = {root.snapshot for root in read_roots(objects)}
+    except CorruptError:
+        return set()  # then nobody knows what is garbage
+    for harm in harmed:
+        try:
+            snapshot = repository.resolve(harm)
+        except NotFoundError:
+            continue  # collected as a whole, as the next look will find
+        if snapshot in rooted:
+            continue
+        keys, error = reachable(objects, snapshot)
+        if isinstance(error, NotFoundError) or any(objects.size(key) is None for key in keys):
+            found.add(snapshot)
+    return found
 
 
 def _objects(report: Report) -> set[tuple[str, str]]:
@@ -77,6 +110,7 @@ def _look(
     reading: Reading,
     also: Sequence[bytes],
     progress: Callable[[int, int], None],
+    garbage: Collection[bytes] = (),
     *,
     remember: bool,
 ) -> Report:
@@ -87,7 +121,7 @@ def _look(
         targets = [(name, repository.resolve(name)) for name in names]
     else:
         refs, broken = read_refs(repository)
-        targets = all_targets(repository, refs)
+        targets = [one for one in all_targets(repository, refs) if one[1] not in garbage]
         if witness is not None:
             judged = witness.judge(refs, [one.object for one in broken], remember=remember)
             broken += judged.problems
