@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from envstore.checkpoint.errors import CheckpointError
 from envstore.checkpoint.slots import SlotDirectory
 from envstore.checkpoint.spawning import ask_hello
 from envstore.fuse.peers import is_ours
-from tests.commands import REPOSITORY, Cli
+from tests.commands import NOBODY, REPOSITORY, Cli
 from tests.fuse.lives import kill, until
 from tests.stores import Store
 
@@ -117,6 +118,26 @@ def test_nothing_of_a_checkpoint_is_open_to_others(tmp_path: Path) -> None:
 
 def keys(store: Store) -> list[str]:
     return [found.key for found in store.repository.objects.list("runs/")]
+
+
+@pytest.mark.parametrize("how", ["a link", "open to others", "of another user"])
+def test_planted_directories_are_not_used_for_slots(tmp_path: Path, how: str) -> None:
+    planted, elsewhere = tmp_path / "slots" / "run", tmp_path / "elsewhere"
+    planted.parent.mkdir()
+    elsewhere.mkdir(mode=0o700)
+    if how == "a link":
+        planted.symlink_to(elsewhere)
+    else:
+        planted.mkdir(mode=0o700)
+    if how == "open to others":
+        planted.chmod(0o770)
+    if how == "of another user":
+        if os.geteuid() != 0:
+            pytest.skip("needs root, to give a directory away")
+        os.chown(planted, NOBODY, NOBODY)
+    with pytest.raises(CheckpointError, match="only user"):
+        SlotDirectory(planted / "00000").create()
+    assert [*elsewhere.iterdir()] == []
 
 
 class _End:
