@@ -242,7 +242,8 @@ def _mark_columns(marks: Marks, columns: Columns, why: int) -> None:
         if max(places, default=0) > _PLACES:
             # Beyond the end of any frame, so no reader can have it.
             places = array("I", (place & _PLACES for place in places))
-        chunks = set(map(or_, map(frames.__getitem__, found), places))
+        # In order already for the most part, which a dictionary keeps and sorting is quick at.
+        chunks = dict.fromkeys(map(or_, map(frames.__getitem__, found), places))
         marks.chunks.add(array("Q", sorted(chunks)))
 
 

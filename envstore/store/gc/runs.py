@@ -12,6 +12,7 @@ import tempfile
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from envstore.errors import NoSpaceError
 
@@ -108,12 +109,12 @@ def _merged(runs: Sequence[Sequence[int]]) -> Iterator[array[int]]:
             (run[at + step] for run, at in left if at + step < len(run)),
             default=_END,
         )
-        numbers: set[int] = set()
-        rest = []
+        pieces, rest = [], []
         for run, at in left:
             stop = bisect_left(run, end, at, min(len(run), at + step))
-            numbers.update(run[at:stop])
+            pieces.append(run[at:stop])
             if stop < len(run):
                 rest.append((run, stop))
-        yield array("Q", sorted(numbers))
+        # The pieces stay in order in a dictionary, and sorting merges what is.
+        yield array("Q", sorted(dict.fromkeys(chain.from_iterable(pieces))))
         left = rest
