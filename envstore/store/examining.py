@@ -35,12 +35,14 @@ class Looked:
     """What a look at one pack showed.
 
     ``reasons`` say how the pack itself is damaged. ``lacking`` is how many frames and chunks it
-    should hold as others tell and does not, ``claims`` the segments that list it otherwise than
-    it is; with these the others are wrong if ``reasons`` is empty. ``read`` counts bytes.
+    should hold as others tell and does not, ``anchors`` how many differences are to others than is
+    said, ``claims`` the segments that list it otherwise than it is; with these the others are wrong
+    if ``reasons`` is empty. ``read`` counts bytes.
     """
 
     reasons: list[str] = field(default_factory=list)
     lacking: int = 0
+    anchors: int = 0
     claims: list[str] = field(default_factory=list)
     frames: int = 0
     chunks: int = 0
@@ -161,7 +163,7 @@ def _read_whole(
         for frame, offset in group:
             stored = data[offset - start : offset - start + frame.stored]
             found.reasons += _check_frame(pack.digest, frame, offset, stored, fetcher, anchors)
-    found.lacking += expected.anchors.beyond(anchors)
+    found.anchors = expected.anchors.beyond(anchors)
     if whole is not None:
         whole.update(read(trailer.body, pack.size))
         if whole.digest() != pack.digest and not found.reasons:

@@ -245,7 +245,7 @@ class _Check:
                 report.frames += found.frames
                 report.chunks += found.chunks
                 report.bytes_read += found.read
-                if found.reasons or found.lacking or found.claims:
+                if found.reasons or found.lacking or found.anchors or found.claims:
                     self.looked[pack] = found
                 if pack in deep and not found.reasons:
                     report.data_packs += 1
@@ -286,6 +286,9 @@ class _Check:
         for pack, found in self.looked.items():
             for key in found.claims:
                 self._problem(key, f"it lists pack {pack.hex()} otherwise than that is")
+            if found.anchors and not found.reasons:
+                reason = f"{found.anchors} frames have another anchor than is said"
+                self._problem(f"pack {pack.hex()}", reason, self._users(pack))
             if found.lacking and pack not in explained and pack not in broken:
                 reason = f"{found.lacking} frames or chunks are looked for in it, and it has none"
                 self._problem(f"pack {pack.hex()}", reason, self._users(pack))
