@@ -83,7 +83,8 @@ class Session:
         self._doomed: frozenset[str] = frozenset()
         self._stored: set[str] = set()
         self._unclear: dict[str, tuple[bytes, str | None, bool]] = {}
-        self._damaged: frozenset[bytes] | None = None
+        self.damaged_packs: frozenset[bytes] = frozenset()
+        """The packs that must not be reused because they are damaged."""
         self._thread: threading.Thread | None = None
         self.objects = GuardedStore(inner, self)
 
@@ -91,7 +92,9 @@ class Session:
     def begin(cls, store: Repository | ObjectStore, what: str) -> Session:
         """Begin a session for ``what`` ("push"); end it, or use it in a ``with``.
 
-        Three requests, and three more if there is anything doomed. Raises the errors of the store.
+        Four requests, one of them beside the others, and one for each list of what is doomed that
+        was not read lately. ``end`` takes one more, what is declared two. Raises the errors of the
+        store.
         """
         objects = store.objects if isinstance(store, Repository) else store
         session = cls(objects.inner if isinstance(objects, GuardedStore) else objects, what)
@@ -128,13 +131,6 @@ class Session:
         """The packs that must not be reused, because they are about to be deleted."""
         names = (parse_hex(key[-64:]) for key in self._doomed if key.startswith("packs/"))
         return frozenset(name for name in names if name is not None)
-
-    @property
-    def damaged_packs(self) -> frozenset[bytes]:
-        """The packs that must not be reused because they are damaged. One request, once."""
-        if self._damaged is None:
-            self._damaged = damaged_packs(self._inner)
-        return self._damaged
 
     def is_doomed(self, key: str) -> bool:
         """Return whether ``key`` is to be taken for absent until it is claimed or written."""
@@ -276,14 +272,17 @@ class Session:
     # The session's object.
 
     def _start(self) -> None:
-        found = read_doomed(self._inner)
-        while True:
-            self._update(replace(self._record, epoch=found.state.epoch))
-            state, _ = read_state(self._inner)
-            if state.epoch == found.state.epoch:
-                break
+        with ThreadPoolExecutor(1, thread_name_prefix="session") as pool:
+            damaged = pool.submit(damaged_packs, self._inner)
             found = read_doomed(self._inner)
-        self._doomed = found.keys()
+            while True:
+                self._update(replace(self._record, epoch=found.state.epoch))
+                state, _ = read_state(self._inner)
+                if state.epoch == found.state.epoch:
+                    break
+                found = read_doomed(self._inner)
+            self._doomed = found.keys()
+            self.damaged_packs = damaged.result()
         self._thread = threading.Thread(target=self._beat, name="session", daemon=True)
         self._thread.start()
 
