@@ -447,3 +447,21 @@ def test_uploads_are_charged_and_all_else_passes(store: Store) -> None:
         objects.get("x/a")
     assert clock.slept == slept
     objects.close()
+
+
+def test_what_says_that_a_writer_lives_is_not_held_down(store: Store) -> None:
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        bucket.limit(None)
+
+    bucket = TokenBucket(1.0, clock=lambda: 0.0, sleep=sleep)
+    limited = LimitedObjects(store.repository.objects, bucket)
+    limited.put("packs/aa/x", b"larger than a second's worth")
+    version = limited.put_if("sessions/" + "0" * 32, b"alive", None)
+    limited.put_if("sessions/" + "0" * 32, b"still", version)
+    limited.put_if("gc/state", b"claimed", None)
+    assert waited == []
+    limited.put_if("refs/a/b/c", b"a ref", None)
+    assert len(waited) == 1
