@@ -54,10 +54,13 @@ def build_sections(
     long for a file.
     """
     builder = _Builder(text_at, prefix)
-    for part in parts:
-        builder.add(part)
-    sections = builder.finish(root)
-    join_files(sections, builder.linked, builder.holes)
+    try:
+        for part in parts:
+            builder.add(part)
+        sections = builder.finish(root)
+        join_files(sections, builder.linked, builder.holes)
+    except OverflowError:
+        _refuse("more names, targets or references than a tree can have")
     return sections
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import tracemalloc
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from envstore.store.manifest import (
     open_root,
     read_entries,
 )
+from envstore.store.objects import open_objects
 from envstore.store.parts import MAX_PATHS
 from envstore.store.pull import pull
 from envstore.store.refs import RefName, read_ref
@@ -258,3 +261,48 @@ def _folding(real: Callable[..., Any], at: int) -> Callable[..., Any]:
         return real(*arguments, **more)
 
     return folded
+
+
+# --- servers ------------------------------------------------------------------------------------
+
+_LISTING = """<?xml version="1.0" encoding="UTF-8"?>
+<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>bucket</Name>
+<IsTruncated>false</IsTruncated>%s</ListBucketResult>"""
+_ENTRY = "<Contents><Key>%s</Key><Size>5</Size></Contents>"
+
+
+class _Liar(BaseHTTPRequestHandler):
+    """An S3 server that lists keys which are not where it was asked to look, or no keys."""
+
+    keys = (
+        "top/refs/a/b/c", "refs/outside/x/y", "top/packs/x", "top/refs/../../x", "top/refs//x",
+        "top/refs/a/\u202eb/c", "top/refs/a/b\\c/d", "/etc/passwd", "top/refs/" + "x" * 950,
+        "top/refs/folder/",
+    )  # fmt: skip
+
+    def do_GET(self) -> None:
+        body = (_LISTING % "".join(_ENTRY % key for key in self.keys)).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_server_that_lists_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Liar) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            url = f"s3://bucket/top?endpoint=http://127.0.0.1:{server.server_port}&region=x&path_style=1"
+            objects = open_objects(url)
+            try:
+                assert [info.key for info in objects.list("refs/")] == ["refs/a/b/c"]
+            finally:
+                objects.close()
+        finally:
+            server.shutdown()

@@ -29,7 +29,7 @@ from envstore.store.objects import s3_errors
 from envstore.store.objects.base import ObjectInfo, Traffic, ignore
 from envstore.store.objects.body import Body, BodyFile, joined, length, views
 from envstore.store.objects.credentials import KeyRing
-from envstore.store.objects.keys import check_key, check_prefix
+from envstore.store.objects.keys import check_key, check_prefix, is_key
 from envstore.store.objects.s3_client import is_amazon, make_client, shown
 from envstore.store.objects.url import S3Location
 
@@ -294,9 +294,12 @@ class S3Objects:
         while True:
             page = self._request(f"list {prefix}*", lambda: self._client.list_objects_v2(**query))
             for entry in page.get("Contents", ()):
-                # Consoles store "folders" as empty objects with a slash at the end.
-                if not entry["Key"].endswith("/"):
-                    yield ObjectInfo(entry["Key"].removeprefix(self._prefix), entry["Size"])
+                # Consoles store "folders" as empty objects with a slash at the end, and a server
+                # may list whatever it likes.
+                key = str(entry.get("Key", ""))
+                found = key.removeprefix(self._prefix)
+                if key.startswith(query["Prefix"]) and is_key(found):
+                    yield ObjectInfo(found, entry.get("Size", 0))
             if not page.get("IsTruncated"):
                 return
             token = page.get("NextContinuationToken")
