@@ -18,11 +18,12 @@ from envstore.fuse.complaints import Complaints
 from envstore.fuse.image import open_image
 from envstore.fuse.loader import FrameLoader
 from envstore.fuse.moved import Moved
+from envstore.fuse.overlay import probe
 from envstore.fuse.prefetch import ProfileSearch, follow
 from envstore.fuse.reader import Reader
 from envstore.store.locations import Located
 from envstore.store.profiles import NO_PROFILE, Range, new_profile, save_profile
-from tests.fuse.lives import Live, lived
+from tests.fuse.lives import ROOT, Live, lived
 from tests.moving import drop, move
 from tests.site import Site
 
@@ -291,6 +292,18 @@ def test_a_mount_goes_on_while_its_packs_move(live: Live, reframe: bool) -> None
             for path in (live.base / "cache" / "blobs").rglob("*"):
                 if path.is_file():
                     path.unlink()
+    live.check()
+    assert live.stats()["errors"] == 0
+
+
+@pytest.mark.skipif(not ROOT, reason="the fast path takes root")
+def test_the_fast_path_goes_on_while_its_packs_move(live: Live) -> None:
+    reason = probe(live.base)
+    if reason is not None:
+        pytest.skip(reason)
+    live.mount(fast_path="on", allow_other=True)
+    (live.place / "file 3").read_bytes()
+    move(live.store.repository, live.store.snapshot().manifest, reframe=True)
     live.check()
     assert live.stats()["errors"] == 0
 
