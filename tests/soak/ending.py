@@ -88,6 +88,8 @@ def reckon(world: World, url: str, workers: list[Worker], *, gc: bool) -> Reckon
                 _check_run(world, url, worker, found)
         _weigh(world, repository, found)
         _say_objects(world, repository)
+    for worker in workers:
+        world.look_at_logs(world.root / worker.name / ".local")
     found.ratio = found.bytes_after / max(1, found.bytes_fresh)
     if gc and found.ratio > ROOM:
         world.fail(

@@ -130,6 +130,15 @@ class World:
             self.failures.append(text)
         self.log(f"FAILURE {text}")
 
+    def look_at_logs(self, place: Path) -> None:
+        """See that no log below ``place`` holds a traceback."""
+        for path in [*place.rglob("log"), *place.rglob("*.log")]:
+            with contextlib.suppress(FileNotFoundError):
+                text = path.read_text(errors="replace")
+                if "Traceback" in text and path.parent != self.root:
+                    self.fail(f"a traceback in {path}: {text[-3000:]}")
+                    path.unlink()  # once is enough
+
     def close(self) -> None:
         """End the template; close the log."""
         self.template.close()
