@@ -9,6 +9,7 @@ library or of an extension module is in for a surprise.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import struct
 
@@ -48,7 +49,8 @@ _REFUSED = {
     "setdomainname": (171, 162), "iopl": (172, None), "ioperm": (173, None),
     "syslog": (103, 116), "vhangup": (153, 58),
 }  # fmt: skip
-_CLONE, _CLONE3, _KILL, _SECCOMP = (56, 220), (435, 435), (62, 129), (317, 277)
+_CLONE, _CLONE3, _SECCOMP = (56, 220), (435, 435), (317, 277)
+_KILL, _TGKILL = (62, 129), (234, 131)
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _NAME_SPACES = 0x7E020000  # flags of clone(2)
@@ -87,54 +89,46 @@ def refuse_calls(*, executing: bool) -> bool:
     if unavailable() is not None:
         return False
     column, architecture = _MACHINES[platform.machine()]
-    code = filter_of(column, architecture, executing=executing)
+    code = filter_of(column, architecture, os.getpid(), executing=executing)
     prctl(_SET_NO_NEW_PRIVS, 1)
     program = _Program(len(code) // _INSTRUCTION.size, code)
     system(_SECCOMP[column], _SET_FILTER, _ALL_THREADS, ctypes.byref(program))
     return True
 
 
-def filter_of(column: int, architecture: int, *, executing: bool) -> bytes:
-    """Return the filter, as the kernel takes it."""
+def filter_of(column: int, architecture: int, process: int, *, executing: bool) -> bytes:
+    """Return the filter for a process, as the kernel takes it."""
     calls = {**_REFUSED, **(_EXECUTE if executing else {})}
     numbers = sorted(found for one in calls.values() if (found := one[column]) is not None)
-    tests: list[tuple[int, int, str, str]] = [(_EQUAL, number, "refuse", "") for number in numbers]
-    tests = [
-        (_AT_LEAST, _OTHER_TABLE, "refuse", ""),
-        *tests,
+    # Each with a name to jump to, and where to if it holds and if not; "" is the next one.
+    steps: list[tuple[str, int, int, str, str]] = [
+        ("", _LOAD, _ARCHITECTURE, "", ""),
+        ("", _EQUAL, architecture, "", "refuse"),
+        ("", _LOAD, _NUMBER, "", ""),
+        ("", _AT_LEAST, _OTHER_TABLE, "refuse", ""),
+        *(("", _EQUAL, number, "refuse", "") for number in numbers),
         # Its flags lie in memory, out of reach: the C library goes back to clone(2).
-        (_EQUAL, _CLONE3[column], "unknown", ""),
+        ("", _EQUAL, _CLONE3[column], "unknown", ""),
+        ("", _EQUAL, _KILL[column], "kill", ""),
+        ("", _EQUAL, _TGKILL[column], "own", ""),
+        ("", _EQUAL, _CLONE[column], "", "allow"),
+        ("", _LOAD, _FIRST, "", ""),
+        ("", _ANY_BIT, _NAME_SPACES, "refuse", "allow"),
         # With no signal it only asks whether a process is there.
-        (_EQUAL, _KILL[column], "signal", ""),
-        (_EQUAL, _CLONE[column], "", "allow"),
+        ("kill", _LOAD, _SECOND, "", ""),
+        ("", _EQUAL, 0, "allow", ""),
+        ("own", _LOAD, _FIRST, "", ""),
+        ("", _EQUAL, process, "allow", "refuse"),
+        ("allow", _RETURN, _ALLOW, "", ""),
+        ("refuse", _RETURN, _EPERM, "", ""),
+        ("unknown", _RETURN, _ENOSYS, "", ""),
     ]
-    names = ("flags", "flags tested", "signal", "signal tested", "allow", "refuse", "unknown")
-    ends = {name: len(tests) + at for at, name in enumerate(names)}
+    places = {name: at for at, (name, *_) in enumerate(steps) if name}
 
     def jump(at: int, to: str) -> int:
-        return ends[to] - at - 1 if to else 0
+        return places[to] - at - 1 if to else 0
 
-    code = [
-        _INSTRUCTION.pack(_LOAD, 0, 0, _ARCHITECTURE),
-        _INSTRUCTION.pack(_EQUAL, 0, jump(-2, "refuse"), architecture),
-        _INSTRUCTION.pack(_LOAD, 0, 0, _NUMBER),
-    ]
-    for at, (kind, value, yes, no) in enumerate(tests):
-        code.append(_INSTRUCTION.pack(kind, jump(at, yes), jump(at, no), value))
-    code += [
-        _INSTRUCTION.pack(_LOAD, 0, 0, _FIRST),
-        _INSTRUCTION.pack(
-            _ANY_BIT,
-            jump(ends["flags tested"], "refuse"),
-            jump(ends["flags tested"], "allow"),
-            _NAME_SPACES,
-        ),
-        _INSTRUCTION.pack(_LOAD, 0, 0, _SECOND),
-        _INSTRUCTION.pack(
-            _EQUAL, jump(ends["signal tested"], "allow"), jump(ends["signal tested"], "refuse"), 0
-        ),
-        _INSTRUCTION.pack(_RETURN, 0, 0, _ALLOW),
-        _INSTRUCTION.pack(_RETURN, 0, 0, _EPERM),
-        _INSTRUCTION.pack(_RETURN, 0, 0, _ENOSYS),
-    ]
-    return b"".join(code)
+    return b"".join(
+        _INSTRUCTION.pack(kind, jump(at, yes), jump(at, no), value)
+        for at, (_, kind, value, yes, no) in enumerate(steps)
+    )

@@ -218,19 +218,22 @@ def test_the_filter_refuses_what_is_on_the_list_and_nothing_else(
     machine: str, executing: bool
 ) -> None:
     column, architecture = _CALLS[machine]
-    run = _Filter(seccomp.filter_of(column, architecture, executing=executing))
+    run = _Filter(seccomp.filter_of(column, architecture, 4711, executing=executing))
     listed = {numbers[column] for numbers in seccomp._REFUSED.values()} - {None}
     programs = {numbers[column] for numbers in seccomp._EXECUTE.values()}
-    clone, clone3, kill = ((56, 220)[column], 435, (62, 129)[column])
+    clone, clone3, kill, tgkill = (56, 220)[column], 435, (62, 129)[column], (234, 131)[column]
     for number in range(1024):
         if number in listed or (executing and number in programs):
             wanted = EPERM
-        elif number == kill:
-            wanted = ALLOW  # with no signal
+        elif number == tgkill:
+            wanted = EPERM  # of process 0
         else:
             wanted = ENOSYS if number == clone3 else ALLOW
         assert run(architecture, number) == wanted, number
     assert run(architecture, kill, 1, 9) == EPERM
+    assert run(architecture, kill, 4711, 9) == ALLOW
+    assert run(architecture, tgkill, 1, 1, 9) == EPERM
+    assert run(architecture, tgkill, 4711, 4712, 6) == ALLOW
     assert run(architecture, clone, 0x3D0F00) == ALLOW  # a thread
     for name_space in (0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000):
         assert run(architecture, clone, 17 | name_space) == EPERM

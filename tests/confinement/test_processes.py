@@ -21,7 +21,7 @@ from envstore.confinement.capabilities import NAMES
 from envstore.confinement.process import InForce, in_force
 from tests.commands import NOBODY, REPOSITORY, Cli, can_be_ordinary
 from tests.csi.nodes import Node
-from tests.fuse.lives import ROOT, Live, alive, kill, lived, until
+from tests.fuse.lives import ROOT, Live, alive, children_of, kill, lived, until
 from tests.fuse.test_fdstore import Kept
 
 FILTERED = seccomp.unavailable() is None
@@ -64,15 +64,7 @@ def limit(pid: int, name: str) -> list[str]:
 
 
 def children(pid: int) -> set[int]:
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            words = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(words[1]) == pid:
-            found.add(int(path.parent.name))
-    return found
+    return {*children_of(pid)}
 
 
 def understudy(status: dict[str, int]) -> int:

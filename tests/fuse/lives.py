@@ -84,6 +84,16 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
         os.kill(pid, number)
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the processes that ``pid`` has started and that are there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
 def gone(*pids: int | None) -> bool:
     return not any(alive(pid) for pid in pids if pid)
 
@@ -233,7 +243,14 @@ class Live:
         until(lambda: not alive(status["server_pid"]))
 
     def processes(self) -> list[int]:
-        """Return every process that has this mount's lock open: its holder and servers."""
+        """Return every process that has this mount's lock open: its holder and servers.
+
+        Into those nobody but root sees; of them only the holder and its children are known.
+        """
+        if not ROOT:
+            record = RecordFiles(str(self.place)).load()
+            holder = record.holder_pid if record is not None else 0
+            return [pid for pid in (holder, *children_of(holder)) if pid and alive(pid)]
         lock = RecordFiles(str(self.place)).log.with_suffix(".lock")
         found = []
         for process in filter(str.isdigit, os.listdir("/proc")):
@@ -289,15 +306,21 @@ class Live:
         return found
 
     def close(self) -> None:
-        for pid in self.processes():
-            kill(pid, signal.SIGCONT)
-            kill(pid)
+        self.kill_processes()
         for mounted in reversed(list_mounts()):
             if str(self.base) in mounted.mountpoint:
                 command = ["umount", "-l"] if ROOT else ["fusermount3", "-u", "-z"]
                 subprocess.run([*command, mounted.mountpoint], timeout=30, check=False)
-        until(lambda: not self.processes(), "the end of all processes")
+        until(self.kill_processes, "the end of all processes")
         self.store.close()
+
+    def kill_processes(self) -> bool:
+        """Kill all there are; returns whether there were none. Others may be just being started."""
+        found = self.processes()
+        for pid in found:
+            kill(pid, signal.SIGCONT)
+            kill(pid)
+        return not found
 
 
 _ROOT = Path(__file__).parent.parent.parent
