@@ -11,9 +11,11 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ class Job:
     process: subprocess.Popen[bytes]
     log: Path
     result: Path
+    scratch: Path
     began: float = field(default_factory=time.monotonic)
 
 
@@ -95,7 +98,7 @@ def _fuzz(targets: list[Target], options: argparse.Namespace) -> int:
             time.sleep(0.2)
             for job in [job for job in running if _ended(job, options.time)]:
                 running.remove(job)
-                one = _report(job, options.work)
+                one = _report(job)
                 executions += one["executions"]
                 findings += one["findings"]
     except KeyboardInterrupt:
@@ -104,7 +107,7 @@ def _fuzz(targets: list[Target], options: argparse.Namespace) -> int:
             job.process.send_signal(signal.SIGINT)
         for job in running:
             _wait(job)
-            one = _report(job, options.work)
+            one = _report(job, stopped=True)
             executions += one["executions"]
             findings += one["findings"]
     print(f"{executions:,} executions, {findings} findings{', stopped' if stopped else ''}")
@@ -117,17 +120,18 @@ def _start(target: Target, options: argparse.Namespace) -> Job:
     (work / "found").mkdir(exist_ok=True)
     log, result = work / "log", work / "result.json"
     result.unlink(missing_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="envstore-fuzz-"))
     command = [
         sys.executable, "-m", "tests.fuzz.child", target.name, "--module", target.module,
         "--work", str(work), "--time", str(options.time), "--seed", str(options.seed),
-        "--engine", options.engine,
+        "--engine", options.engine, "--scratch", str(scratch),
     ]  # fmt: skip
     # A group of its own, so that Ctrl-C reaches it through this process, which then can report.
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, process_group=0
         )
-    return Job(target, process, log, result)
+    return Job(target, process, log, result, scratch)
 
 
 def _ended(job: Job, seconds: float) -> bool:
@@ -148,13 +152,15 @@ def _wait(job: Job) -> None:
         job.process.wait()
 
 
-def _report(job: Job, work: Path) -> dict[str, Any]:
+def _report(job: Job, *, stopped: bool = False) -> dict[str, Any]:
     name = job.target.name
+    shutil.rmtree(job.scratch, ignore_errors=True)
     try:
         found: dict[str, Any] = json.loads(job.result.read_bytes())
     except (OSError, ValueError):
         # Killed, out of memory or hung inside C code: the engine's log says on which input.
-        found = {"executions": 0, "peak": 0, "found": {f"it died, see {job.log}": ""}}
+        died = {} if stopped else {f"it died, see {job.log}": ""}
+        found = {"executions": 0, "peak": 0, "found": died}
     elapsed = max(0.001, found.get("seconds", time.monotonic() - job.began))
     coverage = _coverage(job.log)
     count = len(found["found"])

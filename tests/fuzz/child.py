@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--module", required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--time", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--engine", required=True)
@@ -74,13 +75,12 @@ def main() -> None:
     there = importlib.util.find_spec("atheris") is not None
     if options.engine == "atheris" and not there:
         parser.error("atheris is not installed")
-    with tempfile.TemporaryDirectory(prefix="envstore-fuzz-") as scratch:
-        # Targets that write do it here, and would be caught writing elsewhere.
-        tempfile.tempdir = scratch
-        if there and options.engine != "own":
-            _with_atheris(options)
-        else:
-            _by_chance(options)
+    # Targets that write do it here; whoever started this removes it, as an engine ends at once.
+    tempfile.tempdir = str(options.scratch)
+    if there and options.engine != "own":
+        _with_atheris(options)
+    else:
+        _by_chance(options)
 
 
 def _target(options: argparse.Namespace) -> Target:

@@ -11,7 +11,7 @@ from array import array
 
 from envstore.store import index, locations, locks, manifest, packages, packs, profiles, samples
 from envstore.store.anchors import decode as decode_difference
-from envstore.store.binary import seal, unseal
+from envstore.store.binary import inflate, seal, unseal
 from envstore.store.codecs import split, xor
 from envstore.store.digest import digest
 from envstore.store.entries import HOLE, Entry
@@ -81,6 +81,18 @@ def envelope(data: bytes) -> None:
     body, name = unseal(_MAGIC, data, limit=1 << 20, what="an object")
     expect(digest(body) == name, "a body of another digest")
     expect(unseal(_MAGIC, seal(_MAGIC, body), limit=1 << 20, what="again")[0] == body, "sealing")
+
+
+def _zstd_seeds() -> list[bytes]:
+    bodies = (_TEXT, b"", bytes(70_000))
+    return [len(body).to_bytes(4, "little") + seal(_MAGIC, body)[44:] for body in bodies]
+
+
+@target("zstd", _zstd_seeds, words=(b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18"))
+def zstd(data: bytes) -> None:
+    """Four bytes for the length that is announced, then what should be one zstd frame."""
+    size = int.from_bytes(data[:4], "little")
+    expect(len(inflate(data[4:], size, "it")) == size, "more or less than was announced")
 
 
 @target("frame-table", lambda: [encode_table([frame for frame, _ in _frames()]), encode_table([])])
