@@ -15,9 +15,10 @@ from envstore.store.doomed import (
     SLACK_SECONDS,
     STATE_KEY,
     State,
+    list_key,
+    open_list,
     parse_state,
     put_state,
-    read_list,
 )
 from envstore.store.objects.base import ObjectStore
 from envstore.store.problems import DAMAGE
@@ -68,8 +69,10 @@ def _damaged(objects: ObjectStore) -> tuple[State | None, str] | None:
     except DAMAGE:
         return None, version
     try:
-        read_list(objects, state.condemned)
-        read_list(objects, state.deleting)
+        for name in (state.condemned, state.deleting):
+            if name is not None:
+                # From the store: what this process has read before says nothing of it.
+                open_list(objects.get(list_key(name)), name)
     except DAMAGE:
         return state, version
     return None
