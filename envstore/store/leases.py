@@ -112,7 +112,7 @@ class Lease:
         # First this: a collector that has not seen it when it marks what is live has condemned, or
         # is about to delete, what is taken back then.
         self._asked = True
-        self._objects.put(self.key, canonical.encode(body))
+        self._objects.put(self.key, canonical.encode_checked(body))
         self._claim()
         if self._objects.size(snapshot_key(self.snapshot)) is None:
             # Nobody can tell what such a lease keeps.
