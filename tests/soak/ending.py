@@ -26,7 +26,7 @@ from envstore.store.statcache import StatCache
 from envstore.store.usage import measure
 from tests.soak import trainer, trees
 from tests.soak.ledger import ABSENT, ANYTHING
-from tests.soak.work import Worker, judge_tree
+from tests.soak.work import UMOUNT, Worker, judge_tree
 from tests.soak.world import World
 
 _LAST = ("--grace", "0s", "--max-unused", "1%")
@@ -263,6 +263,6 @@ def unmount_all(root: Path) -> int:
     for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
         place = line.split()[4].encode().decode("unicode_escape")
         if place.startswith(f"{root}/"):
-            subprocess.run(["umount", "-l", place], check=False, capture_output=True)
+            subprocess.run([*UMOUNT, place], check=False, capture_output=True)
             count += 1
     return count

@@ -20,7 +20,7 @@ from tests.soak.world import Done, Op, World
 
 FAMILIES = 3
 """Refs that are pushed to, each by whoever likes."""
-_UMOUNT = ("umount", "-l") if os.geteuid() == 0 else ("fusermount3", "-u", "-z")
+UMOUNT = ("umount", "-l") if os.geteuid() == 0 else ("fusermount3", "-u", "-z")
 _KEPT = 16
 """Tags of old versions, above which some are removed."""
 
@@ -226,7 +226,7 @@ class Worker:
             if not os.path.ismount(place) and os.path.exists(place):
                 break
             # Not with `envstore`: whoever is killed often enough leaves nobody to ask.
-            subprocess.run([*_UMOUNT, place], check=False, capture_output=True)
+            subprocess.run([*UMOUNT, place], check=False, capture_output=True)
             time.sleep(0.02)
         for left in (self._home / ".local/state/envstore/mounts").glob("*"):
             left.unlink()
