@@ -61,7 +61,7 @@ def pylock(data: bytes) -> None:
 
 _FILES = (
     "environment.yml", "requirements.txt", "pyproject.toml", "pixi.toml", "pylock.toml",
-    "explicit.txt", "Pipfile", "setup.cfg",
+    "explicit.txt", "pixi.lock", "conda-lock.yml", "Pipfile", "setup.cfg",
 )  # fmt: skip
 
 
@@ -77,6 +77,9 @@ def _spec_seeds() -> list[bytes]:
         b'\3[project]\nname = "x"\nchannels = ["conda-forge"]\nplatforms = ["linux-64"]\n'
         b'[dependencies]\npython = "3.11.*"\n[pypi-dependencies]\nsix = "*"\n',
         b"\4" + _pylock_seeds()[0],
+        b"\6version: 6\nenvironments:\n  default:\n    channels:\n    - url: https://h/c/\n"
+        b"    packages:\n      linux-64:\n      - conda: https://h/c/linux-64/x-1-0.conda\n"
+        b"packages:\n- conda: https://h/c/linux-64/x-1-0.conda\n  sha256: " + b"0" * 64 + b"\n",
         b"\5@EXPLICIT\nhttps://h/linux-64/x-1-0.conda#" + b"0" * 64 + b"\n",
     ]
 
