@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from envstore.errors import AccessDeniedError, NotFoundError, UnavailableError
-from envstore.store import leases
+from envstore.store import canonical, leases
 from envstore.store.catalog import remove_refs
 from envstore.store.config import init_store
 from envstore.store.doomed import read_doomed
@@ -58,7 +57,7 @@ def test_a_lease_says_who_reads_what_until_when(store: Store, pushed: PushResult
     lease = Lease.take(store.repository, pushed.snapshot, "node-1:7 mount /x", 1000)
     key = f"leases/{pushed.snapshot.hex()}/{lease.name}"
     assert store.object_keys("leases/") == [key] == [lease.key]
-    body = json.loads(store.repository.objects.get(key))
+    body = canonical.decode(store.repository.objects.get(key), key)
     assert before + 999 <= body.pop("until") == lease.until <= before + 1060
     assert body == {
         "format": 1,
