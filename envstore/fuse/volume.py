@@ -48,6 +48,8 @@ class Volume:
         self.closed = True
         for fd in self.keepsake.files:
             os.close(fd)
+        # They refer to this in turn, and would keep the image mapped until a collection.
+        del self.reader, self.moved
 
 
 def make_volume(
