@@ -48,6 +48,7 @@ class _World:
         self.config, _ = init_store(self.memory)
         self.number = 0
         self.old = b""
+        self.jumps = self.rng.random() < 0.5
         for name, seeds in {"one": "ab", "two": "bc", "three": "a"}.items():
             tree = root / name
             tree.mkdir()
@@ -83,6 +84,13 @@ class _World:
         """Collect, with a writer there that keeps what is condemned from being deleted."""
         with sessions.Session.begin(self.memory, "a bystander"):
             self.collect(self.memory)
+
+    def collect_again(self, objects: Door) -> None:
+        """Collect, and once more when writers that are not done yet count as stopped for long."""
+        self.collect(objects)
+        if self.jumps:
+            self.memory.time += _LONG
+        self.collect(objects)
 
     # What must be true.
 
@@ -123,7 +131,7 @@ def _actors(world: _World) -> list[Callable[[Door], None]]:
         lambda objects: world.remove(objects, "old"),
     ]
     rng.shuffle(chosen)
-    return [*chosen[: rng.randrange(2, 5)], world.collect]
+    return [*chosen[: rng.randrange(2, 5)], world.collect_again]
 
 
 def _run(world: _World) -> None:
