@@ -360,7 +360,8 @@ class Volumes:
     def _close(self, slot: int) -> Volume | None:
         volume = self._volumes.pop(slot, None)
         if volume is not None:
-            self.forest.fell(slot)
+            if slot:  # one that is alone stays until it is replaced
+                self.forest.fell(slot)
             if self._promoter is not None:
                 self._promoter.forget(volume.content.tree)
             volume.close()
