@@ -310,6 +310,7 @@ def test_the_fast_path_goes_on_while_its_packs_move(live: Live) -> None:
 
 def test_the_server_that_comes_next_knows_where_they_are(live: Live) -> None:
     live.mount()
+    standby = live.settled()["standby_pid"]
     repository = live.store.repository
     manifest = live.store.snapshot().manifest
     move(repository, manifest, reframe=True)
@@ -318,6 +319,7 @@ def test_the_server_that_comes_next_knows_where_they_are(live: Live) -> None:
     # Were it to look for them now, it would find nothing.
     repository.objects.delete(f"locations/{manifest.hex()}")
     live.check()
+    assert live.settled()["server_pid"] == standby
 
 
 def test_what_is_lost_fails_by_its_name(live: Live) -> None:
