@@ -72,6 +72,9 @@ def _row(fields: list[str]) -> Row:
 def write_record(rows: Iterable[Row]) -> bytes:
     """Return the RECORD of ``rows``, in the order of their paths."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerows(row.fields() for row in sorted(rows, key=lambda row: row.path))
+    plain = csv.writer(out, lineterminator="\n")
+    # Before Python 3.13 it does not quote what readers take for the end of a row.
+    quoting = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in sorted(rows, key=lambda row: row.path):
+        (quoting if "\r" in row.path else plain).writerow(row.fields())
     return out.getvalue().encode()

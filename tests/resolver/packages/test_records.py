@@ -53,3 +53,8 @@ def test_weak_digests_are_refused() -> None:
     for algorithm in ("md5", "sha1", "", "crc"):
         with pytest.raises(ValueError, match=r"digest of a\.py that proves nothing"):
             read_record(f"a.py,{algorithm}=47DEQpj8,0\n".encode())
+
+
+def test_a_path_with_an_end_of_line_stays_one_row() -> None:
+    rows = [Row.of("a\r../../outside", b"x"), Row.of("b\nc", b"y"), Row("plain")]
+    assert read_record(write_record(rows)) == {row.path: row for row in rows}
