@@ -19,7 +19,7 @@ import pytest
 from tests.s3server import find_weed
 from tests.soak.template import REPOSITORY
 
-SECONDS = float(os.environ.get("ENVSTORE_TEST_SOAK_SECONDS", "25"))
+SECONDS = float(os.environ.get("ENVSTORE_TEST_SOAK_SECONDS", "20"))
 
 pytestmark = [
     pytest.mark.skipif(find_weed() is None, reason="needs weed"),
