@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     """,
 )
 def checkpoint() -> None:
-    """Look at, keep, check and restore checkpoints of training runs.
+    """Look at, keep, check and restore checkpoints of runs.
 
     RUN is [NAMESPACE/]NAME. Training scripts save and restore with the Python package
     envstore.checkpoint. Only checkpoints that every rank has finished are shown.

@@ -312,21 +312,19 @@ def log(settings: Settings, ref: str, limit: int | None) -> None:
         ],
     )
     if lost is not None:
-        output.note(settings, f"older snapshots are gone: {lost.message}")
+        output.note(settings, f"older snapshots are gone, the first of them @{lost.hex()}")
 
 
 def _history(
     repository: Repository, digest: bytes, limit: int | None
-) -> tuple[list[tuple[bytes, Snapshot]], NotFoundError | None]:
-    """Return the history as far as the store still has it, and where it breaks off."""
-    found: list[tuple[bytes, Snapshot]] = []
-    try:
-        found.extend(repository.history(digest, limit))
-    except NotFoundError as error:
-        if not found:
-            raise
-        return found, error
-    return found, None
+) -> tuple[list[tuple[bytes, Snapshot]], bytes | None]:
+    """Return the history as far as the store still has it, and the snapshot it breaks off before.
+
+    Snapshots that no ref names are collected as garbage, also those that others came of.
+    """
+    found = list(repository.history(digest, limit))
+    parents = found[-1][1].parents
+    return found, parents[0] if parents and len(found) != limit else None
 
 
 @click.command(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 )
 @click.pass_obj
 def repack(settings: Settings, ref: str, profile: str | None) -> None:
-    """Store what a profile of REF names side by side, in its order.
+    """Store side by side what a profile of REF names.
 
     A later start then needs a few large requests. The snapshot and its digest stay the same,
     and so do the old packs, which other snapshots may use: what was repacked is stored twice

@@ -307,7 +307,7 @@ def _print_repaired(settings: Settings, done: Repaired, *, dry_run: bool) -> Non
 )
 @click.pass_obj
 def rebuild_index(settings: Settings) -> None:
-    """Make the index of the store anew where it is lost or damaged, from packs alone.
+    """Make a lost or damaged index anew, from packs alone.
 
     Every pack says at its end what it holds. Those that no sound segment lists are listed in new
     ones, and damaged segments and samples go. The index spares pushes from storing again what is

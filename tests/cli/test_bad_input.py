@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from envstore.store import canonical
 from tests.commands import NOBODY, Cli, one_line
 from tests.s3server import SECRET_KEY, S3Server
 from tests.trees import describe, noise
@@ -125,7 +126,8 @@ def test_init_where_something_else_is(cli: Cli) -> None:
 def test_a_store_of_a_newer_format(stored: Cli, command: tuple[str, ...]) -> None:
     (stored.root / "mnt").mkdir()
     config = stored.store / "envstore.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "format": 99}))
+    newer = {**canonical.decode(config.read_bytes(), "description"), "format": 99}
+    config.write_bytes(canonical.encode_checked(newer))
     before = stored.refs()
     stored.fails(1, *_filled(command, "tree"), says=["format 99", "upgrade envstore"])
     assert stored.refs() == before

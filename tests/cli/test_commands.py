@@ -415,7 +415,7 @@ def test_doctor(stored: Cli) -> None:
     checks = {check["name"]: check for check in found.json["checks"]}
     assert set(checks) == {
         "python", "kernel", "/dev/fuse", "fusermount3", "pyfuse3", "fast path", "store",
-        "conditional writes", "cache", "cache space",
+        "conditional writes", "cache", "cache space", "confinement",
     }  # fmt: skip
     for name in ("python", "pyfuse3", "store", "conditional writes", "cache"):
         assert checks[name]["verdict"] == "ok", checks[name]

@@ -43,7 +43,7 @@ def test_all_the_promised_commands_are_there() -> None:
         "init", "push", "pull", "hydrate", "mount", "umount", "mounts", "stats", "remount", "node",
         "run", "profile", "repack", "ls", "show", "log", "tag", "diff", "rm", "du", "verify",
         "cache", "doctor", "completion", "lock", "update", "explain", "activate", "check", "csi",
-        "k8s", "fdstore", "checkpoint",
+        "k8s", "fdstore", "checkpoint", "gc", "repair", "rebuild-index",
     }  # fmt: skip
 
 
