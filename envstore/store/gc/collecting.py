@@ -2,9 +2,10 @@
 
 A round meets the writers, lists the store, marks what is live, and then sweeps what an earlier
 round has condemned, moves the live parts of packs that are mostly dead, lets trees share what is
-stored more than once, and condemns what it found dead. So an object is deleted a round after it was condemned at the earliest, after a fresh mark,
-when ``grace`` is over and no writer is at work that began before. A run is one round, unless
-``grace`` is 0: then rounds follow until there is nothing to gain.
+stored more than once, and condemns what it found dead. So an object is deleted a round after it
+was condemned at the earliest, after a fresh mark, when ``grace`` is over and no writer is at work
+that began before. A run is one round, unless ``grace`` is 0: then rounds follow until there is
+nothing to gain.
 
 For what it costs see ``marking``, ``usage`` and ``sharing``; the index is read once more where
 packs go.
