@@ -83,6 +83,8 @@ def test_what_leads_to_something_is_written_after_it(
 ) -> None:
     monkeypatch.setattr(packs, "TARGET_SIZE", 2 << 20)
     monkeypatch.setattr(packing, "SEGMENT_PACKS", 2)
+    # However many uploads end at once, no segment lists more than three packs.
+    monkeypatch.setattr(packing, "UPLOADS", 2)
     store.faults.clear()
     store.push(tree)
     written = [
@@ -94,6 +96,7 @@ def test_what_leads_to_something_is_written_after_it(
     assert kinds[0] == "sessions"
     assert kinds[-5:] == ["locations", "manifests", "snapshots", "sessions", "refs"]
     assert set(kinds[1:-5]) == {"packs", "index"}
+    assert kinds.count("packs") > 3
     assert kinds.count("index") >= 2
     assert kinds[-6] == "index"
     seen: set[str] = set()
