@@ -26,7 +26,8 @@ class GuardedStore:
     Whatever is written while the session is lost raises ``SessionLostError``. A doomed object
     counts as absent: ``size`` does not see it, and writing it takes it off the condemned list
     before. Writing a root, such as a ref, first claims what its snapshot leads to, unless that was
-    stored in this very session, and declares it. Locations that replace others declare their packs.
+    stored in this very session, and declares it. Locations that replace others declare their packs,
+    which the session claims at its end.
 
     Besides the write itself: none for what is not doomed, about four requests for what is; two for
     a root whose snapshot was not declared yet, and what ``Session.claim_snapshot`` takes if that
@@ -67,14 +68,10 @@ class GuardedStore:
 
     def put(self, key: str, data: Body) -> None:
         """Store ``data`` under ``key`` in this session."""
-        if key.startswith("locations/"):
-            self._move(key, joined(data))
         self._write(key, data, lambda: self.inner.put(key, data), None, conditional=False)
 
     def put_if(self, key: str, data: bytes, version: str | None) -> str:
         """Store ``data`` in this session, only if the object still has ``version``."""
-        if key.startswith("locations/") and version is not None:
-            self._move(key, data)
         return self._write(
             key, data, lambda: self.inner.put_if(key, data, version), version, conditional=True
         )
@@ -114,6 +111,11 @@ class GuardedStore:
         if not is_root(key):
             if session.is_doomed(key):
                 session.claim((key,))
+            if key.startswith("locations/") and (version is not None or not conditional):
+                body = joined(data)
+                packs = self._declared(key, body)
+                with session.reaching(key, body, version, conditional=conditional, packs=packs):
+                    return write()
             result = write()
             session.stored(key)
             return result
@@ -125,7 +127,7 @@ class GuardedStore:
         with session.reaching(key, body, version, conditional=conditional):
             return write()
 
-    def _move(self, key: str, data: bytes) -> None:
+    def _declared(self, key: str, data: bytes) -> set[str]:
         """Declare the packs in which a reachable tree may be found only once this is written.
 
         They are kept for as long as it may take to arrive, like what a root leads to.
@@ -133,4 +135,6 @@ class GuardedStore:
         new = packs_named(data, key)
         with contextlib.suppress(CorruptError, NotFoundError):  # then it leads nowhere
             new -= packs_named(self.inner.get(key), key)
-        self.session.declare((), map(pack_key, new))
+        packs = set(map(pack_key, new))
+        self.session.declare((), packs)
+        return packs

@@ -83,6 +83,7 @@ class Session:
         self._doomed: frozenset[str] = frozenset()
         self._stored: set[str] = set()
         self._unclear: dict[str, tuple[bytes, str | None, bool]] = {}
+        self._led_to: set[str] = set()
         self.damaged_packs: frozenset[bytes] = frozenset()
         """The packs that must not be reused because they are damaged."""
         self._thread: threading.Thread | None = None
@@ -258,9 +259,19 @@ class Session:
 
     @contextlib.contextmanager
     def reaching(
-        self, key: str, body: bytes, version: str | None, *, conditional: bool
+        self,
+        key: str,
+        body: bytes,
+        version: str | None,
+        *,
+        conditional: bool,
+        packs: Collection[str] = (),
     ) -> Iterator[None]:
-        """Watch over the write of a root: one that may arrive later keeps the session's object."""
+        """Watch over the write of a root, or of locations that lead a tree to other ``packs``.
+
+        One that may arrive later keeps the session's object. The packs are claimed at the end.
+        """
+        self._led_to.update(packs)
         try:
             yield
         except _CERTAIN:
@@ -340,8 +351,11 @@ class Session:
     def end(self) -> None:
         """End the session: one request. What it has declared but not made reachable is given up.
 
-        Its object stays where a write's answer never came that may yet arrive, until a collector
-        removes it; and if the store cannot be reached. Idempotent; nothing in a forked child.
+        If it has led trees to other packs, what was condemned of these since it began is claimed
+        before, for one request more: who began later relies on locations that name them now, and
+        takes for known what was condemned before. Its object stays where a write's answer never
+        came that may yet arrive, until a collector removes it; and if the store cannot be reached.
+        Idempotent; nothing in a forked child.
         """
         if os.getpid() != self._pid or self._over.is_set():
             return
@@ -351,6 +365,8 @@ class Session:
         with self._lock:
             try:
                 if self._version is not None and not any(map(self._may_land, self._unclear)):
+                    if self._led_to:
+                        claim(self._inner, self._led_to)
                     self._inner.delete(self._key)
             except EnvstoreError as error:
                 _log.warning("%s is left to collectors: %s", self._key, error.message)

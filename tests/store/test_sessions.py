@@ -623,6 +623,54 @@ def test_locations_that_replace_others_declare_their_packs(store: Store, tree: P
     assert store.verify(whole=False).ok
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_packs_that_locations_have_come_to_name_are_claimed_at_the_end(
+    store: Store, tree: Path, lost: bool
+) -> None:
+    objects = store.repository.objects
+    first = store.push(tree)
+    other = store.push(ListedSource({b"file": trees.noise("x", 1 << 20)}), "other")
+    key = locations_key(first.manifest)
+    body, (_, version) = objects.get(locations_key(other.manifest)), objects.get_versioned(key)
+    (pack,) = {key for key in closure(store.repository, other.snapshot) if key[:6] == "packs/"}
+    with suppress(UnavailableError), writing(store.repository, "test") as (_, inside):
+        # Whoever begins now takes it for doomed, until locations name it that it did not write.
+        condemn(store.repository, pack, "packs/aa/x")
+        if lost:
+            error = UnavailableError("no answer")
+            store.faults.fail("put_if", error, key="locations/", times=1, after=True)
+        inside.objects.put_if(key, body, version)
+    assert doomed.read_doomed(objects).keys() == {"packs/aa/x"}
+    assert store.object_keys("sessions/") == []
+
+
+def test_who_cannot_claim_what_locations_name_leaves_the_session(store: Store, tree: Path) -> None:
+    objects = store.repository.objects
+    first = store.push(tree)
+    other = store.push(ListedSource({b"file": trees.noise("x", 1 << 20)}), "other")
+    key = locations_key(first.manifest)
+    body, (_, version) = objects.get(locations_key(other.manifest)), objects.get_versioned(key)
+    packs = {key for key in closure(store.repository, other.snapshot) if key[:6] == "packs/"}
+    with writing(store.repository, "test") as (_, inside):
+        condemn(store.repository, *packs)
+        inside.objects.put_if(key, body, version)
+        store.faults.fail("put_if", UnavailableError("away"), key="gc/state")
+    assert session_records.kept_keys([the_session(store.repository)], objects.now()) == packs
+
+
+def test_locations_whose_write_may_still_arrive_keep_the_session(store: Store, tree: Path) -> None:
+    objects = store.repository.objects
+    first = store.push(tree)
+    other = store.push(ListedSource({b"file": trees.noise("x", 1 << 20)}), "other")
+    key = locations_key(first.manifest)
+    body, (_, version) = objects.get(locations_key(other.manifest)), objects.get_versioned(key)
+    packs = {key for key in closure(store.repository, other.snapshot) if key[:6] == "packs/"}
+    store.faults.fail("put_if", UnavailableError("no answer"), key="locations/")
+    with suppress(UnavailableError), writing(store.repository, "test") as (_, inside):
+        inside.objects.put_if(key, body, version)
+    assert session_records.kept_keys([the_session(store.repository)], objects.now()) == packs
+
+
 def test_sessions_of_many_threads(store: Store) -> None:
     failed: list[BaseException] = []
 
