@@ -34,6 +34,11 @@ _SYSTEM = frozenset(
     b"bin boot dev etc lib lib32 lib64 libx32 lost+found proc root run sbin sys usr var".split()
 )
 """Directories at the top in which a node server writes nothing but its cache."""
+_SYSTEM_VAR = frozenset(
+    b"account adm backups cache crash db empty ftp games kerberos lib lock log mail nis preserve"
+    b" run spool vmail www yp".split()
+)
+"""The same below ``/var``, where stores may lie besides."""
 
 _Identity = tuple[int, int] | None
 
@@ -59,7 +64,7 @@ class ServerConfinement:
 
     It may read what its user may, and write below the cache, below a store in a directory (for
     leases), and where its metrics' socket is; a node server, which cannot know which stores it
-    will be asked for, below everything that is no directory of the system's.
+    will be asked for, below everything that is no directory of the system's (``_SYSTEM``).
 
     As root it keeps ``dac_read_search`` for a store in a directory, ``dac_override`` only if the
     cache or that store is another user's, ``net_bind_service`` only for a port below 1024. It can
@@ -144,11 +149,15 @@ def _is_anothers(place: Path) -> bool:
         return False
 
 
-def _others() -> Iterator[Path]:
-    """Yield the directories at the top that are not the system's."""
-    with os.scandir(b"/") as entries:
+def _others(top: bytes = b"/") -> Iterator[Path]:
+    """Yield the directories at the top, and in its ``var``, that are not the system's."""
+    for place, system in ((top, _SYSTEM), (os.path.join(top, b"var"), _SYSTEM_VAR)):
+        try:
+            entries = list(os.scandir(place))
+        except OSError:
+            continue  # then nobody keeps stores there
         for entry in entries:
-            if entry.name not in _SYSTEM and entry.is_dir():
+            if entry.name not in system and entry.is_dir(follow_symlinks=place == top):
                 yield Path(os.fsdecode(entry.path))
 
 

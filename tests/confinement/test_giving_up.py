@@ -8,6 +8,7 @@ import platform
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -16,7 +17,10 @@ import pytest
 from envstore.confinement import capabilities, landlock, seccomp
 from envstore.confinement.process import in_force
 from envstore.confinement.programs import starts_programs
+from envstore.fuse import privileges
 from tests.commands import NOBODY
+from tests.sources import ListedSource
+from tests.stores import Store
 
 ROOT = os.geteuid() == 0
 _CALLS = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -292,3 +296,36 @@ def test_there_is_nothing_to_say_of_a_process_that_is_not_there() -> None:
     assert in_force(1 << 22) is None
     assert capabilities.NAMES[capabilities.SYS_ADMIN] == "sys_admin"
     assert ctypes.sizeof(seccomp._Program) == 16
+
+
+def test_a_node_server_takes_leases_of_stores_in_directories(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as below_var:
+        for root in (tmp_path / "store", Path(below_var, "store")):
+            with Store(root) as store:
+                name = store.push(ListedSource({b"file": b"1"})).snapshot
+                url = store.url
+            script = f"""
+            from pathlib import Path
+            from envstore.fuse.keeping import MountRequest
+            from envstore.fuse.privileges import ServerConfinement
+            from envstore.store.leases import Lease
+            from envstore.store.objects import open_objects
+            request = MountRequest("", "", place + "/mount", node=place + "/socket")
+            ServerConfinement(request, Path(place))
+            Lease.take(open_objects({url!r}), bytes.fromhex({name.hex()!r}), "test")
+            """
+            work = root.parent / "work"
+            work.mkdir()
+            run(script, work)
+            with Store(root) as store:
+                assert len(store.object_keys("leases/")) == 1
+
+
+def test_a_node_server_leaves_the_systems_directories_alone(tmp_path: Path) -> None:
+    for name in ("etc", "srv", "usr/local", "var/lib/x", "var/tmp", "var/srv", "var/log"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data").symlink_to("var/srv")
+    (tmp_path / "var/lib64").symlink_to("lib")
+    (tmp_path / "file").touch()
+    found = {path.relative_to(tmp_path) for path in privileges._others(os.fsencode(tmp_path))}
+    assert found == set(map(Path, ("srv", "data", "var/tmp", "var/srv")))
