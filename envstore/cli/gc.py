@@ -108,28 +108,31 @@ def as_json(done: Collected) -> dict[str, Any]:
 
 def _print(settings: Settings, done: Collected) -> None:
     from envstore.store.gc.report import KINDS
+    from envstore.store.hosts import describe
 
     if done.busy is not None:
-        where = done.busy.host or "a process that cannot be told"
+        where = output.printable(describe(done.busy.host))
         output.summary(settings, f"another collection is at work ({where}); nothing was done")
         return
 
     def say(text: str) -> None:
         output.summary(settings, output.printable(text))
 
-    would = "would free" if done.dry_run else "freed"
+    freed, condemned = (
+        ("would free", "would condemn") if done.dry_run else ("freed", "condemned")
+    )
     say(
-        f"{would} {output.size(done.freed_bytes)}: {output.counted(done.freed_objects, 'object')}, "
+        f"{freed} {output.size(done.freed_bytes)}: {output.counted(done.freed_objects, 'object')}, "
         f"{output.counted(done.freed_packs, 'pack')} among them"
     )
     if done.repacked_packs:
         say(
-            f"repacked {output.counted(done.repacked_packs, 'pack')} that were live in part, "
+            f"repacked {output.counted(done.repacked_packs, 'pack')}, live in part, "
             f"storing {output.size(done.written_bytes)}"
         )
     if done.condemned_objects:
         say(
-            f"condemned {output.size(done.condemned_bytes)}: "
+            f"{condemned} {output.size(done.condemned_bytes)}: "
             f"{output.counted(done.condemned_objects, 'object')}, for later runs to delete"
         )
     say(
@@ -140,7 +143,7 @@ def _print(settings: Settings, done: Collected) -> None:
         say(f"kept {output.size(size)}: {KINDS[reason]}")
     if "writers" in done.kept:
         for writer in done.writers[:_SHOWN]:
-            say(f"  {writer.what}, heard of {writer.silent:.0f} s ago ({writer.host or 'unknown'})")
+            say(f"  {writer.what}, heard of {writer.silent:.0f} s ago ({describe(writer.host)})")
         if len(done.writers) > _SHOWN:
             say(f"  and {len(done.writers) - _SHOWN} more")
     if done.undeletable_objects:

@@ -12,6 +12,7 @@ from typing import IO, Any
 import click
 
 from envstore.cli.context import PROGRAM, Settings
+from envstore.wording import counted as counted
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _AGES = ((365 * 86_400, "year"), (30 * 86_400, "month"), (86_400, "day"), (3600, "hour"))
@@ -81,11 +82,6 @@ def size(count: float) -> str:
             break
         left /= 1024
     return f"{sign}{left:.0f} {unit}" if unit == "B" or left >= 100 else f"{sign}{left:.1f} {unit}"
-
-
-def counted(number: int, what: str) -> str:
-    """Return ``1 file`` or ``1,234 files``."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def age(moment: str) -> str:

@@ -192,7 +192,8 @@ def print_report(
 def print_problem(problem: Problem) -> None:
     """Print a damaged object, whom that harms, and the first of the files that are lost."""
     harms = f" [{', '.join(problem.harms)}]" if problem.harms else ""
-    output.line(f"damaged: {problem.object}: {output.printable(problem.reason)}{harms}")
+    reason = output.printable(problem.reason.removeprefix(f"{problem.object} "))
+    output.line(f"damaged: {problem.object}: {reason}{harms}")
     for file in problem.files[:_SHOWN]:
         output.line(f"  lost: {output.printable(file.path)} [{', '.join(file.harms)}]")
     if problem.lost > _SHOWN:
@@ -294,7 +295,7 @@ def _print_repaired(settings: Settings, done: Repaired, *, dry_run: bool) -> Non
     output.summary(
         settings,
         f"{output.counted(len(done.before.problems), 'problem')} found, "
-        f"{len(done.after.problems):,} left" + (" as it would be" if dry_run else ""),
+        f"{len(done.after.problems):,} {'would be left' if dry_run else 'left'}",
     )
 
 
@@ -348,6 +349,7 @@ def _print_rebuilt(settings: Settings, done: Rebuilt) -> None:
         output.line(f"not listed: pack {pack.hex()}: {output.printable(reason)}")
     output.summary(
         settings,
-        f"listed {output.counted(done.packs, 'pack')} in {len(done.stored):,} new objects of the "
-        f"index; removed {len(done.removed):,} damaged ones",
+        f"listed {output.counted(done.packs, 'pack')} in "
+        f"{output.counted(len(done.stored), 'new object')} of the index; removed "
+        f"{output.counted(len(done.removed), 'damaged object')}",
     )

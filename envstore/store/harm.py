@@ -96,4 +96,6 @@ class Losses:
 
     def files(self) -> tuple[LostFile, ...]:
         """Return them in order of their paths, at most ``MAX_FILES``."""
-        return tuple(LostFile(path, tuple(users)) for path, users in sorted(self.paths.items()))
+        return tuple(
+            LostFile(path, tuple(sorted(users))) for path, users in sorted(self.paths.items())
+        )

@@ -25,6 +25,7 @@ from envstore.store.problems import DAMAGE
 from envstore.store.redirecting import Find, redirect
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.sessions import SessionLostError
+from envstore.wording import counted
 
 
 @dataclass(slots=True)
@@ -102,8 +103,9 @@ def heal_after(repository: Repository, index: DedupIndex) -> list[str]:
     if not healed.packs and not healed.chunks:
         return []
     return [
-        f"healed: {len(healed.packs)} damaged packs are whole again, and {healed.chunks} chunks of "
-        f"{healed.manifests} trees lie in good ones; look with: envstore verify"
+        f"healed {counted(len(healed.packs), 'damaged pack')} by storing the same again, and led "
+        f"{counted(healed.manifests, 'tree')} to good copies of {counted(healed.chunks, 'chunk')}; "
+        "look with: envstore verify"
     ]
 
 

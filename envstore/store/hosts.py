@@ -22,6 +22,15 @@ def here() -> str:
     return "" if began is None else f"{place}/{pid}/{began}"
 
 
+def describe(host: str) -> str:
+    """Return for people which process ``here`` told of; what has another form as it is."""
+    match, place = _HOST.fullmatch(host), _place()
+    if match is None:
+        return host or "a process that cannot be told"
+    same = place is not None and host.startswith(f"{place}/")
+    return f"process {match[4]} of {'this machine' if same else 'another machine or container'}"
+
+
 def is_gone(host: str) -> bool:
     """Return whether the process that ``here`` told of has certainly ended.
 

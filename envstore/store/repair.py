@@ -27,6 +27,7 @@ from envstore.store.resetting import reset_state
 from envstore.store.salvage import salvage
 from envstore.store.sessions import writing
 from envstore.store.snapshots import parse_snapshot, snapshot_key
+from envstore.wording import counted
 
 _DISPENSABLE = ("profiles/", "packages/", PREFIX)
 """What costs time to be without, and nothing else."""
@@ -127,17 +128,18 @@ def _repair(
     )
     if rebuilt.removed or rebuilt.stored:
         result.done.append(
-            f"listed {rebuilt.packs} packs anew; removed {len(rebuilt.removed)} objects of the "
-            f"index and stored {len(rebuilt.stored)}"
+            f"listed {counted(rebuilt.packs, 'pack')} anew; removed "
+            f"{counted(len(rebuilt.removed), 'object')} of the index and stored "
+            f"{len(rebuilt.stored):,}"
         )
     progress("looking for copies", 0, 0)
     saved = salvage(plain, cache, damaged, found.false_locations, doomed)
     if saved.locations:
-        result.done.append(f"made the locations of {saved.locations} manifests anew")
+        result.done.append(f"made the locations of {counted(saved.locations, 'manifest')} anew")
     if saved.manifests or saved.chunks:
         result.done.append(
-            f"led {saved.manifests} manifests to good copies, of which {saved.chunks} chunks "
-            f"({saved.stored_bytes} bytes stored) were stored again"
+            f"led {counted(saved.manifests, 'manifest')} to good copies, and stored "
+            f"{counted(saved.chunks, 'chunk')} again ({saved.stored_bytes:,} bytes compressed)"
         )
     result.after = check_store(plain, progress=lambda *step: progress("checking again", *step))
     keep_list(plain, result.after)

@@ -31,6 +31,7 @@ from envstore.store.profiles import open_profile
 from envstore.store.repository import PARALLEL, Repository
 from envstore.store.samples import open_sample, sample_key
 from envstore.store.sampling import Journal, Run, Sample
+from envstore.wording import counted
 
 __all__ = ["DAMAGE", "LostFile", "Problem", "Report", "Sample", "verify"]
 
@@ -80,7 +81,7 @@ def verify(
     check.report.started = run.started
     try:
         check.look_at_packs(run if read_data else None, notes, whole, limiter, progress)
-        check.judge()
+        check.judge(whole)
     except BaseException:
         if notes is not None:
             notes.close()
@@ -182,13 +183,6 @@ class _Check:
         each("index/", segment)
         each("samples/", lambda name: open_sample(objects.get(sample_key(name)), name))
         each("locks/", lambda name: load_lock_bytes(objects, name))
-        unlisted = [name for name, plan in self.plans.items() if plan.users and not plan.listed]
-        # Those of a damaged segment are in none, either.
-        if unlisted and not any(one.object.startswith("index/") for one in self.report.problems):
-            some = ", ".join(name.hex() for name in sorted(unlisted)[:_SHOWN])
-            self._problem(
-                "index/", f"{len(unlisted)} packs that are in use are in no segment, such as {some}"
-            )
         for prefix, check in (("profiles/", open_profile), ("packages/", package)):
             for info in objects.list(prefix):
                 try:
@@ -259,9 +253,11 @@ class _Check:
                 limiter.stop()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def judge(self) -> None:
+    def judge(self, whole: bool) -> None:
         """Say of what was found who is to blame and who suffers."""
         broken = {pack: found for pack, found in self.looked.items() if found.reasons}
+        if whole:
+            self._judge_index(broken)
         suspects = {pack for pack, found in self.looked.items() if found.reasons or found.lacking}
         examiner = Examiner(self.repository.fetcher)
         losses, false, explained = self._losses(examiner, broken, suspects)
@@ -292,6 +288,19 @@ class _Check:
             if found.lacking and pack not in explained and pack not in broken:
                 reason = f"{found.lacking} frames or chunks are looked for in it, and it has none"
                 self._problem(f"pack {pack.hex()}", reason, self._users(pack))
+
+    def _judge_index(self, broken: Collection[bytes]) -> None:
+        """Name packs that the index lacks, but for ``broken`` ones: those belong into none."""
+        unlisted = [
+            name
+            for name, plan in self.plans.items()
+            if plan.users and not plan.listed and name not in broken
+        ]
+        # Those of a damaged segment are in none, either.
+        if unlisted and not any(one.object.startswith("index/") for one in self.report.problems):
+            some = ", ".join(name.hex() for name in sorted(unlisted)[:_SHOWN])
+            packs = counted(len(unlisted), "pack")
+            self._problem("index/", f"{packs} in use, but in no segment, such as {some}")
 
     def _users(self, pack: bytes) -> tuple[str, ...]:
         plan = self.plans.get(pack)

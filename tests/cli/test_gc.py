@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from envstore.store.doomed import Owner, put_state, read_state
+from envstore.store.hosts import here
 from envstore.store.objects import open_objects
 from tests.commands import Cli
 from tests.trees import noise
@@ -72,6 +74,22 @@ def test_a_second_collector_says_so_and_is_content(stored: Cli) -> None:
     objects.close()
     assert "another collection is at work (somewhere)" in stored.ok("gc")
     assert stored.json("gc")["busy"]["host"] == "somewhere"
+
+
+def test_a_second_collector_on_this_machine_is_named_by_its_process(stored: Cli) -> None:
+    objects = open_objects(f"file://{stored.store}")
+    state, version = read_state(objects)
+    owner = Owner("0" * 32, here(), int(time.time()) + 60)
+    put_state(objects, replace(state, owner=owner), version)
+    objects.close()
+    assert f"at work (process {os.getpid()} of this machine)" in stored.ok("gc")
+
+
+def test_a_pack_that_was_cut_hides_nothing_that_stays(stored: Cli) -> None:
+    (pack,) = (path for path in (stored.store / "packs").rglob("*") if path.is_file())
+    os.truncate(pack, 10)
+    assert stored.json("gc", "--grace", "0s")["kept_bytes"] == 0
+    assert "kept" not in stored.ok("gc", "--dry-run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -60,6 +60,26 @@ def test_what_is_damaged_is_named_and_healed_by_a_push(stored: Cli, tree: Path) 
     assert (stored.home / "copy/lib/text").read_text() == "some text\n"
 
 
+def test_a_pack_that_is_gone_is_no_problem_of_the_index(stored: Cli) -> None:
+    pack = _pack(stored)
+    pack.unlink()
+    assert f"damaged: pack {pack.name}: it is missing [" in stored("verify").out
+    # What is cached here could heal it.
+    shutil.rmtree(_cache(stored))
+    would, done = stored("repair", "--dry-run"), stored("repair")
+    assert would.status == done.status == 1
+    assert "2 problems found, 2 would be left" in would.out
+    # The tree's list of files was in that pack, too.
+    assert "2 problems found, 2 left" in done.out
+    assert "no segment" not in would.out + done.out
+
+
+def test_no_reason_says_again_what_it_is_about(stored: Cli) -> None:
+    pack = _pack(stored)
+    os.truncate(pack, pack.stat().st_size - 1)
+    assert f"damaged: pack {pack.name}: does not end as a pack does" in stored("verify").out
+
+
 def test_repair_takes_what_the_cache_has(stored: Cli) -> None:
     stored.ok("pull", "tree", stored.home / "copy")
     pack = _pack(stored)
@@ -68,7 +88,8 @@ def test_repair_takes_what_the_cache_has(stored: Cli) -> None:
     assert would["ok"] is True
     assert would["dry_run"] is True
     assert _pack(stored) == pack
-    assert "would have led 1 manifests" in stored.ok("repair", "--read-data", "--dry-run")
+    said = stored.ok("repair", "--read-data", "--dry-run")
+    assert "would have led 1 manifest to good copies" in said
     # Nothing was written, so it is still to be found.
     assert stored("verify", "--read-data", "--dry-run").status == 1
     done = stored.json("repair", "--read-data")

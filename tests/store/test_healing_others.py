@@ -118,7 +118,7 @@ def test_a_pack_that_is_overwritten_is_off_the_list_at_once(tmp_path: Path) -> N
         store.repository.objects.delete("refs/default/tree/latest")
         done = store.push(tmp_path / "tree")
         assert damaged_packs(store.repository.objects) == frozenset()
-        assert any("1 damaged packs are whole again" in line for line in done.warnings)
+        assert any("healed 1 damaged pack by" in line for line in done.warnings)
         assert check_store(store.repository, reading=_DATA).ok
 
 

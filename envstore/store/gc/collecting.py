@@ -285,7 +285,9 @@ class _Round:
             why, size = marks.why[number], packs.sizes[number]
             if why:
                 live += 1
-                keep("anchors" if marks.anchors[number] else "parts", size - needed[number])
+                # One that was cut holds less than is needed of it.
+                unused = max(0, size - needed[number])
+                keep("anchors" if marks.anchors[number] else "parts", unused)
                 if why in _WHY:
                     keep(_WHY[why], needed[number])
             elif pack_key(packs.names[number]) not in listed:

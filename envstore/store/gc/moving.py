@@ -60,7 +60,8 @@ def choose(
     packs = found.packs
     live = [number for number in range(1, len(packs) + 1) if marks.why[number]]
     total = sum(needed[number] for number in live)
-    unused = sum(packs.sizes[number] - needed[number] for number in live)
+    # One that was cut holds less than is needed of it.
+    unused = sum(max(0, packs.sizes[number] - needed[number]) for number in live)
     candidates = [
         number
         for number in live
