@@ -15,6 +15,7 @@ which they were added, and are removed by ``Fault.remove``.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +104,10 @@ class Gate:
         self._entered.release()
         if not self._opened.wait(_PATIENCE):
             raise TimeoutError("nobody opened the gate")
+
+
+class _DroppedError(Exception):
+    """A request that is not to arrive."""
 
 
 class FaultyStore:
@@ -313,6 +318,23 @@ class FaultyStore:
         if not any(fault.drop for fault in faults):
             self.inner.delete(key)
         _finish(faults)
+
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        """Delete; what happens before happens between ``check`` and the request."""
+        met: list[Fault] = []
+
+        def checked() -> None:
+            check()
+            met[:] = self._meet(Call("delete", key))
+            if any(fault.drop for fault in met):
+                raise _DroppedError
+
+        with contextlib.suppress(_DroppedError):
+            self.inner.delete_within(key, seconds, checked)
+        _finish(met)
+
+    def settle(self, seconds: float) -> None:
+        self.inner.settle(seconds)
 
     def now(self) -> float:
         """Return the time of the inner store's clock, which ``skew`` seconds can be added to."""

@@ -134,6 +134,14 @@ class LimitedObjects:
         """Remove the object."""
         self._inner.delete(key)
 
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        """Remove the object while ``check`` holds, in time or not at all."""
+        self._inner.delete_within(key, seconds, check)
+
+    def settle(self, seconds: float) -> None:
+        """Return once nobody who is gone can delete anything any more."""
+        self._inner.settle(seconds)
+
     def now(self) -> float:
         """Return the time by the store's clock."""
         return self._inner.now()

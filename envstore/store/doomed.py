@@ -28,7 +28,7 @@ from envstore.errors import (
 from envstore.store import canonical, hosts
 from envstore.store.binary import U32, U64, Cursor, pack_array, seal, unseal
 from envstore.store.digest import digest, parse_hex
-from envstore.store.objects.base import ObjectStore
+from envstore.store.objects.base import ObjectStore, TooLateError
 from envstore.store.objects.keys import is_key
 
 _T = TypeVar("_T")
@@ -56,6 +56,11 @@ LEASE_SECONDS = 60.0
 """How long a collector is the owner without saying so again."""
 SLACK_SECONDS = 60.0
 """How much longer nobody takes over from one that is not known to be gone."""
+DELETION_SECONDS = 30.0
+"""Until when the store takes a deletion, from before its owner looks at its lease.
+
+That is in the first half of the lease, so that none arrives once ``SLACK_SECONDS`` are over.
+"""
 LIST_SECONDS = 600.0
 """Age from which a list that ``gc/state`` does not name may be removed."""
 PATIENCE = 600.0
@@ -358,6 +363,25 @@ def _consistent(objects: ObjectStore, read: Callable[[State], _T]) -> tuple[Stat
     raise ConflictError(f"{STATE_KEY} moves too fast to be read", hint="try again")
 
 
+def settle(objects: ObjectStore, state: State) -> None:
+    """Return once no deletion of those who owned ``state`` can take effect any more.
+
+    To be called before ``owner`` is taken from one that is dead, or from none. None of these
+    deletes anything from then on: whoever is about to notices that its lease is over, or is not
+    there. No request; waits up to ``SLACK_SECONDS`` after a deletion without an answer. Raises
+    ``UnavailableError`` if a process in between hinders it.
+    """
+    if state.deleting is None:
+        return
+    left = 0.0
+    if state.owner is None:
+        # It gave back its lease, and left here what it has had no answer to.
+        left = min(state.updated + SLACK_SECONDS - objects.now(), SLACK_SECONDS)
+    # Else its lease ran out SLACK_SECONDS ago, or the process is gone: then its kernel, which is
+    # ours too, has sent what it had to send, and every connection of it is being closed.
+    objects.settle(max(left, 0.0))
+
+
 def claim(objects: ObjectStore, keys: Collection[str]) -> Doomed:
     """Take ``keys`` off the lists, so that they can be relied on or written; returns what is left.
 
@@ -403,17 +427,23 @@ def _finish(objects: ObjectStore, found: Doomed, wanted: frozenset[str]) -> None
 
     As the owner, and for no longer than a lease: what another has written since must not be hit.
     """
-    owner = Owner(secrets.token_hex(16), hosts.here(), int(objects.now() + LEASE_SECONDS))
+    settle(objects, found.state)
     begun = _elapsed()
+    owner = Owner(secrets.token_hex(16), hosts.here(), int(objects.now() + LEASE_SECONDS))
+
+    def check() -> None:
+        if _elapsed() - begun > LEASE_SECONDS / 2:
+            raise TooLateError("a deletion took too long", hint="try again")
+
     try:
         state, version = put_state(objects, replace(found.state, owner=owner), found.version)
         for row in found.deleting:
             if row.key not in wanted:
                 continue
-            if _elapsed() - begun > LEASE_SECONDS / 2:
-                return  # the next attempt goes on
             try:
-                objects.delete(row.key)
+                objects.delete_within(row.key, DELETION_SECONDS, check)
+            except TooLateError:
+                return  # the next attempt goes on
             except AccessDeniedError:
                 # Then it stays, and nobody else is about to delete it.
                 continue

@@ -89,6 +89,19 @@ class GuardedStore:
         self.session.check()
         self.inner.delete(key)
 
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        """Remove the object in this session while ``check`` holds, in time or not at all."""
+
+        def both() -> None:
+            self.session.check()
+            check()
+
+        self.inner.delete_within(key, seconds, both)
+
+    def settle(self, seconds: float) -> None:
+        """Return once nobody who is gone can delete anything any more."""
+        self.inner.settle(seconds)
+
     def now(self) -> float:
         """Return the time by the store's clock."""
         return self.inner.now()

@@ -89,6 +89,13 @@ class Memory:
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
 
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        check()
+        self.delete(key)
+
+    def settle(self, seconds: float) -> None:
+        """Nothing is on its way."""
+
     def now(self) -> float:
         return 1_800_000_000.0
 

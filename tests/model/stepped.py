@@ -100,6 +100,13 @@ class Memory:
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
 
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        check()
+        self.delete(key)
+
+    def settle(self, seconds: float) -> None:
+        """Nothing is on its way."""
+
     def now(self) -> float:
         return self.time
 
@@ -251,6 +258,13 @@ class Door:
 
     def delete(self, key: str) -> Any:
         return self._ask("delete", key)
+
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> Any:
+        check()
+        return self._ask("delete", key)
+
+    def settle(self, seconds: float) -> None:
+        """No step takes as long as a deadline."""
 
     def now(self) -> float:
         # Read in passing, with whatever else is asked.

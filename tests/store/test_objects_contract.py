@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from envstore.errors import ConflictError, CorruptError, NotFoundError, UsageError
 from envstore.store.objects import ObjectInfo, ObjectStore, open_objects
+from envstore.store.objects.base import TooLateError
 from tests.s3server import S3Server
 
 THREADS = 16
@@ -164,6 +165,53 @@ def test_delete(objects: ObjectStore) -> None:
         objects.get("refs/a")
     assert objects.size("refs/a") is None
     assert [info.key for info in objects.list("")] == ["refs/b"]
+
+
+def test_delete_within(objects: ObjectStore) -> None:
+    for key in ("packs/a", "packs/b"):
+        objects.put(key, b"1")
+    checked: list[int | None] = []
+    objects.delete_within("packs/a", 30, lambda: checked.append(objects.size("packs/a")))
+    assert checked == [1]
+    assert [info.key for info in objects.list("")] == ["packs/b"]
+    objects.delete_within("packs/a", 30, lambda: None)
+    objects.settle(0)
+
+
+def test_nothing_is_deleted_when_the_check_fails(objects: ObjectStore) -> None:
+    objects.put("packs/a", b"1")
+
+    def check() -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        objects.delete_within("packs/a", 30, check)
+    assert objects.get("packs/a") == b"1"
+    objects.settle(0)
+
+
+def test_a_deletion_is_done_in_time_or_not_at_all(objects: ObjectStore) -> None:
+    objects.put("packs/a", b"1")
+    late = threading.Event()
+
+    def check() -> None:
+        # Longer than the server takes it for: it counts whole seconds.
+        time.sleep(2.5)
+        late.set()
+
+    def delete() -> None:
+        with suppress(TooLateError):
+            objects.delete_within("packs/a", 1, check)
+
+    with ThreadPoolExecutor(1) as pool:
+        deleting = pool.submit(delete)
+        while objects.url.startswith("file") and not late.is_set():
+            # Whoever has settled may write the key anew: only when the other is done.
+            objects.settle(0)
+        deleting.result()
+    assert objects.size("packs/a") == (None if objects.url.startswith("file") else 1)
+    objects.delete_within("packs/a", 30, lambda: None)
+    assert objects.size("packs/a") is None
 
 
 def test_list_goes_by_the_characters_of_the_key(objects: ObjectStore) -> None:
@@ -363,6 +411,7 @@ def test_a_malformed_key_is_refused_by_every_operation(objects: ObjectStore, key
         lambda: objects.put_if(key, b"", None),
         lambda: objects.size(key),
         lambda: objects.delete(key),
+        lambda: objects.delete_within(key, 30, lambda: None),
     ]
     for operation in operations:
         with pytest.raises(UsageError, match="malformed object key"):

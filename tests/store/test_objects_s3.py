@@ -6,12 +6,14 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
@@ -26,6 +28,7 @@ from envstore.errors import (
     UsageError,
 )
 from envstore.store.objects import ObjectStore, open_objects, s3
+from envstore.store.objects.base import TooLateError
 from tests.s3server import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.tcpproxy import tcp_proxy
 
@@ -461,6 +464,90 @@ def test_a_final_error_is_not_tried_again(final: Answer) -> None:
     with scripted(final, OK) as script, closing(script.store()) as objects:
         with pytest.raises(EnvstoreError):
             objects.get("x")
+        assert len(script.requests) == 1
+
+
+def expired() -> Answer:
+    body = "<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
+    return Answer(403, body.encode())
+
+
+def test_a_deletion_with_a_deadline_is_signed_in_its_url(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "the-token")
+    caplog.set_level("DEBUG", "botocore")
+    with scripted(OK, Answer(204)) as script, closing(script.store()) as objects:
+        objects.get("x")
+        objects.delete_within("a b/c+d", 30, lambda: None)
+        assert objects.traffic.requests == 2
+        objects.delete("x")
+    command, path, headers = script.requests[1]
+    assert command == "DELETE"
+    split = urlsplit(path)
+    assert split.path == "/bucket/a%20b/c%2Bd"
+    query = dict(parse_qsl(split.query))
+    assert query["X-Amz-Algorithm"] == "AWS4-HMAC-SHA256"
+    assert query["X-Amz-Expires"] == "30"
+    assert query["X-Amz-Security-Token"] == "the-token"
+    assert not [name for name in headers if name.startswith(("authorization", "x-amz-"))]
+    assert f"X-Amz-Signature={query['X-Amz-Signature']}" not in caplog.text
+    # Any other is signed as before.
+    assert "authorization" in script.requests[2][2]
+    assert not urlsplit(script.requests[2][1]).query
+
+
+def test_a_deletion_that_was_clearly_refused_is_checked_anew() -> None:
+    checks: list[int] = []
+    answers = OK, xml(503, "SlowDown"), xml(429, "TooManyRequests"), Answer(204)
+    with scripted(*answers) as script, closing(script.store()) as objects:
+        objects.get("x")
+        objects.delete_within("y", 30, lambda: checks.append(len(script.requests)))
+    assert checks == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (xml(500, "InternalError"), UnavailableError),
+        (xml(502, "BadGateway"), UnavailableError),
+        (Answer(200, b"12", {"Content-Length": "900"}), UnavailableError),
+        (xml(403, "AccessDenied"), AccessDeniedError),
+        (expired(), TooLateError),
+    ],
+)
+@pytest.mark.usefixtures("impatient")
+def test_a_deletion_that_may_arrive_is_not_sent_again(
+    answer: Answer, error: type[EnvstoreError]
+) -> None:
+    with scripted(OK, answer) as script, closing(script.store()) as objects:
+        objects.get("x")
+        with pytest.raises(error) as caught:
+            objects.delete_within("y", 30, lambda: None)
+        assert len(script.requests) == 2
+    assert caught.type is error
+    assert "Signature" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_where_nobody_listens_a_deletion_tells_no_url() -> None:
+    with scripted(OK) as script:
+        objects = script.store()
+        objects.get("x")
+    with closing(objects), pytest.raises(UnavailableError) as caught:
+        objects.delete_within("y", 30, lambda: None)
+    assert "Signature" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("off", [-20.0, 20.0])
+def test_a_deadline_needs_clocks_that_agree(off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    wall = time.time
+    with scripted(OK) as script, closing(script.store()) as objects:
+        objects.get("x")
+        monkeypatch.setattr(s3.time, "time", lambda: wall() + off)
+        where = "ahead of" if off > 0 else "behind"
+        with pytest.raises(UnavailableError, match=f"clock is .* s {where} that of"):
+            objects.delete_within("y", 30, lambda: None)
         assert len(script.requests) == 1
 
 

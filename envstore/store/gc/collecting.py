@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 
 from envstore.store.damage import damaged_packs, forget_damage
 from envstore.store.digest import parse_hex
-from envstore.store.doomed import LISTS, Condemned, Doomed, list_key, read_doomed
+from envstore.store.doomed import (
+    DELETION_SECONDS,
+    LISTS,
+    Condemned,
+    Doomed,
+    list_key,
+    read_doomed,
+)
 from envstore.store.gc.carrying import carry_profiles, remove_old_leases
 from envstore.store.gc.fencing import Writers, meet_writers
 from envstore.store.gc.marking import DRAFTS, LEASES, WRITERS, Marks, Progress, mark
@@ -205,8 +212,7 @@ class _Round:
         retired = retire(objects, found, packs | lost, self.progress)
         self.result.written_bytes += retired.written
         for key in retired.keys:
-            owner.check()
-            objects.delete(key)
+            objects.delete_within(key, DELETION_SECONDS, owner.check)
             self.swept.deleted.add(key)
         sweep(owner, objects, rows, self.swept, self.progress)
         for pack in damaged_packs(objects) & packs if packs else ():

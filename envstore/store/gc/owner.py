@@ -27,6 +27,7 @@ from envstore.store.doomed import (
     put_state,
     read_doomed,
     read_state,
+    settle,
     write_list,
 )
 from envstore.store.objects.base import ObjectStore
@@ -63,12 +64,15 @@ class Ownership:
     def take(cls, objects: ObjectStore) -> Ownership | Owner:
         """Become the owner; returns who is, if that is somebody else who lives.
 
-        About four requests. Raises ``ConflictError`` if ``gc/state`` never stands still.
+        About four requests; waits for what another may still be deleting. Raises
+        ``ConflictError`` if ``gc/state`` never stands still, ``UnavailableError`` if one that is
+        stopped hinders it.
         """
         for _ in range(_ATTEMPTS):
             state, version = read_state(objects)
             if state.owner is not None and not state.owner.is_dead(objects.now()):
                 return state.owner
+            settle(objects, state)
             mine = cls(objects, secrets.token_hex(16))
             with contextlib.suppress(ConflictError):
                 put_state(objects, replace(state, owner=mine._owner()), version)

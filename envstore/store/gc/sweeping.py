@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from envstore.errors import AccessDeniedError, EnvstoreError
-from envstore.store.doomed import Condemned, Doomed
+from envstore.store.doomed import DELETION_SECONDS, Condemned, Doomed
 from envstore.store.gc.marking import Progress
 from envstore.store.gc.owner import Change, Ownership
-from envstore.store.objects.base import ObjectStore
+from envstore.store.objects.base import ObjectStore, TooLateError
 from envstore.store.repository import PARALLEL
 
 BATCH = 1000
@@ -111,13 +111,20 @@ def _delete(
     def delete(row: Condemned) -> None:
         if stopped.is_set():
             return
-        owner.check()
-        tried.add(row.key)
+
+        def check() -> None:
+            owner.check()
+            tried.add(row.key)
+
         try:
-            objects.delete(row.key)
+            objects.delete_within(row.key, DELETION_SECONDS, check)
         except AccessDeniedError:
             # An object lock or a retention: it may be let go some day.
             kept.add(row.key)
+        except TooLateError:
+            tried.discard(row.key)
+            owner.check()
+            raise
         else:
             gone.add(row.key)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from envstore.errors import EnvstoreError
 from envstore.store.objects.body import Body
 
 
@@ -38,6 +39,10 @@ class Traffic:
             self.requests += requests
             self.bytes_in += bytes_in
             self.bytes_out += bytes_out
+
+
+class TooLateError(EnvstoreError):
+    """A deletion came after its deadline and was certainly not done."""
 
 
 def ignore(_size: int) -> None:
@@ -120,6 +125,26 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove the object; not an error if it does not exist."""
+        ...
+
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        """Remove the object as ``delete`` does, but not later than ``seconds`` after ``check``.
+
+        However long this process is stopped, and whatever the network does. ``check`` is called
+        right before the request is sent, at each attempt, when the deadline is fixed already; what
+        it raises is passed on, and nothing is deleted. A request whose answer is lost is not sent
+        again. Raises ``TooLateError`` if certainly nothing was done, ``UnavailableError`` if the
+        outcome is unknown or this machine's clock is wrong. A backend that can have another
+        process wait in ``settle`` may do so instead of the deadline.
+        """
+        ...
+
+    def settle(self, seconds: float) -> None:
+        """Return once no ``delete_within`` of an owner that is gone can take effect any more.
+
+        That is when the latest one has its deadline in ``seconds``. May wait that long, or until
+        a process that is about to delete has done so. Raises ``UnavailableError`` if it does not.
+        """
         ...
 
     def now(self) -> float:

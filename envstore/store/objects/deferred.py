@@ -83,6 +83,14 @@ class DeferredObjects:
         """Remove the object."""
         self._store().delete(key)
 
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        """Remove the object while ``check`` holds, in time or not at all."""
+        self._store().delete_within(key, seconds, check)
+
+    def settle(self, seconds: float) -> None:
+        """Return once nobody who is gone can delete anything any more."""
+        self._store().settle(seconds)
+
     def now(self) -> float:
         """Return the time by the store's clock."""
         return self._store().now()

@@ -8,7 +8,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from blake3 import blake3
@@ -33,6 +33,10 @@ from envstore.store.objects.vectors import read_into
 # Both begin with a dot, which no key may: they cannot collide with an object.
 _TEMPORARY = ".tmp"
 _LOCKS = ".locks"
+# Held by all who delete within a deadline; the others there are named by two hexadecimal digits.
+_DELETING = "gc"
+_SETTLE_SECONDS = 30.0
+_SETTLE_PAUSE = 0.05
 
 # No upload of one object lasts a day; an older temporary file belongs to a process that died.
 _TEMPORARY_SECONDS = 24 * 3600
@@ -51,8 +55,10 @@ class FileObjects:
     A temporary file left by a crash is never listed, and the first write of a later process
     removes it once it is a day old. ``put_if`` compares and renames under a ``flock`` on one of
     256 files in ``.locks`` (chosen by the key, never removed), which the kernel releases when
-    its holder dies; ``put`` and ``delete`` take it too. The version of an object is the BLAKE3
-    of its content.
+    its holder dies; ``put`` and ``delete`` take it too. ``delete_within`` shares one more
+    lock, from before its check until the object is gone, and ``settle`` takes it alone: a process
+    that is stopped in between keeps it, and a dead one does not. The version of an object is the
+    BLAKE3 of its content.
 
     Files and directories are created with the process's umask (0666 and 0777 less the umask):
     a umask of 077 makes a private store, 002 and a set-group-ID directory one for a group.
@@ -206,6 +212,32 @@ class FileObjects:
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 self._require_root()
 
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        """Remove the object while ``check`` holds, and nobody in ``settle`` goes on until then."""
+        check_key(key)
+        with self._lock(_DELETING, fcntl.LOCK_SH):
+            check()
+            self.delete(key)
+
+    def settle(self, seconds: float) -> None:
+        """Return once no other process is within ``delete_within``.
+
+        Raises ``UnavailableError`` if one still is after half a minute.
+        """
+        latest = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            try:
+                with self._lock(_DELETING, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    return
+            except BlockingIOError:
+                if time.monotonic() > latest:
+                    path = self._path(f"{_LOCKS}/{_DELETING}")
+                    raise UnavailableError(
+                        f"a process that was collecting garbage is stopped and holds {path}",
+                        hint=f"`lslocks` or `fuser {path}` tells which: continue it, or end it",
+                    ) from None
+            time.sleep(_SETTLE_PAUSE)
+
     def now(self) -> float:
         """Return the time of the file system, by a new file in ``.tmp``."""
         with (
@@ -248,13 +280,32 @@ class FileObjects:
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
+        with self._flock(blake3(key.encode()).hexdigest(length=1), fcntl.LOCK_EX):
+            yield
+
+    @contextmanager
+    def _lock(self, name: str, how: int) -> Iterator[None]:
+        """Hold a lock, with other errors than ``BlockingIOError`` translated."""
+        with ExitStack() as held:
+            with self._errors("lock", f"{_LOCKS}/{name}", writing=True):
+                try:
+                    held.enter_context(self._flock(name, how))
+                except BlockingIOError:
+                    taken = True
+                else:
+                    taken = False
+            if taken:
+                raise BlockingIOError
+            yield
+
+    @contextmanager
+    def _flock(self, name: str, how: int) -> Iterator[None]:
         with self._directory((_LOCKS,), create=True) as locks:
             # Few enough to be left there for good: removing a lock file while others wait on
             # it would let two of them hold "the" lock.
-            shard = blake3(key.encode()).hexdigest(length=1)
-            fd = os.open(shard, _LOCK_FLAGS, 0o666, dir_fd=locks)
+            fd = os.open(name, _LOCK_FLAGS, 0o666, dir_fd=locks)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, how)
             try:
                 yield
             finally:

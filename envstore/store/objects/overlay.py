@@ -98,6 +98,15 @@ class OverlayObjects:
             self._written.discard(key)
         self._removed.add(key)
 
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        """Remove the object, as seen from here, while ``check`` holds."""
+        check()
+        self.delete(key)
+
+    def settle(self, seconds: float) -> None:
+        """Return once nobody who is gone can delete anything any more."""
+        self._below.settle(seconds)
+
     def now(self) -> float:
         """Return the time of the store's clock."""
         return self._below.now()

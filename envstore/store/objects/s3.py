@@ -15,18 +15,20 @@ from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
+import botocore
 from botocore import exceptions as aws
 
 from envstore.errors import (
     AccessDeniedError,
     ConflictError,
     CorruptError,
+    EnvstoreError,
     NotFoundError,
     UnavailableError,
     UsageError,
 )
 from envstore.store.objects import s3_errors
-from envstore.store.objects.base import ObjectInfo, Traffic, ignore
+from envstore.store.objects.base import ObjectInfo, TooLateError, Traffic, ignore
 from envstore.store.objects.body import Body, BodyFile, joined, length, views
 from envstore.store.objects.credentials import KeyRing
 from envstore.store.objects.keys import check_key, check_prefix, is_key
@@ -50,6 +52,8 @@ _STEP = 512 << 10  # bytes that are received at a time into a buffer: they stay 
 
 _ANYTHING = "envstore.json"  # asked for when only the time of the answer is wanted
 _DATE_SECONDS = 10.0
+# How far this machine's clock may be from the server's where a deadline is signed.
+_CLOCKS_APART = 15.0
 
 _MAX_OBJECT = 5 << 30  # S3's limit for one PUT
 
@@ -95,6 +99,9 @@ class S3Objects:
         self._endpoint = shown(self._client.meta.endpoint_url)
         self._amazon = is_amazon(self._endpoint)
         self._told_date: tuple[float, float] | None = None
+        self._presigned = threading.local()
+        self._client.meta.events.register_first("choose-signer.s3.DeleteObject", self._leave_out)
+        self._client.meta.events.register("before-send.s3.DeleteObject", self._replace_url)
         self._client.meta.events.register("before-send.s3", self._count)
         self._client.meta.events.register("after-call.s3", self._note_date)
 
@@ -322,6 +329,73 @@ class S3Objects:
         except NotFoundError:
             # Some servers say so of a missing object; a missing bucket is another matter.
             self.check_bucket()
+
+    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
+        """Remove the object by a presigned URL that the server takes for ``seconds``.
+
+        It is made before ``check``. What was clearly refused is tried again with a new one; a
+        request that may still arrive is not.
+        """
+        bucket, name = self._location.bucket, self._name(key)
+
+        def attempt() -> None:
+            self._check_clock()
+            begun = _elapsed()
+            url = self._client.generate_presigned_url(
+                "delete_object", Params={"Bucket": bucket, "Key": name}, ExpiresIn=int(seconds)
+            )
+            check()
+            self._presigned.url = url
+            try:
+                self._client.delete_object(Bucket=bucket, Key=name)
+            except s3_errors.RAISED as error:
+                if not s3_errors.outcome_known(error):
+                    raise self._failure(error, f"delete {key}").error from error
+                # Not every server says so of a URL that has expired.
+                late = _elapsed() - begun > seconds - _CLOCKS_APART
+                if s3_errors.is_expired(error, late=late):
+                    raise TooLateError(
+                        f"{key} was not deleted: the request came too late to {self._endpoint}",
+                        hint="nothing is lost; try again",
+                    ) from error
+                raise
+            finally:
+                self._presigned.url = None
+
+        try:
+            self._request(f"delete {key}", attempt)
+        except NotFoundError:
+            self.check_bucket()
+        except EnvstoreError as error:
+            # What botocore raised can repeat the URL, which is a secret.
+            error.__context__ = None
+            raise error from None
+
+    def _check_clock(self) -> None:
+        ahead = time.time() - self.now()
+        if abs(ahead) > _CLOCKS_APART:
+            where = "ahead of" if ahead > 0 else "behind"
+            raise UnavailableError(
+                f"this machine's clock is {abs(ahead):.0f} s {where} that of {self._endpoint}, "
+                f"which must know until when to delete",
+                hint="set this machine's clock",
+            )
+
+    def _leave_out(self, signature_version: Any, **_: Any) -> Any:
+        # What goes by a presigned URL needs no other signature.
+        url = getattr(self._presigned, "url", None)
+        return None if url is None else botocore.UNSIGNED
+
+    def _replace_url(self, request: Any, **_: Any) -> None:
+        # By then botocore has logged the request: the URL is a secret while it is valid.
+        url = getattr(self._presigned, "url", None)
+        if url is not None:
+            request.url = url
+
+    def settle(self, seconds: float) -> None:
+        """Wait for ``seconds``: later the server takes none of those requests any more."""
+        if self._closed.wait(seconds):
+            raise UnavailableError(f"{self.url} was closed", hint="open it again")
 
     def check_bucket(self) -> None:
         """Ask whether the bucket exists. Raises ``NotFoundError``."""

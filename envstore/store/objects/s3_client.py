@@ -82,6 +82,8 @@ def make_client(location: S3Location, silence: float, keys: KeyRing | None = Non
             client.close()
             client = _create(session, location, silence, off_amazon=off_amazon)
         client.meta.events.register_last("before-call.s3", _expect_nothing)
+        events: Any = client.meta.events  # typed as if handlers returned nothing
+        events.register_first("choose-signer.s3.DeleteObject", _sign_urls_by_v4)
         return client
     except s3_errors.RAISED_BY_CLIENT as error:
         raise s3_errors.classify(
@@ -144,3 +146,9 @@ def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
     body = params["body"]
     if isinstance(body, io.BytesIO) and body.getbuffer().nbytes < _EXPECT_FROM:
         params["headers"].pop("Expect", None)
+
+
+def _sign_urls_by_v4(signature_version: Any, **_: Any) -> str | None:
+    # Left to itself botocore signs URLs in the old way, which newer regions refuse.
+    by_v4 = isinstance(signature_version, str) and signature_version.endswith("v4-query")
+    return "s3v4-query" if by_v4 else None

@@ -247,6 +247,23 @@ def missing_bucket(location: S3Location, endpoint: str) -> NotFoundError:
     )
 
 
+def outcome_known(error: Exception) -> bool:
+    """Return whether the request that raised ``error`` certainly was not, and will not be, done."""
+    if isinstance(error, aws.ClientError):
+        # A gateway that gives up says nothing of what the server behind it goes on to do.
+        status = status_of(error)
+        return 300 <= status < 500 or status == 503
+    return isinstance(error, _NOT_SENT)
+
+
+def is_expired(error: Exception, *, late: bool) -> bool:
+    """Return whether a presigned request was, or when ``late`` may have been, refused as such."""
+    if not isinstance(error, aws.ClientError) or status_of(error) not in (400, 401, 403):
+        return False
+    message = str(error.response.get("Error", {}).get("Message", ""))
+    return late or "request has expired" in message.lower()
+
+
 def status_of(error: aws.ClientError) -> int:
     """Return the HTTP status that the server answered, 0 if there is none."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
