@@ -19,6 +19,7 @@ from envstore.store.doomed import (
     open_list,
     parse_state,
     put_state,
+    settle,
 )
 from envstore.store.objects.base import ObjectStore
 from envstore.store.problems import DAMAGE
@@ -49,6 +50,11 @@ def reset_state(objects: ObjectStore) -> bool:
         if again[1] != version:
             quiet = time.monotonic()
             state, version = again
+    # Before names may be written anew: see there. What cannot be read was quiet for long enough.
+    if state is None:
+        objects.settle(0.0)
+    else:
+        settle(objects, state)
     try:
         put_state(objects, State(epoch=_next_epoch(objects, state)), version)
     except DAMAGE as error:

@@ -19,6 +19,7 @@ from envstore.store.gc.owner import Ownership
 from envstore.store.gc.sweeping import finish
 from envstore.store.objects import file as files
 from envstore.store.objects import open_objects
+from envstore.store.resetting import reset_state
 from tests.faulty import FaultyStore
 from tests.s3server import S3Server
 
@@ -115,6 +116,25 @@ def test_one_that_is_killed_while_it_is_stopped_hinders_nobody(
         assert doomed.claim(objects, [KEY]).keys() == frozenset()
         objects.put(KEY, b"new")
     assert objects.get(KEY) == b"new"
+
+
+def test_nor_is_the_state_made_anew_while_one_is_stopped(
+    directory: tuple[str, FaultyStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, objects = directory
+    objects.skew = LATER
+    with monkeypatch.context() as patch, stopped(url, 30) as process:
+        state, _ = doomed.read_state(objects)
+        assert state.deleting is not None
+        objects.delete(doomed.list_key(state.deleting))
+        patch.setattr(files, "_SETTLE_SECONDS", 0.0)
+        with pytest.raises(UnavailableError, match="stopped and holds"):
+            reset_state(objects)
+        process.kill()
+        process.wait()
+        assert reset_state(objects)
+    assert doomed.read_doomed(objects).keys() == frozenset()
+    assert objects.get(KEY) == b"old"
 
 
 def test_what_had_no_answer_is_waited_for(
