@@ -118,9 +118,7 @@ def _print(settings: Settings, done: Collected) -> None:
     def say(text: str) -> None:
         output.summary(settings, output.printable(text))
 
-    freed, condemned = (
-        ("would free", "would condemn") if done.dry_run else ("freed", "condemned")
-    )
+    freed, condemned = ("would free", "would condemn") if done.dry_run else ("freed", "condemned")
     say(
         f"{freed} {output.size(done.freed_bytes)}: {output.counted(done.freed_objects, 'object')}, "
         f"{output.counted(done.freed_packs, 'pack')} among them"
@@ -151,5 +149,7 @@ def _print(settings: Settings, done: Collected) -> None:
             f"{output.counted(done.undeletable_objects, 'object')} could not be deleted: "
             "see the bucket's object lock and its policies"
         )
+    if done.no_space:
+        say(f"not all could be repacked: {done.no_space}; run it again when there is room")
     for key in done.damaged[:_SHOWN]:
         say(f"damaged, and not repacked: {key}; see `envstore repair`")

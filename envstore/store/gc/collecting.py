@@ -13,11 +13,13 @@ packs go.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
+from envstore.errors import NoSpaceError
 from envstore.store.damage import damaged_packs, forget_damage
 from envstore.store.digest import parse_hex
 from envstore.store.doomed import (
@@ -101,7 +103,8 @@ def _run(
     progress: Progress,
 ) -> None:
     swept = finish(owner, repository.objects)
-    resume(repository, progress)
+    with contextlib.suppress(NoSpaceError):  # whatever was not led elsewhere stays where it is
+        resume(repository, progress)
     for at in range(_ROUNDS):
         this = _Round(repository, owner, grace, max_unused, result, progress, swept)
         this.run()
@@ -171,9 +174,12 @@ class _Round:
         for key in self.swept.deleted:
             self._freed(found, key)
         if self.owner is not None:
-            moved = move(self.repository, found, marks, needed, self.max_unused, self.progress)
-            self._moved(moved, marks)
-            self.shared = share(self.repository, found, marks, self.progress, avoid=moved.packs)
+            self.result.no_space = ""
+            try:
+                self._save(found, marks, needed)
+            except NoSpaceError as error:
+                # What is dead as a whole is condemned, and goes, all the same: that makes room.
+                self.result.no_space = error.message
         after = self._condemn(before, found, marks)
         self._tell(found, marks, needed, after, writers)
 
@@ -218,6 +224,12 @@ class _Round:
         for pack in damaged_packs(objects) & packs if packs else ():
             if pack_key(pack) in self.swept.deleted:
                 forget_damage(objects, pack)
+
+    def _save(self, found: Survey, marks: Marks, needed: Sequence[int]) -> None:
+        """Store what is live in another way, if that takes less."""
+        moved = move(self.repository, found, marks, needed, self.max_unused, self.progress)
+        self._moved(moved, marks)
+        self.shared = share(self.repository, found, marks, self.progress, avoid=moved.packs)
 
     def _moved(self, moved: Moved, marks: Marks) -> None:
         """Take the packs that were moved for dead, as the next mark will find them."""

@@ -44,7 +44,8 @@ class Collected:
     ``freed`` counts what was deleted, or would be; ``written`` what was stored instead of parts of
     it; ``condemned`` what is on the list now and will be deleted. ``live`` is what refs and
     checkpoints need, with what is neither live nor garbage, such as the index; ``kept`` is the
-    rest of the store by reason, see ``KINDS``.
+    rest of the store by reason, see ``KINDS``. ``no_space`` says what kept packs that are live in
+    part from being repacked, if anything has: the store was too full.
     """
 
     dry_run: bool = False
@@ -66,6 +67,7 @@ class Collected:
     kept: dict[str, int] = field(default_factory=dict)
     writers: list[Writer] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
+    no_space: str = ""
 
     @property
     def kept_bytes(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from envstore.errors import CorruptError, EnvstoreError, UnavailableError
+from envstore.errors import CorruptError, EnvstoreError, NoSpaceError, UnavailableError
 from envstore.store.chunking import Chunk
 from envstore.store.describing import store_manifest
 from envstore.store.digest import digest
@@ -464,4 +464,28 @@ def test_the_store_may_fail_while_it_moves(store: Store, thinned: Path, tmp_path
         gc(store)
     fault.remove()
     gc(store)
+    _same(store, thinned, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", [("put", "packs/"), ("put", KEY), ("put_if", "locations/")])
+def test_a_full_store_frees_what_is_dead_as_a_whole(
+    store: Store, thinned: Path, tmp_path: Path, where: tuple[str, str]
+) -> None:
+    whole = tmp_path / "whole"
+    trees.plain(whole, "whole", files=5)
+    store.push(whole, "whole")
+    remove(store, "old", "whole")
+    operation, key = where
+    for grace in (DAY, 0):
+        fault = store.faults.fail(operation, NoSpaceError("the disk is full"), key=key)
+        done = gc(store, grace=grace)
+        assert done.no_space == "the disk is full"
+        assert done.repacked_packs == 0
+        assert done.condemned_objects if grace else done.freed_packs
+        fault.remove()
+        _same(store, thinned, tmp_path / "out")
+    done = gc(store)
+    # Moved now, or led by now to where the full store had moved it.
+    assert (done.no_space, done.kept) == ("", {})
+    assert done.freed_packs
     _same(store, thinned, tmp_path / "out")
