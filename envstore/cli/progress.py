@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 from envstore.cli import output
@@ -18,8 +18,13 @@ def _silent(what: str, done: int, total: int) -> None:
 
 
 @contextmanager
-def progress(settings: Settings, *, unit_bytes: bool = True) -> Iterator[Report]:
-    """Yield a ``Report`` that draws a bar while the block runs, if stderr is a terminal."""
+def progress(
+    settings: Settings, *, unit_bytes: bool = True, counted: Container[str] = ()
+) -> Iterator[Report]:
+    """Yield a ``Report`` that draws a bar while the block runs, if stderr is a terminal.
+
+    What it is told is bytes, or without ``unit_bytes``, and in the steps ``counted``, a number.
+    """
     if settings.quiet or settings.verbose or not output.is_terminal(sys.stderr):
         yield _silent
         return
@@ -29,22 +34,32 @@ def progress(settings: Settings, *, unit_bytes: bool = True) -> Iterator[Report]
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         SpinnerColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
 
-    amounts = (
-        (DownloadColumn(binary_units=True), TransferSpeedColumn())
-        if unit_bytes
-        else (MofNCompleteColumn(),)
+    amount, speed, number = (
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        MofNCompleteColumn(),
     )
+
+    class Amount(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            if not unit_bytes or task.description in counted:
+                return number.render(task)
+            return Text.assemble(amount.render(task), " ", speed.render(task))
+
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        *amounts,
+        Amount(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

@@ -253,10 +253,11 @@ def repair(settings: Settings, read_data: bool, dry_run: bool) -> None:
     Exit status: 0 all is whole now, 1 something is not.
     """
     from envstore.store.checking import Reading
+    from envstore.store.repair import COUNTED
     from envstore.store.repair import repair as repair_store
 
     with settings.open() as repository:
-        with progress(settings, unit_bytes=False) as draw:
+        with progress(settings, unit_bytes=read_data, counted=COUNTED) as draw:
             done = repair_store(
                 repository, dry_run=dry_run, reading=Reading(read_data), progress=draw
             )

@@ -40,6 +40,8 @@ _HINTS = (
     ("sessions/", "remove it once no writer is at work"),
     ("gc/", "envstore repair makes it anew"),
 )
+COUNTED = ("listing packs", "looking for copies", "checking again")
+"""Steps whose progress is no bytes, also where data is read."""
 _PUSH = "push what holds them again, to any ref of this store"
 
 

@@ -231,6 +231,7 @@ class _Check:
             fetcher = repository.fetcher
             return look(repository.objects, fetcher, pack, size, plan, read_data=pack in deep)
 
+        progress(0, total)
         pool = ThreadPoolExecutor(PARALLEL if run is None else _READERS)
         try:
             results = zip(work, weights, pool.map(check, work), strict=True)
