@@ -9,19 +9,23 @@ trusted for speed only: every frame and every chunk it leads to is checked again
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from envstore.errors import CorruptError
+from envstore.errors import ConflictError, CorruptError, UnavailableError
 from envstore.store.binary import U32, Cursor, pack_array, seal, unseal
 from envstore.store.digest import DIGEST_SIZE
 from envstore.store.frames import MAX_SIZE, Codec
+from envstore.store.objects.base import ObjectStore
 
 MAGIC = b"ESLOCA01"
 MAX_BODY = 1 << 30
 NOWHERE = 0xFFFFFFFF
 """Frame number of a hole."""
+_ATTEMPTS = 20
+
+_T = TypeVar("_T")
 
 
 def locations_key(manifest: bytes) -> str:
@@ -173,3 +177,32 @@ def open_locations(data: bytes, manifest: bytes, *, parts: int, refs: int) -> Lo
         if max(located, default=-1) >= frame_count:
             raise CorruptError(f"{what}: a chunk in no frame")
     return found
+
+
+def replace_locations(
+    objects: ObjectStore, manifest: bytes, change: Callable[[bytes], tuple[bytes | None, _T]]
+) -> _T:
+    """Write what ``change`` makes of a manifest's locations; returns what it says besides.
+
+    ``change`` is given the sealed locations as they are, and returns those to put in their place,
+    or ``None`` to leave them. It is called once more where somebody else was faster, so that what
+    others make of them at the same time stays. Raises ``NotFoundError``, what ``change`` raises,
+    ``ConflictError`` if they are changed all the time, and the errors of the store.
+    """
+    key = locations_key(manifest)
+    for _ in range(_ATTEMPTS):
+        data, version = objects.get_versioned(key)
+        sealed, result = change(data)
+        if sealed is None:
+            return result
+        try:
+            objects.put_if(key, sealed, version)
+        except ConflictError:
+            continue
+        except UnavailableError:
+            if objects.get(key) != sealed:
+                raise
+        return result
+    raise ConflictError(
+        f"the locations of manifest {manifest.hex()} are changed all the time", hint="try again"
+    )

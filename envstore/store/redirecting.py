@@ -10,20 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from envstore.errors import ConflictError, UnavailableError
 from envstore.store.digest import DIGEST_SIZE
 from envstore.store.harm import in_packs
 from envstore.store.locations import (
     NOWHERE,
     FrameRef,
     Locations,
-    locations_key,
     open_locations,
+    replace_locations,
 )
 from envstore.store.manifest import Root
 from envstore.store.objects.base import ObjectStore
-
-ATTEMPTS = 20
 
 Find = Callable[[bytes], "tuple[FrameRef, int] | None"]
 """Returns where a chunk lies, in which frame and at which offset of it, or ``None``."""
@@ -51,26 +48,14 @@ def redirect(
     are led elsewhere. A difference leaves with its anchor. Raises ``NotFoundError`` and
     ``CorruptError`` for the locations, ``ConflictError``, and the errors of the store.
     """
-    key = locations_key(manifest)
     refs = sum(part.refs for part in root.parts)
-    for _ in range(ATTEMPTS):
-        data, version = objects.get_versioned(key)
+
+    def change(data: bytes) -> tuple[bytes | None, Redirected]:
         old = open_locations(data, manifest, parts=len(root.parts), refs=refs)
         new, done = _redirected(old, root, leaving, find, names)
-        if not done.moved:
-            return done
-        sealed = new.seal()
-        try:
-            objects.put_if(key, sealed, version)
-        except ConflictError:
-            continue
-        except UnavailableError:
-            if objects.get(key) != sealed:
-                raise
-        return done
-    raise ConflictError(
-        f"the locations of manifest {manifest.hex()} are changed all the time", hint="try again"
-    )
+        return (new.seal() if done.moved else None), done
+
+    return replace_locations(objects, manifest, change)
 
 
 def _redirected(

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from envstore.errors import ConflictError, CorruptError, NotFoundError, UnavailableError
+from envstore.errors import CorruptError, NotFoundError
 from envstore.store import frames
 from envstore.store.digest import DIGEST_SIZE, digest
 from envstore.store.entries import HOLE, Entry
 from envstore.store.fetch import MAX_GAP
 from envstore.store.index import DedupIndex
-from envstore.store.locations import NOWHERE, FrameRef, Locations, locations_key, open_locations
+from envstore.store.locations import NOWHERE, FrameRef, Locations, open_locations, replace_locations
 from envstore.store.manifest import Root, read_entries
 from envstore.store.packing import PackWriter
 from envstore.store.packs import TARGET_SIZE
@@ -30,7 +30,6 @@ BATCH = 64 << 20
 """Raw bytes of frames that are held at once."""
 
 _WORTH = 1.1
-_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,24 +222,14 @@ def _replace(
 
     Whatever others make of them at the same time stays: what is replaced is what is there now.
     """
-    objects, key = repository.objects, locations_key(manifest)
     refs = sum(part.refs for part in root.parts)
-    for _ in range(_ATTEMPTS):
-        data, version = objects.get_versioned(key)
+
+    def change(data: bytes) -> tuple[bytes | None, Locations]:
         old = open_locations(data, manifest, parts=len(root.parts), refs=refs)
         new = _moved(old, names, index)
-        sealed = new.seal()
-        try:
-            objects.put_if(key, sealed, version)
-        except ConflictError:
-            continue
-        except UnavailableError:
-            if objects.get(key) != sealed:
-                raise
-        return new
-    raise ConflictError(
-        f"the locations of manifest {manifest.hex()} are changed all the time", hint="try again"
-    )
+        return new.seal(), new
+
+    return replace_locations(repository.objects, manifest, change)
 
 
 def _moved(old: Locations, names: bytes, index: DedupIndex) -> Locations:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from envstore.errors import ConflictError, NotFoundError, UnavailableError
+from envstore.errors import NotFoundError
 from envstore.store.binary import pack_array, unpack_array
 from envstore.store.digest import DIGEST_SIZE
 from envstore.store.gc.ahead import read_ahead
 from envstore.store.gc.columns import Columns, open_columns
 from envstore.store.gc.marking import Progress
 from envstore.store.gc.moves import Move
-from envstore.store.locations import NOWHERE, locations_key, packs_named
+from envstore.store.locations import NOWHERE, locations_key, packs_named, replace_locations
 from envstore.store.objects.base import ObjectStore
 
 Moves = Mapping[tuple[bytes, int], Move]
 """By the pack and the offset where a frame was."""
-
-_ATTEMPTS = 20
 
 
 def by_place(moves: Iterable[Move]) -> dict[tuple[bytes, int], Move]:
@@ -75,31 +73,18 @@ def change_all(
 def _change(
     objects: ObjectStore, manifest: bytes, packs: set[bytes], edit: Callable[[Columns], bool]
 ) -> set[bytes]:
-    key = locations_key(manifest)
-    for _ in range(_ATTEMPTS):
-        try:
-            data, version = objects.get_versioned(key)
-        except NotFoundError:
-            return set()
-        if packs.isdisjoint(packs_named(data, key)):
-            return set()
+    def rewrite(data: bytes) -> tuple[bytes | None, set[bytes]]:
+        if packs.isdisjoint(packs_named(data, locations_key(manifest))):
+            return None, set()
         columns = open_columns(data, manifest)
         changed = edit(columns)
         left = packs.intersection(columns.packs)
-        if not changed:
-            return left
-        sealed = columns.seal()
-        try:
-            objects.put_if(key, sealed, version)
-        except ConflictError:
-            continue
-        except UnavailableError:
-            if objects.get(key) != sealed:
-                raise
-        return left
-    raise ConflictError(
-        f"the locations of manifest {manifest.hex()} are changed all the time", hint="try again"
-    )
+        return (columns.seal() if changed else None), left
+
+    try:
+        return replace_locations(objects, manifest, rewrite)
+    except NotFoundError:
+        return set()
 
 
 def move_columns(columns: Columns, moves: Moves) -> bool:
