@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from envstore.errors import CorruptError, NotFoundError, UnsupportedFormatError
+from envstore.store import canonical
 from envstore.store.damage import (
     MAX_REASON,
     Damage,
@@ -49,7 +50,8 @@ def test_a_note_that_is_damaged_itself_still_keeps_its_pack_out(tmp_path: Path) 
             assert damaged_packs(objects) == {_ONE}
             with pytest.raises(CorruptError):
                 read_damage(objects, _ONE)
-        objects.put(damage_key(_ONE), whole.replace(b'"format":1', b'"format":2'))
+        newer = {**canonical.decode(whole, "a note"), "format": 2}
+        objects.put(damage_key(_ONE), canonical.encode_checked(newer))
         with pytest.raises(UnsupportedFormatError):
             read_damage(objects, _ONE)
         objects.put("damaged/something-else", b"")
