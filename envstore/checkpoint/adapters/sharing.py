@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from envstore.store.repository import Repository
 from envstore.store.sessions import Session, SessionLostError, within
+
+MAX_SECONDS = 3600.0
+"""Age from which nobody joins a session: one that never ended would keep all that dies later."""
 
 
 class _Shared:
@@ -15,6 +19,7 @@ class _Shared:
         self.session = Session.begin(repository, "envstore:// files")
         self.repository = within(repository, self.session)
         self.holders = 0
+        self.began = time.monotonic()
 
 
 class Hold:
@@ -44,9 +49,11 @@ class Sharing:
     def hold(self) -> Hold:
         """Take part in the session, or begin one: seven requests with those that end it.
 
-        Nobody takes part in one that was lost. Raises the errors of the store.
+        Nobody takes part in one that was lost, or began long ago. Raises the errors of the store.
         """
         with self._lock:
+            if self._shared is not None and time.monotonic() - self._shared.began > MAX_SECONDS:
+                self._shared = None
             if self._shared is not None:
                 try:
                     self._shared.session.check()
