@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from envstore.errors import CorruptError, NotFoundError
 from envstore.store.locations import packs_named
-from envstore.store.objects.base import ObjectInfo, ObjectStore, ignore
+from envstore.store.objects.base import ObjectStore
 from envstore.store.objects.body import Body, joined
+from envstore.store.objects.passing import PassingObjects
 from envstore.store.packs import pack_key
 from envstore.store.roots import is_root, parse_root
 from envstore.store.snapshots import snapshot_key
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class GuardedStore:
+class GuardedStore(PassingObjects):
     """An ``ObjectStore`` for one session; reads pass as they are.
 
     Whatever is written while the session is lost raises ``SessionLostError``. A doomed object
@@ -35,36 +36,8 @@ class GuardedStore:
     """
 
     def __init__(self, inner: ObjectStore, session: Session) -> None:
-        self.url = inner.url
-        self.traffic = inner.traffic
-        self.inner = inner
+        super().__init__(inner)
         self.session = session
-
-    def get(self, key: str) -> bytes:
-        """Return the whole object."""
-        return self.inner.get(key)
-
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes from ``start``."""
-        return self.inner.get_range(key, start, length)
-
-    def get_range_into(
-        self,
-        key: str,
-        start: int,
-        views: Sequence[memoryview],
-        arrived: Callable[[int], None] = ignore,
-    ) -> None:
-        """Fill ``views`` with what is there from ``start``."""
-        self.inner.get_range_into(key, start, views, arrived)
-
-    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
-        """Yield the ``length`` bytes from ``start`` in pieces as they come."""
-        return self.inner.iter_range(key, start, length)
-
-    def get_versioned(self, key: str) -> tuple[bytes, str]:
-        """Return the object and its opaque version."""
-        return self.inner.get_versioned(key)
 
     def put(self, key: str, data: Body) -> None:
         """Store ``data`` under ``key`` in this session."""
@@ -80,10 +53,6 @@ class GuardedStore:
         """Return the object's size in bytes, ``None`` if it does not exist or is doomed."""
         return None if self.session.is_doomed(key) else self.inner.size(key)
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield every object whose key starts with ``prefix``, doomed or not."""
-        return self.inner.list(prefix)
-
     def delete(self, key: str) -> None:
         """Remove the object in this session."""
         self.session.check()
@@ -97,18 +66,6 @@ class GuardedStore:
             check()
 
         self.inner.delete_within(key, seconds, both)
-
-    def settle(self, seconds: float) -> None:
-        """Return once nobody who is gone can delete anything any more."""
-        self.inner.settle(seconds)
-
-    def now(self) -> float:
-        """Return the time by the store's clock."""
-        return self.inner.now()
-
-    def close(self) -> None:
-        """Release what the store holds; the session goes on."""
-        self.inner.close()
 
     def _write(
         self,
