@@ -135,18 +135,23 @@ def hold(request: MountRequest, say: Callable[[dict[str, Any]], None]) -> int:
         raise UsageError(
             f"{mountpoint} is being served already", hint=f"envstore umount {mountpoint}"
         )
-    files.clear()
-    request = replace(request, mountpoint=mountpoint, metrics=_lasting(request.metrics))
-    request = _settled(request)
-    node = {"node": claim(request.node).detach()} if request.node else {}
-    descriptors = {
-        "lock": lock,
-        "counters": os.memfd_create("envstore-counters", os.MFD_CLOEXEC),
-        "stats": listen(files.stats).detach(),
-        "control": listen(files.control).detach(),
-        **node,
-        **life,
-    }
+    try:
+        files.clear()
+        request = replace(request, mountpoint=mountpoint, metrics=_lasting(request.metrics))
+        request = _settled(request)
+        node = {"node": claim(request.node).detach()} if request.node else {}
+        descriptors = {
+            "lock": lock,
+            "counters": os.memfd_create("envstore-counters", os.MFD_CLOEXEC),
+            "stats": listen(files.stats).detach(),
+            "control": listen(files.control).detach(),
+            **node,
+            **life,
+        }
+    except BaseException:
+        # Who is told why, and tries again at once, must not meet what is left of this process.
+        os.close(lock)
+        raise
     holder = Holder(Kept(request, descriptors), files, say, fdstore)
     holder.begin()
     return holder.run()
