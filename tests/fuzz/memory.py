@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
-from envstore.errors import ConflictError, CorruptError, NotFoundError
 from envstore.store.chunking import CHUNKER_ID
 from envstore.store.config import CODEC_ID, StoreConfig
 from envstore.store.digest import HASH_ID, digest
@@ -12,95 +11,13 @@ from envstore.store.entries import HOLE
 from envstore.store.frames import encode_frame
 from envstore.store.locations import NOWHERE, FrameRef, Locations, locations_key
 from envstore.store.manifest import PartInfo, Root, decode_part, manifest_key
-from envstore.store.objects.base import ObjectInfo, Traffic, ignore
-from envstore.store.objects.body import Body
 from envstore.store.packs import PackBuilder, pack_key
 from envstore.store.repository import Repository
 from envstore.store.snapshots import Snapshot, save_snapshot
+from tests.memory import Memory
 
 CHUNK = b"chunk of twenty bytes"
 """The one chunk of file content that forged snapshots may lead to."""
-
-
-class Memory:
-    """An object store. What is not there is ``default``, unless that is ``None``."""
-
-    url = "memory:"
-
-    def __init__(
-        self, objects: Mapping[str, bytes] | None = None, default: bytes | None = None
-    ) -> None:
-        self.objects = dict(objects or {})
-        self.default = default
-        self.traffic = Traffic()
-
-    def get(self, key: str) -> bytes:
-        found = self.objects.get(key, self.default)
-        if found is None:
-            raise NotFoundError(f"there is no {key}", hint="look elsewhere")
-        return found
-
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        found = self.get(key)[start : start + length]
-        if len(found) != length:
-            raise CorruptError(f"{key} is too short")
-        return found
-
-    def get_range_into(
-        self,
-        key: str,
-        start: int,
-        views: Sequence[memoryview],
-        arrived: Callable[[int], None] = ignore,
-    ) -> None:
-        for view in views:
-            view[:] = self.get_range(key, start, len(view))
-            start += len(view)
-            arrived(len(view))
-
-    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
-        yield self.get_range(key, start, length)
-
-    def get_versioned(self, key: str) -> tuple[bytes, str]:
-        found = self.get(key)
-        return found, digest(found).hex()
-
-    def put(self, key: str, data: Body) -> None:
-        self.objects[key] = (
-            bytes(data) if isinstance(data, (bytes, bytearray, memoryview)) else b"".join(data)
-        )
-
-    def put_if(self, key: str, data: bytes, version: str | None) -> str:
-        there = self.objects.get(key)
-        if (None if there is None else digest(there).hex()) != version:
-            raise ConflictError(f"{key} was moved")
-        self.objects[key] = data
-        return digest(data).hex()
-
-    def size(self, key: str) -> int | None:
-        found = self.objects.get(key, self.default)
-        return None if found is None else len(found)
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        for key, data in list(self.objects.items()):
-            if key.startswith(prefix):
-                yield ObjectInfo(key, len(data))
-
-    def delete(self, key: str) -> None:
-        self.objects.pop(key, None)
-
-    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
-        check()
-        self.delete(key)
-
-    def settle(self, seconds: float) -> None:
-        """Nothing is on its way."""
-
-    def now(self) -> float:
-        return 1_800_000_000.0
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def repository(objects: Memory) -> Repository:

@@ -13,105 +13,24 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 from envstore.errors import (
-    ConflictError,
-    CorruptError,
     EnvstoreError,
-    NotFoundError,
     UnavailableError,
 )
-from envstore.store.objects.base import ObjectInfo, Traffic, ignore
+from envstore.store.objects.base import Traffic
 from envstore.store.objects.body import Body, joined
+from tests.memory import Memory
 
 _PATIENCE = 60.0
 
 
 class Killed(BaseException):
     """What an actor that died meets at the door from then on."""
-
-
-class Memory:
-    """The objects themselves, and the clock by which they are kept."""
-
-    def __init__(self) -> None:
-        self.url = "memory://store"
-        self.traffic = Traffic()
-        self.objects: dict[str, bytes] = {}
-        self.time = 1_800_000_000.0
-
-    def get(self, key: str) -> bytes:
-        try:
-            return self.objects[key]
-        except KeyError:
-            raise NotFoundError(f"{key} does not exist") from None
-
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        data = self.get(key)[start : start + length]
-        if len(data) != length:
-            raise CorruptError(f"{key} is too short")
-        return data
-
-    def get_range_into(
-        self,
-        key: str,
-        start: int,
-        views: Sequence[memoryview],
-        arrived: Callable[[int], None] = ignore,
-    ) -> None:
-        data = memoryview(self.get_range(key, start, sum(map(len, views))))
-        at = 0
-        for view in views:
-            view[:] = data[at : at + len(view)]
-            at += len(view)
-            arrived(len(view))
-
-    def iter_range(self, key: str, start: int, length: int) -> Iterator[bytes]:
-        yield self.get_range(key, start, length)
-
-    def get_versioned(self, key: str) -> tuple[bytes, str]:
-        data = self.get(key)
-        return data, sha256(data).hexdigest()
-
-    def put(self, key: str, data: Body) -> None:
-        self.objects[key] = joined(data)
-
-    def put_if(self, key: str, data: bytes, version: str | None) -> str:
-        found = self.objects.get(key)
-        if (None if found is None else sha256(found).hexdigest()) != version:
-            raise ConflictError(f"{key} is not as expected")
-        self.objects[key] = data
-        return sha256(data).hexdigest()
-
-    def size(self, key: str) -> int | None:
-        found = self.objects.get(key)
-        return None if found is None else len(found)
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        for key in sorted(self.objects):
-            if key.startswith(prefix):
-                yield ObjectInfo(key, len(self.objects[key]))
-
-    def delete(self, key: str) -> None:
-        self.objects.pop(key, None)
-
-    def delete_within(self, key: str, seconds: float, check: Callable[[], None]) -> None:
-        check()
-        self.delete(key)
-
-    def settle(self, seconds: float) -> None:
-        """Nothing is on its way."""
-
-    def now(self) -> float:
-        return self.time
-
-    def close(self) -> None:
-        """Nothing to release."""
 
 
 @dataclass(eq=False)

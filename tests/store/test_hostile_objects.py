@@ -35,7 +35,8 @@ from envstore.store.pull import pull
 from envstore.store.refs import RefName, read_ref
 from envstore.store.relocation import MAX_ENCODED, Mode, Relocation, plan
 from envstore.store.source import Kind
-from tests.fuzz.memory import CHUNK, Memory, forge, repository, root_of
+from tests.fuzz.memory import CHUNK, forge, repository, root_of
+from tests.memory import Memory
 
 # --- JSON ---------------------------------------------------------------------------------------
 

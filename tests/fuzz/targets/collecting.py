@@ -22,9 +22,9 @@ from envstore.store.session_records import Record, parse_record
 from envstore.store.smallobjects import SmallObjects
 from envstore.store.witness import Witness
 from tests.fuzz.harness import expect, target
-from tests.fuzz.memory import Memory
 from tests.fuzz.mutating import mutate_json, unchecked
 from tests.fuzz.targets.sealed import body_of
+from tests.memory import Memory
 
 _NAME = digest(b"name")
 _HEX = _NAME.hex()

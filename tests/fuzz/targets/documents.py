@@ -16,8 +16,8 @@ from envstore.store.digest import digest
 from envstore.store.refs import RefName, list_refs, read_ref
 from envstore.store.snapshots import Snapshot, parse_snapshot
 from tests.fuzz.harness import expect, target
-from tests.fuzz.memory import Memory
 from tests.fuzz.mutating import mutate_json, unchecked
+from tests.memory import Memory
 
 _NAME = digest(b"name")
 _CHECKPOINT = CheckpointId(500, 2, 1)
