@@ -373,6 +373,8 @@ def test_closing_ends_the_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # A server that answers from a script.
 
+LONG_AGO = "Mon, 01 Jan 2001 00:00:00 GMT"
+
 
 @dataclass
 class Answer:
@@ -408,7 +410,10 @@ def scripted(*answers: Answer) -> Iterator[Script]:
             headers = {name.lower(): value for name, value in self.headers.items()}
             script.requests.append((self.command, self.path, headers))
             answer = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
-            self.send_response(answer.status)
+            if "Date" in answer.headers:
+                self.send_response_only(answer.status)
+            else:
+                self.send_response(answer.status)
             if "Content-Length" not in answer.headers:
                 self.send_header("Content-Length", str(len(answer.body)))
             for name, value in answer.headers.items():
@@ -608,6 +613,8 @@ def test_every_way_to_say_that_a_conditional_write_lost(answer: Answer) -> None:
         (xml(403, "SignatureDoesNotMatch"), AccessDeniedError, "wrong key or secret"),
         (xml(400, "ExpiredToken"), AccessDeniedError, "expired"),
         (xml(403, "RequestTimeTooSkewed"), AccessDeniedError, "clock"),
+        (Answer(403, headers={"Date": LONG_AGO}), AccessDeniedError, "clock"),
+        (Answer(403, headers={"Date": "then"}), AccessDeniedError, "denied access"),
         (xml(507, "InsufficientStorage"), NoSpaceError, "no space"),
         (xml(403, "QuotaExceeded"), NoSpaceError, "no space"),
         (xml(404, "NoSuchBucket"), NotFoundError, "bucket bucket does not exist"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 from botocore import exceptions as aws
 from botocore.parsers import ResponseParserError
@@ -30,6 +32,8 @@ RAISED: tuple[type[Exception], ...] = (
 # Making a client raises ValueError for an endpoint that is no URL.
 RAISED_BY_CLIENT: tuple[type[Exception], ...] = (*RAISED, ValueError)
 
+# Servers refuse what was signed more than 15 minutes before or after their time.
+_MAX_SKEW = 840.0
 _CREDENTIALS_HINT = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile of ~/.aws: "
     "AWS_PROFILE or ?profile=.. in the store URL"
@@ -210,7 +214,7 @@ def _answered(error: aws.ClientError, location: S3Location, endpoint: str, actio
             f"{endpoint} refused the {'expired ' if expired else ''}credentials ({said})",
             hint="renew the session" if expired else f"wrong key or secret: {_CREDENTIALS_HINT}",
         )
-    elif code == "RequestTimeTooSkewed":
+    elif code == "RequestTimeTooSkewed" or (status == 403 and _other_time(error)):
         final = AccessDeniedError(
             f"{endpoint} refused the request's time ({said})",
             hint="set this machine's clock",
@@ -262,6 +266,16 @@ def is_expired(error: Exception, *, late: bool) -> bool:
         return False
     message = str(error.response.get("Error", {}).get("Message", ""))
     return late or "request has expired" in message.lower()
+
+
+def _other_time(error: aws.ClientError) -> bool:
+    """Whether the server's clock is far off ours: to a HEAD it does not say that that is why."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    try:
+        date = parsedate_to_datetime(headers.get("date", "")).timestamp()
+    except ValueError:
+        return False
+    return abs(date - time.time()) > _MAX_SKEW
 
 
 def status_of(error: aws.ClientError) -> int:
