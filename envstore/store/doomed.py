@@ -61,8 +61,6 @@ DELETION_SECONDS = 30.0
 
 That is in the first half of the lease, so that none arrives once ``SLACK_SECONDS`` are over.
 """
-LIST_SECONDS = 600.0
-"""Age from which a list that ``gc/state`` does not name may be removed."""
 PATIENCE = 600.0
 """Seconds that a writer waits for a collector to finish with a key."""
 
@@ -294,27 +292,6 @@ def write_list(objects: ObjectStore, entries: Collection[Condemned]) -> bytes | 
     name, data = encode_list(entries, objects.now(), secrets.token_bytes(_NONCE))
     objects.put(list_key(name), data)
     return name
-
-
-def tidy_lists(objects: ObjectStore, state: State) -> None:
-    """Remove the lists that ``state`` does not name, which the caller has put just now.
-
-    One listing, and two requests for each. A younger list may be about to be named by a writer,
-    whose compare-and-swap fails if ``gc/state`` has moved since.
-    """
-    now = objects.now()
-    for info in objects.list(LISTS):
-        name = parse_hex(info.key.removeprefix(LISTS))
-        if name is None or name in (state.condemned, state.deleting):
-            continue
-        try:
-            written, _ = open_list(objects.get(info.key), name)
-        except NotFoundError:
-            continue
-        except CorruptError:
-            written = 0
-        if written + LIST_SECONDS < now:
-            objects.delete(info.key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -303,18 +303,6 @@ def test_two_writers_never_both_finish_a_deletion(objects: FaultyStore) -> None:
     assert doomed.read_doomed(objects).keys() == frozenset()
 
 
-def test_lists_without_a_name_go_once_they_are_old(objects: FaultyStore) -> None:
-    old = doomed.write_list(objects, [Condemned(A, 1, 1.0)])
-    state = doom(objects, condemned=(A, B), deleting=(C,))
-    assert old is not None
-    doomed.tidy_lists(objects, state)
-    assert objects.size(doomed.list_key(old)) is not None
-    objects.skew = doomed.LIST_SECONDS + 5
-    doomed.tidy_lists(objects, state)
-    assert objects.size(doomed.list_key(old)) is None
-    assert doomed.read_doomed(objects).keys() == {A, B, C}
-
-
 def test_a_state_that_was_moved_by_others_is_not_put(objects: FaultyStore) -> None:
     doom(objects, condemned=(A,))
     _, version = doomed.read_state(objects)
