@@ -75,6 +75,8 @@ class Session:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._claiming = threading.Lock()
+        self._asking = threading.Lock()
+        self._asked: frozenset[str] = frozenset()
         self._over = threading.Event()
         self._lost: str | None = None
         self._record = Record(0, what[:200], hosts.here(), 0, "")
@@ -151,14 +153,22 @@ class Session:
     def claim(self, keys: Collection[str]) -> None:
         """Take what is doomed of ``keys`` off the lists, see ``doomed.claim``.
 
-        No request if nothing is. What was being deleted does not exist afterwards.
+        No request if nothing is, and one claim for all that threads wait for at the same time. What
+        was being deleted does not exist afterwards.
         """
         self.check()
+        wanted = self._doomed.intersection(keys)
+        if not wanted:
+            return
+        with self._asking:
+            self._asked |= wanted
         with self._claiming:
-            wanted = self._doomed.intersection(keys)
-            if wanted:
-                claim(self._inner, wanted)
-                self._doomed -= wanted
+            if wanted.isdisjoint(self._doomed):
+                return  # whoever was before has claimed it
+            with self._asking:
+                wanted, self._asked = self._doomed & (wanted | self._asked), frozenset()
+            claim(self._inner, wanted)
+            self._doomed -= wanted
 
     def claim_snapshot(self, name: bytes, *, verify: bool = False) -> None:
         """Claim what a snapshot in the store leads to, so that it may be pointed at.

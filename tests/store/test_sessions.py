@@ -508,6 +508,41 @@ def test_what_is_doomed_counts_as_absent_and_is_claimed_when_it_is_written(store
     assert doomed.read_doomed(store.repository.objects).keys() == {"packs/aa/x"}
 
 
+def test_what_many_threads_claim_is_claimed_at_once(repository: Repository) -> None:
+    keys = [f"packs/aa/{number}" for number in range(5)]
+    condemn(repository, *keys, "packs/aa/x")
+    objects = faults(repository)
+    with writing(repository, "test") as (session, inside):
+        gate = objects.gate("put_if", key="gc/state", times=1)
+        threads = [threading.Thread(target=inside.objects.put, args=(key, b"")) for key in keys]
+        threads[0].start()
+        gate.wait_entered()
+        objects.clear()
+        for thread in threads[1:]:
+            thread.start()
+        while len(session._asked) < 4:
+            pass
+        gate.open()
+        for thread in threads:
+            thread.join()
+        moved = [call for call in objects.calls if call.key == "gc/state"]
+        assert [call.operation for call in moved] == ["get_versioned", "put_if"]
+        assert not any(map(session.is_doomed, keys))
+    assert doomed.read_doomed(repository.objects).keys() == {"packs/aa/x"}
+
+
+def test_a_claim_that_fails_takes_nothing_from_those_who_wait(repository: Repository) -> None:
+    condemn(repository, "packs/aa/x", "packs/aa/y")
+    objects = faults(repository)
+    with writing(repository, "test") as (session, inside):
+        objects.fail("put_if", UnavailableError("away"), key="gc/state", times=1)
+        with pytest.raises(UnavailableError):
+            session.claim(["packs/aa/x"])
+        inside.objects.put("packs/aa/y", b"")
+        assert session.is_doomed("packs/aa/x")
+    assert doomed.read_doomed(repository.objects).keys() == {"packs/aa/x"}
+
+
 def test_a_push_stores_anew_what_is_doomed(store: Store, tree: Path) -> None:
     first = store.push(tree)
     store.repository.objects.delete("refs/default/tree/latest")
