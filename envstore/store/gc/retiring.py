@@ -16,8 +16,8 @@ from envstore.store.digest import parse_hex
 from envstore.store.gc.ahead import read_ahead
 from envstore.store.gc.marking import Progress
 from envstore.store.gc.survey import Survey
-from envstore.store.gc.usage import segment_names
-from envstore.store.index import encode_segment, open_segment, segment_key
+from envstore.store.gc.usage import read_segments, segment_names
+from envstore.store.index import encode_segment, segment_key
 from envstore.store.objects.base import ObjectStore
 from envstore.store.packages import decode_package
 from envstore.store.samples import Sample, build_sample, open_sample, sample_key
@@ -67,24 +67,8 @@ def _segments(
     """Write segments anew that list one of ``gone``; returns what became of each."""
     names = segment_names(found)
     changed: dict[bytes, _Segment] = {}
-
-    def read(name: bytes) -> bytes | None:
-        try:
-            return objects.get(segment_key(name))
-        except DAMAGE:
-            return None
-
-    def weigh(name: bytes) -> int:
-        return found.caches[segment_key(name)]
-
-    for at, (name, data) in enumerate(read_ahead(names, read, weigh=weigh)):
+    for at, name, packs in read_segments(objects, found, names):
         progress("rewriting the index", at, len(names))
-        if data is None:
-            continue
-        try:
-            packs = open_segment(data, name)
-        except DAMAGE:
-            continue  # `verify` tells of it
         left = [pack for pack in packs if pack.digest not in gone]
         if len(left) == len(packs):
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from envstore.errors import CorruptError
@@ -80,6 +80,15 @@ def listed_packs(
     objects: ObjectStore, found: Survey, segments: list[bytes]
 ) -> Iterator[tuple[int, Pack]]:
     """Yield the packs of all segments, each with how many segments came before."""
+    for at, _, packs in read_segments(objects, found, segments):
+        for pack in packs:
+            yield at, pack
+
+
+def read_segments(
+    objects: ObjectStore, found: Survey, names: Sequence[bytes]
+) -> Iterator[tuple[int, bytes, Sequence[Pack]]]:
+    """Yield those of the named segments that can be read, each with how many came before."""
 
     def read(name: bytes) -> bytes | None:
         try:
@@ -90,15 +99,14 @@ def listed_packs(
     def weigh(name: bytes) -> int:
         return found.caches[segment_key(name)]
 
-    for at, (name, data) in enumerate(read_ahead(segments, read, weigh=weigh)):
+    for at, (name, data) in enumerate(read_ahead(names, read, weigh=weigh)):
         if data is None:
             continue
         try:
             packs = open_segment(data, name)
         except DAMAGE:
             continue  # `verify` tells of it
-        for pack in packs:
-            yield at, pack
+        yield at, name, packs
 
 
 def needed_bytes(marks: Marks, number: int, pack: Pack) -> int:

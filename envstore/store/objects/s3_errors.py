@@ -227,7 +227,7 @@ def _answered(error: aws.ClientError, location: S3Location, endpoint: str, actio
     elif status in (401, 403):
         final = AccessDeniedError(
             f"cannot {action}: {endpoint} denied access ({said})",
-            hint=f"these credentials need to get, put, list and delete objects in {bucket}",
+            hint=f"these credentials lack a permission on {bucket}; docs/security.md lists all",
         )
     elif status == 404:
         final = NotFoundError(f"cannot {action}: it does not exist")
