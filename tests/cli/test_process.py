@@ -85,7 +85,7 @@ def test_help_imports_nothing_heavy(cli: Cli) -> None:
     assert imported & _HEAVY == set()
     assert {name for name in imported if name.startswith("envstore.")} <= {
         name for name in imported if name.startswith("envstore.cli")
-    } | {"envstore.errors", "envstore.__main__"}
+    } | {"envstore.errors", "envstore.wording", "envstore.__main__"}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
