@@ -76,7 +76,7 @@ def _measure(
         tree.change()
         client.call("push", f"old:v{number}", tree.path)
         if number % 2:
-            client.call("rm", f"old:v{number}")
+            client.call("rm", "--yes", f"old:v{number}")
     rates: dict[str, list[float]] = {ALONE: [], BESIDE: []}
     runs = [0, 0, 0]
 
