@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _MOST_SECONDS = 10 * 365 * 86_400
 _SHOWN = 5
+_NICE = 19
 
 
 class DurationType(click.ParamType[float]):
@@ -89,6 +91,8 @@ def gc(settings: Settings, dry_run: bool, grace: float, max_unused: float) -> No
     Exit status: 0 done, or another is doing it; 1 something live is damaged, so that nothing can
     be said to be dead, or the store failed; 2 wrong usage.
     """
+    # Whoever pushes, trains or serves on this machine goes first; threads begun later inherit it.
+    os.setpriority(os.PRIO_PROCESS, 0, max(_NICE, os.getpriority(os.PRIO_PROCESS, 0)))
     from envstore.store.gc.collecting import collect
 
     with settings.open(cached=False) as repository, progress(settings, unit_bytes=False) as report:
