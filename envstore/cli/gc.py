@@ -12,6 +12,7 @@ import click
 from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
+from envstore.cli.params import ShareType
 from envstore.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -37,21 +38,6 @@ class DurationType(click.ParamType[float]):
         if seconds > _MOST_SECONDS:
             self.fail(f"{value!r} is not a time such as 90s, 30m, 24h or 7d", param, ctx)
         return seconds
-
-
-class ShareType(click.ParamType[float]):
-    """A share such as ``5%``, as a number from 0 to 1."""
-
-    name = "SHARE"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the share, or fail."""
-        match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%", value)
-        if match is None or float(match[1]) > 100:
-            self.fail(f"{value!r} is not a share such as 5%", param, ctx)
-        return float(match[1]) / 100
 
 
 @click.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -50,6 +51,22 @@ def _names(settings: Settings, incomplete: str) -> list[str]:
         if text.startswith(incomplete):
             offered.append(text)
     return offered[:_OFFERED]
+
+
+class ShareType(click.ParamType[float]):
+    """A share such as ``5%`` or ``0.05``, as a number from 0 to 1."""
+
+    name = "SHARE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the share, or fail."""
+        match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)(%?)", value)
+        share = float(match[1]) / (100 if match[2] else 1) if match else 2.0
+        if share > 1:
+            self.fail(f"{value!r} is not a share such as 5%", param, ctx)
+        return share
 
 
 class PathType(click.Path):

@@ -11,7 +11,7 @@ import click
 from envstore.cli import output
 from envstore.cli.base import Command
 from envstore.cli.context import Settings
-from envstore.cli.params import REF
+from envstore.cli.params import REF, ShareType
 from envstore.cli.progress import progress
 from envstore.errors import CorruptError, UsageError
 
@@ -26,16 +26,10 @@ _SHOWN = 20
 """Files that are shown for one problem; ``--json`` has more of them."""
 
 
-def _share(context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
-    """Return the share that ``1%`` or ``0.01`` stands for."""
-    if text is None:
-        return None
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise click.BadParameter(f"{text!r} is no share; write for example 1%")
+def _some(context: click.Context, parameter: click.Parameter, share: float | None) -> float | None:
+    """Return the share of a sample, which has to be more than nothing."""
+    if share == 0:
+        raise click.BadParameter("a sample of nothing tells nothing; write for example 1%")
     return share
 
 
@@ -65,7 +59,11 @@ def _rate(context: click.Context, parameter: click.Parameter, text: str | None) 
 @click.argument("refs", metavar="[REF]...", nargs=-1, type=REF)
 @click.option("--read-data", is_flag=True, help="Read packs, and hash every frame and chunk.")
 @click.option(
-    "--sample", metavar="SHARE", callback=_share, help="Read a random share of all bytes: 1%."
+    "--sample",
+    metavar="SHARE",
+    type=ShareType(),
+    callback=_some,
+    help="Read a random share of all bytes: 1%.",
 )
 @click.option("--seed", metavar="TEXT", help="Choose the sample by TEXT and not at random.")
 @click.option(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from envstore.cli.params import ShareType
 from envstore.store.doomed import Owner, put_state, read_state
 from envstore.store.hosts import here
 from envstore.store.objects import open_objects
@@ -113,3 +114,8 @@ def test_stopped_at_any_time_it_can_be_run_again(
     assert done["busy"] is None
     assert len(list((stored.store / "snapshots").iterdir())) == 1
     stored.ok("verify", "--read-data")
+
+
+@pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.05", 0.05), ("100%", 1), ("0", 0)])
+def test_shares(text: str, share: float) -> None:
+    assert ShareType().convert(text, None, None) == pytest.approx(share)
